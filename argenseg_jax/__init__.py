@@ -1,0 +1,1 @@
+"""ARGenSeg in JAX: segmentation by generating the codes of a mask image."""

@@ -1,0 +1,225 @@
+"""From an editable `ml_collections.ConfigDict` to frozen dataclasses.
+
+`ConfigDict` stops here: everything below reads the dataclasses of this module.
+`configs/base.py` holds every key of a run with a comment; an unknown or missing
+key is an error that names it.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be used; the message names the key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """InternViT-style tower, pixel shuffle and connector."""
+
+  image_side: int = 448
+  patch_side: int = 14
+  width: int = 1024
+  num_layers: int = 24
+  num_heads: int = 16
+  mlp_width: int = 4096
+  norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+  norm_eps: float = 1e-6
+  qkv_bias: bool = True
+  qk_norm: bool = False
+  layer_scale_init: float = 0.1
+  drop_path: float = 0.0
+  select_layer: int = -1  # Which layer's output the connector reads.
+  pixel_shuffle: int = 2  # Neighbours merged along each side; 1 merges none.
+  # "patch" cuts the image into patches with one convolution; "conv" reaches the
+  # same grid by stride-2 3x3 convolutions, which small data learns better.
+  stem: Literal["patch", "conv"] = "patch"
+
+  @property
+  def grid_side(self) -> int:
+    return self.image_side // self.patch_side
+
+  @property
+  def embeddings_side(self) -> int:
+    return self.grid_side // self.pixel_shuffle
+
+  @property
+  def num_embeddings(self) -> int:
+    """Vision embeddings that one image gives to the language model."""
+    return self.embeddings_side**2
+
+
+@dataclasses.dataclass(frozen=True)
+class LLMConfig:
+  """Decoder-only language model: InternLM2, Qwen2 and InternVL families."""
+
+  vocab_size: int
+  width: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_width: int
+  norm_eps: float = 1e-5
+  rope_theta: float = 1e6
+  rope_scaling: Literal["none", "linear", "dynamic"] = "none"
+  rope_factor: float = 1.0
+  max_positions: int = 32768
+  qkv_bias: bool = False
+  out_bias: bool = False
+  qk_norm: bool = False
+  tied_head: bool = False
+  pad_id: int | None = None  # This row of the word embedding gets no gradient.
+  # Head 0 of each layer starts with equal query and key projections, so that a
+  # position first attends to positions that look like it.
+  tie_first_head_init: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class VQVAEConfig:
+  """VAR's multi-scale image tokenizer."""
+
+  image_side: int = 256
+  scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+  width: int = 160
+  width_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+  blocks_per_level: int = 2
+  latent_channels: int = 32
+  num_codes: int = 4096
+  norm_groups: int = 32
+  num_phis: int = 4
+  phi_ratio: float = 0.5
+  commitment: float = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIds:
+  """Ids of the special tokens; codes follow from `first_code` on."""
+
+  pad: int
+  im_start: int
+  im_end: int
+  img_start: int
+  img_end: int
+  img_context: int
+  mask: int
+  ge_start: int
+  ge_end: int
+  mask_context: int
+  first_code: int
+  bos: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The whole of ARGenSeg."""
+
+  name: str
+  vision: VisionConfig
+  llm: LLMConfig
+  vqvae: VQVAEConfig
+  token_ids: TokenIds
+  # Full attention between the codes of one scale (VAR's mask) instead of plain
+  # causal attention.
+  full_attention_in_scale: bool = False
+  # Full attention between the prompt's tokens (prefix language model).
+  bidirectional_prompt: bool = False
+  # Vision embeddings and code slots start with the same 2-D sine-cosine
+  # positions on aligned grids.
+  aligned_positions: bool = False
+
+
+def from_mapping(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
+  """Builds dataclass `cls` from a mapping, strictly.
+
+  Args:
+    cls: a dataclass; nested dataclasses are built from nested mappings.
+    values: a mapping, `ConfigDict` included.
+    where: dotted name of `values`, for messages.
+
+  Raises:
+    ConfigError: an unknown or missing key, or a value of the wrong type.
+  """
+  prefix = f"{where}." if where else ""
+  if not isinstance(values, Mapping) and not hasattr(values, "items"):
+    raise ConfigError(f"config key {where!r} must be a group of keys.")
+  hints = typing.get_type_hints(cls)
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  for key in values:
+    if key not in fields:
+      close = difflib.get_close_matches(key, fields, n=1)
+      hint = f"; did you mean {prefix + close[0]!r}?" if close else ""
+      raise ConfigError(f"unknown config key {prefix + key!r}{hint}")
+  built = {}
+  for name, field in fields.items():
+    if name in values:
+      built[name] = _convert(hints[name], values[name], prefix + name)
+    elif (
+      field.default is dataclasses.MISSING
+      and field.default_factory is dataclasses.MISSING
+    ):
+      raise ConfigError(f"missing config key {prefix + name!r}")
+  return cls(**built)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+  origin = typing.get_origin(hint)
+  if dataclasses.is_dataclass(hint):
+    return from_mapping(hint, value, where)
+  if origin is Literal:
+    if value not in typing.get_args(hint):
+      choices = ", ".join(map(repr, typing.get_args(hint)))
+      raise ConfigError(f"config key {where!r} is {value!r}; use {choices}")
+    return value
+  if origin in (typing.Union, types.UnionType):
+    if value is None and type(None) in typing.get_args(hint):
+      return None
+    (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
+    return _convert(inner, value, where)
+  if origin is tuple:
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+      raise ConfigError(f"config key {where!r} must be a list, got {value!r}")
+    inner = typing.get_args(hint)[0]
+    return tuple(
+      _convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value)
+    )
+  if hint is Any:
+    return value
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    raise ConfigError(
+      f"config key {where!r} must be {hint.__name__}, got {value!r}"
+    )
+  return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """The reverse of `from_mapping`, with lists for tuples (JSON-ready)."""
+
+  def plain(value):
+    if isinstance(value, dict):
+      return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+      return [plain(v) for v in value]
+    return value
+
+  return plain(dataclasses.asdict(config))
+
+
+def replace(config: Any, changes: Mapping[str, Any]) -> Any:
+  """Returns `config` with dotted keys replaced: {"llm.num_layers": 2}."""
+  values = to_dict(config)
+  for key, value in changes.items():
+    *groups, last = key.split(".")
+    node = values
+    for group in groups:
+      if not isinstance(node.get(group), dict):
+        raise ConfigError(f"unknown config key {key!r}")
+      node = node[group]
+    node[last] = value
+  return from_mapping(type(config), values)

@@ -1,0 +1,333 @@
+"""Small layers that the models share: projections, norms, rope, attention.
+
+Parameters carry logical axis names in their `axes` metadata, one per dimension;
+`sharding.py` maps the names to mesh axes. Parameters are kept in `param_dtype`
+and used in `dtype`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+Axes = tuple[str | None, ...]
+Initializer = Callable[..., Array]
+
+fan_in_init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+zeros_init = nnx.initializers.zeros_init()
+ones_init = nnx.initializers.ones_init()
+
+
+def param(
+  rngs: nnx.Rngs,
+  shape: Sequence[int],
+  axes: Axes,
+  init: Initializer = fan_in_init,
+  dtype: jnp.dtype = jnp.float32,
+) -> nnx.Param:
+  """A parameter with one logical axis name per dimension."""
+  if len(shape) != len(axes):
+    raise ValueError(f"{len(axes)} axis names for shape {tuple(shape)}")
+  return nnx.Param(init(rngs.params(), tuple(shape), dtype), axes=axes)
+
+
+class Linear(nnx.Module):
+  """y = x kernel + bias, with kernel [in out]."""
+
+  def __init__(
+    self,
+    in_features: int,
+    out_features: int,
+    *,
+    rngs: nnx.Rngs,
+    axes: Axes,
+    use_bias: bool = True,
+    init: Initializer = fan_in_init,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+  ):
+    self.dtype = dtype
+    self.kernel = param(rngs, (in_features, out_features), axes, init, param_dtype)
+    self.bias = (
+      param(rngs, (out_features,), axes[-1:], zeros_init, param_dtype)
+      if use_bias
+      else None
+    )
+
+  def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+    y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Conv(nnx.Module):
+  """2-D convolution over [b h w c], kernel [kh kw in out]."""
+
+  def __init__(
+    self,
+    in_features: int,
+    out_features: int,
+    kernel_side: int,
+    *,
+    rngs: nnx.Rngs,
+    stride: int = 1,
+    padding: int | tuple[int, int] = 0,
+    axes: Axes = (None, None, None, "conv"),
+    init: Initializer = fan_in_init,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+  ):
+    self.dtype = dtype
+    self.stride = stride
+    pad = (padding, padding) if isinstance(padding, int) else padding
+    self.padding = (tuple(pad), tuple(pad))
+    shape = (kernel_side, kernel_side, in_features, out_features)
+    self.kernel = param(rngs, shape, axes, init, param_dtype)
+    self.bias = param(rngs, (out_features,), axes[-1:], zeros_init, param_dtype)
+
+  def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    y = jax.lax.conv_general_dilated(
+      x.astype(self.dtype),
+      self.kernel[...].astype(self.dtype),
+      window_strides=(self.stride, self.stride),
+      padding=self.padding,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y + self.bias[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square norm over the last axis, in float32."""
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    rngs: nnx.Rngs,
+    eps: float,
+    axes: Axes = ("norm",),
+    param_dtype: jnp.dtype = jnp.float32,
+  ):
+    self.eps = eps
+    self.scale = param(rngs, (features,), axes, ones_init, param_dtype)
+
+  def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+    return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """Layer norm over the last axis, in float32."""
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    rngs: nnx.Rngs,
+    eps: float,
+    axes: Axes = ("norm",),
+    param_dtype: jnp.dtype = jnp.float32,
+  ):
+    self.eps = eps
+    self.scale = param(rngs, (features,), axes, ones_init, param_dtype)
+    self.bias = param(rngs, (features,), axes, zeros_init, param_dtype)
+
+  def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    y = x.astype(jnp.float32)
+    y -= jnp.mean(y, -1, keepdims=True)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+    y = y * self.scale[...].astype(jnp.float32)
+    return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+  """Group norm over space and channel groups of [b h w c], in float32."""
+
+  def __init__(
+    self,
+    features: int,
+    num_groups: int,
+    *,
+    rngs: nnx.Rngs,
+    eps: float = 1e-6,
+    param_dtype: jnp.dtype = jnp.float32,
+  ):
+    if features % num_groups:
+      raise ValueError(f"{features} channels do not form {num_groups} groups")
+    self.eps = eps
+    self.num_groups = num_groups
+    self.scale = param(rngs, (features,), ("norm",), ones_init, param_dtype)
+    self.bias = param(rngs, (features,), ("norm",), zeros_init, param_dtype)
+
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    b, h, w, c = x.shape
+    y = x.astype(jnp.float32).reshape(b, h * w, self.num_groups, -1)
+    y -= jnp.mean(y, (1, 3), keepdims=True)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, (1, 3), keepdims=True) + self.eps)
+    y = y.reshape(b, h, w, c) * self.scale[...].astype(jnp.float32)
+    return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def attend(
+  queries: Float[Array, "b t heads hd"],
+  keys: Float[Array, "b s kv hd"],
+  values: Float[Array, "b s kv hd"],
+  mask: Bool[Array, "b t s"] | None = None,
+) -> Float[Array, "b t heads hd"]:
+  """Softmax attention with grouped queries; softmax in float32.
+
+  A query that sees no key gets the mean of all values: finite, and to be
+  ignored by the caller.
+  """
+  return jax.nn.dot_product_attention(
+    queries, keys, values, mask=None if mask is None else mask[:, None]
+  )
+
+
+def rope_frequencies(
+  head_dim: int,
+  theta: float,
+  *,
+  scaling: str = "none",
+  factor: float = 1.0,
+  max_positions: int = 0,
+  length: int = 0,
+) -> np.ndarray:
+  """Inverse frequencies of rotary embeddings, float32 [head_dim / 2].
+
+  Dynamic NTK scaling enlarges the base once `length` (the longest sequence that
+  the table has served) passes `max_positions`.
+  """
+  if scaling == "dynamic" and length > max_positions:
+    stretch = factor * length / max_positions - (factor - 1)
+    theta = theta * stretch ** (head_dim / (head_dim - 2))
+  exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  frequencies = 1.0 / (np.float64(theta) ** exponents)
+  if scaling == "linear":
+    frequencies = frequencies / factor
+  return frequencies.astype(np.float32)
+
+
+def rotate(
+  x: Float[Array, "b t heads hd"],
+  positions: Int[Array, "b t"],
+  frequencies: np.ndarray,
+) -> Float[Array, "b t heads hd"]:
+  """Applies rotate-half rotary embeddings in float32."""
+  angles = positions[..., None].astype(jnp.float32) * frequencies
+  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate((a * cos - b * sin, b * cos + a * sin), -1)
+  return rotated.astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
+  """One module whose parameters hold `count` layers along a leading axis.
+
+  The leading axis is named "layers". Use it through `layer_scan`.
+  """
+
+  @nnx.split_rngs(splits=count)
+  @nnx.vmap(in_axes=(0,), out_axes=0)
+  def create(rngs):
+    return make(rngs)
+
+  stacked = create(rngs)
+  for _, leaf in nnx.iter_graph(stacked):
+    if isinstance(leaf, nnx.Param):
+      leaf.set_metadata(axes=("layers", *leaf.get_metadata("axes")))
+  return stacked
+
+
+def layer_scan(
+  stacked: nnx.Module,
+  step: Callable,
+  carry,
+  xs=None,
+  *,
+  remat_policy: Callable | None | bool = False,
+  unroll: int | bool = 1,
+):
+  """Scans `carry, y = step(layer, carry, x)` over the layers of `stacked`.
+
+  Args:
+    stacked: from `stack`.
+    step: pure apart from reading its layer.
+    carry: any pytree.
+    xs: pytree with a leading layer axis, or None.
+    remat_policy: False keeps activations; None recomputes all of them; else a
+      policy of `jax.checkpoint_policies`.
+    unroll: as in `jax.lax.scan`.
+  """
+  graph, state = nnx.split(stacked)
+
+  def body(carry, inputs):
+    layer_state, x = inputs
+    return step(nnx.merge(graph, layer_state), carry, x)
+
+  if remat_policy is not False:
+    body = jax.checkpoint(body, policy=remat_policy, prevent_cse=False)
+  return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
+
+
+def sincos_2d(side: int, width: int, grid_side: int) -> np.ndarray:
+  """2-D sine-cosine positions, float32 [side * side, width], raster order.
+
+  Cells are placed at their centres on a grid of `grid_side` cells, so maps of
+  different sides share one coordinate system.
+  """
+  quarter = width // 4
+  centres = (np.arange(side) + 0.5) * grid_side / side
+  frequencies = 1.0 / 100.0 ** (np.arange(quarter) / quarter)
+  angles = centres[:, None] * frequencies
+  axis = np.concatenate((np.sin(angles), np.cos(angles)), -1)  # [side, 2q]
+  rows = np.repeat(axis[:, None], side, 1)
+  columns = np.repeat(axis[None], side, 0)
+  table = np.concatenate((rows, columns), -1).reshape(side * side, -1)
+  padded = np.zeros((side * side, width), np.float32)
+  padded[:, : table.shape[1]] = table
+  return padded
+
+
+def area_matrix(source: int, target: int) -> np.ndarray:
+  """Adaptive average pooling along one axis, float32 [target source].
+
+  Bins overlap where the sides do not divide (PyTorch's `area` mode).
+  """
+  matrix = np.zeros((target, source), np.float32)
+  for i in range(target):
+    start, stop = i * source // target, -(-(i + 1) * source // target)
+    matrix[i, start:stop] = 1 / (stop - start)
+  return matrix
+
+
+def bicubic_matrix(source: int, target: int, a: float = -0.75) -> np.ndarray:
+  """PyTorch's bicubic resize along one axis, float32 [target source].
+
+  Half-pixel centres, no antialiasing, border samples repeated.
+  """
+  matrix = np.zeros((target, source), np.float64)
+  for i in range(target):
+    centre = (i + 0.5) * source / target - 0.5
+    base = int(np.floor(centre))
+    for tap in range(-1, 3):
+      x = abs(centre - (base + tap))
+      if x <= 1:
+        weight = ((a + 2) * x - (a + 3)) * x * x + 1
+      elif x < 2:
+        weight = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+      else:
+        weight = 0.0
+      matrix[i, min(max(base + tap, 0), source - 1)] += weight
+  return matrix.astype(np.float32)
+
+
+def resize_with(
+  matrix: np.ndarray, x: Float[Array, "b h w c"]
+) -> Float[Array, "b h2 w2 c"]:
+  """Applies one axis' resize matrix to both spatial axes, in x's dtype."""
+  m = jnp.asarray(matrix, x.dtype)
+  return jnp.einsum("ih,bhwc,jw->bijc", m, x, m)
