@@ -1,0 +1,36 @@
+"""Strict settings for the whole suite, before anything imports jax."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Shapes in signatures are checked at run time, in tests only.
+_CHECKED = [
+  "argenseg_jax.kernels",
+  "argenseg_jax.losses",
+  "argenseg_jax.models",
+  "argenseg_jax.sampling",
+]
+jaxtyping.install_import_hook(_CHECKED, "beartype.beartype")
+
+
+@pytest.fixture
+def golden():
+  """Loads a folder of `tests/golden`: its inputs and recorded outputs."""
+  import numpy as np
+
+  root = os.path.join(os.path.dirname(__file__), "golden")
+
+  def load(name):
+    with np.load(os.path.join(root, name, "io.npz")) as arrays:
+      return dict(arrays)
+
+  return load

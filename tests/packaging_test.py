@@ -1,0 +1,45 @@
+"""The package list of setup.cfg is the tree; the mapped roots import."""
+
+import configparser
+import importlib
+import pathlib
+
+ROOT = pathlib.Path(__file__).parent.parent
+MAPPED = ("configs", "kernels", "tools")
+
+
+def _setup():
+  parser = configparser.ConfigParser()
+  parser.read(ROOT / "setup.cfg")
+  return parser
+
+
+def test_package_list_matches_tree():
+  found = set()
+  for top in ("argenseg_jax", *MAPPED):
+    for path in (ROOT / top).rglob("__init__.py"):
+      parts = path.parent.relative_to(ROOT).parts
+      prefix = () if top == "argenseg_jax" else ("argenseg_jax",)
+      found.add(".".join(prefix + parts))
+  listed = _setup()["options"]["packages"].split()
+  assert sorted(found) == listed
+
+
+def test_every_package_with_modules_has_an_init():
+  for top in ("argenseg_jax", *MAPPED):
+    for path in (ROOT / top).rglob("*.py"):
+      assert (path.parent / "__init__.py").is_file(), path.parent
+
+
+def test_mapped_roots_import():
+  for name in MAPPED:
+    module = importlib.import_module(f"argenseg_jax.{name}")
+    assert pathlib.Path(module.__file__).parent == ROOT / name
+
+
+def test_commands_have_modules():
+  from argenseg_jax.tools.cli import COMMANDS
+
+  for name in COMMANDS:
+    module = importlib.import_module(f"argenseg_jax.tools.{name}")
+    assert callable(module.main)

@@ -1,0 +1,52 @@
+"""`argenseg COMMAND`: one entry point, one module a command."""
+
+import importlib
+import os
+import sys
+
+# Command -> what `argenseg --help` says of it. The module is tools/COMMAND.py.
+COMMANDS = {
+  "quickstart": "from nothing to a trained model and a picture of what it does",
+  "train": "train an image tokenizer or a model from a config",
+  "eval": "measure a checkpoint on a data set",
+  "predict": "segment a picture with a checkpoint",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command; returns the exit code (2 for bad input)."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  if not argv or argv[0] in ("-h", "--help", "help"):
+    print(_help())
+    return 0
+  name, rest = argv[0], argv[1:]
+  if name == "--version":
+    from argenseg_jax.version import __version__
+
+    print(f"argenseg {__version__}")
+    return 0
+  if name not in COMMANDS:
+    print(
+      f"argenseg: unknown command {name!r}; use one of {', '.join(COMMANDS)}.",
+      file=sys.stderr,
+    )
+    return 2
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  from argenseg_jax.checkpoint import CheckpointError
+  from argenseg_jax.config import ConfigError
+  from argenseg_jax.data.errors import DataError
+
+  command = importlib.import_module(f"argenseg_jax.tools.{name}")
+  try:
+    return command.main(rest)
+  except (CheckpointError, ConfigError, DataError) as error:
+    print(f"argenseg {name}: {error}", file=sys.stderr)
+    return 2
+
+
+def _help() -> str:
+  width = max(map(len, COMMANDS))
+  lines = ["argenseg: image segmentation by generating codes, in JAX.", ""]
+  lines += [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+  lines += ["", "`argenseg COMMAND --help` explains a command with an example."]
+  return "\n".join(lines)
