@@ -1,0 +1,317 @@
+"""The decoder: grouped-query attention, RoPE, RMSNorm, SwiGLU, KV cache.
+
+One module with switches serves InternLM2 (no qkv bias, untied head) and Qwen2
+(qkv bias, tied or untied head). Layers are stacked and scanned.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from argenseg_jax.config import LLMConfig
+from argenseg_jax.models import layers
+
+
+class KVCache(NamedTuple):
+  """Keys and values of a fixed number of slots, filled from slot 0 on.
+
+  All rows share one timeline: a slot in which a row had nothing to say is
+  marked invalid for that row.
+  """
+
+  keys: Array  # [l b s kv hd], rotated.
+  values: Array  # [l b s kv hd]
+  valid: Array  # bool [b s]
+  length: Array  # int32 []: slots filled so far.
+
+  @classmethod
+  def empty(
+    cls, config: LLMConfig, batch: int, slots: int, dtype=jnp.float32
+  ) -> "KVCache":
+    shape = (
+      config.num_layers,
+      batch,
+      slots,
+      config.num_kv_heads,
+      config.head_dim,
+    )
+    return cls(
+      keys=jnp.zeros(shape, dtype),
+      values=jnp.zeros(shape, dtype),
+      valid=jnp.zeros((batch, slots), bool),
+      length=jnp.zeros((), jnp.int32),
+    )
+
+
+def attention_mask(
+  reach: Int[Array, "b t"],
+  query_segments: Int[Array, "b t"],
+  key_segments: Int[Array, "b s"],
+) -> Bool[Array, "b t s"]:
+  """The one place that draws attention masks.
+
+  A query sees the keys of its own segment up to index `reach`. Plain causal
+  attention reaches its own index; a query inside a fully connected block (a
+  bidirectional prompt, the codes of one scale) reaches the block's end:
+
+      index  0 1 2 3 4     causal      block {1, 2, 3}
+      reach  0 1 2 3 4     x . . . .     reach  0 3 3 3 4
+                           x x . . .     x . . . .
+                           x x x . .     x x x x .
+                           x x x x .     x x x x .
+                           x x x x x     x x x x .
+                                         x x x x x
+
+  Args:
+    reach: index of the last visible key of each query.
+    query_segments: sample of each query; 0 is padding.
+    key_segments: sample of each key; 0 is padding or an empty cache slot.
+  """
+  index = jnp.arange(key_segments.shape[1])
+  visible = index[None, None] <= reach[:, :, None]
+  same = query_segments[:, :, None] == key_segments[:, None]
+  return visible & same & (key_segments > 0)[:, None]
+
+
+class Attention(nnx.Module):
+  """Causal self-attention with grouped queries."""
+
+  def __init__(self, config: LLMConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+    self.config = config
+    d, hd = config.width, config.head_dim
+    kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    bias = dict(use_bias=config.qkv_bias)
+    heads, kv = config.num_heads * hd, config.num_kv_heads * hd
+    self.query = layers.Linear(d, heads, axes=("embed", "heads"), **bias, **kwargs)
+    self.key = layers.Linear(d, kv, axes=("embed", "kv_heads"), **bias, **kwargs)
+    self.value = layers.Linear(d, kv, axes=("embed", "kv_heads"), **bias, **kwargs)
+    self.out = layers.Linear(
+      heads, d, axes=("heads", "embed"), use_bias=config.out_bias, **kwargs
+    )
+    if config.qk_norm:
+      norm = dict(rngs=rngs, eps=config.norm_eps, param_dtype=param_dtype)
+      self.query_norm = layers.RMSNorm(hd, **norm)
+      self.key_norm = layers.RMSNorm(hd, **norm)
+    if config.tie_first_head_init:
+      kernel = self.key.kernel[...]
+      self.key.kernel[...] = kernel.at[:, :hd].set(
+        self.query.kernel[...][:, :hd]
+      )
+
+  def project(self, x, positions, frequencies):
+    """Returns rotated queries and keys, and values."""
+    b, t, _ = x.shape
+    hd = self.config.head_dim
+    q = self.query(x).reshape(b, t, -1, hd)
+    k = self.key(x).reshape(b, t, -1, hd)
+    v = self.value(x).reshape(b, t, -1, hd)
+    if self.config.qk_norm:
+      q, k = self.query_norm(q), self.key_norm(k)
+    q = layers.rotate(q, positions, frequencies)
+    k = layers.rotate(k, positions, frequencies)
+    return q, k, v
+
+
+class MLP(nnx.Module):
+  """SwiGLU: down(silu(gate x) * up x)."""
+
+  def __init__(self, config: LLMConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+    d, m = config.width, config.mlp_width
+    kwargs = dict(
+      rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype
+    )
+    self.gate = layers.Linear(d, m, axes=("embed", "mlp"), **kwargs)
+    self.up = layers.Linear(d, m, axes=("embed", "mlp"), **kwargs)
+    self.down = layers.Linear(m, d, axes=("mlp", "embed"), **kwargs)
+
+  def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+  """Pre-norm attention and MLP."""
+
+  def __init__(self, config: LLMConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+    kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    norm = dict(rngs=rngs, eps=config.norm_eps, param_dtype=param_dtype)
+    self.attention_norm = layers.RMSNorm(config.width, **norm)
+    self.attention = Attention(config, **kwargs)
+    self.mlp_norm = layers.RMSNorm(config.width, **norm)
+    self.mlp = MLP(config, **kwargs)
+
+  def finish(self, x, attended):
+    """Adds the attention's result and the MLP's to the residual stream."""
+    b, t = x.shape[:2]
+    x = x + self.attention.out(attended.reshape(b, t, -1))
+    return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nnx.Module):
+  """Word embedding, layers, final norm and head."""
+
+  def __init__(
+    self,
+    config: LLMConfig,
+    *,
+    rngs: nnx.Rngs,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+  ):
+    self.config = config
+    self.dtype = dtype
+    table = (config.vocab_size, config.width)
+    init = nnx.initializers.normal(config.width**-0.5)
+    axes = ("vocab", "embed")
+    self.embedding = layers.param(rngs, table, axes, init, param_dtype)
+    self.layers = layers.stack(
+      lambda rngs: DecoderLayer(
+        config, rngs=rngs, dtype=dtype, param_dtype=param_dtype
+      ),
+      config.num_layers,
+      rngs,
+    )
+    self.norm = layers.RMSNorm(
+      config.width, rngs=rngs, eps=config.norm_eps, param_dtype=param_dtype
+    )
+    self.untied_head = (
+      None
+      if config.tied_head
+      else layers.param(rngs, table, axes, init, param_dtype)
+    )
+
+  def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Word embeddings; the row of `pad_id` gets no gradient."""
+    x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
+    if self.config.pad_id is None:
+      return x
+    is_pad = (tokens == self.config.pad_id)[:, :, None]
+    return jnp.where(is_pad, jax.lax.stop_gradient(x), x)
+
+  @property
+  def head(self) -> Float[Array, "vocab d"]:
+    """The output matrix, for words and codes alike."""
+    if self.untied_head is None:
+      return self.embedding[...]
+    return self.untied_head[...]
+
+  def frequencies(self, rope_length: int = 0):
+    """RoPE's inverse frequencies for a table that served `rope_length`."""
+    c = self.config
+    return layers.rope_frequencies(
+      int(c.head_dim * c.rope_fraction),
+      c.rope_theta,
+      scaling=c.rope_scaling,
+      factor=c.rope_factor,
+      max_positions=c.max_positions,
+      length=rope_length,
+    )
+
+  def __call__(
+    self,
+    x: Float[Array, "b t d"],
+    *,
+    positions: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    reach: Int[Array, "b t"] | None = None,
+    rope_length: int | None = None,
+    remat_policy: Callable | None | bool = False,
+    collect_layers: bool = False,
+  ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t d"] | None]:
+    """Full forward pass over embedded tokens.
+
+    Args:
+      x: input embeddings.
+      positions: RoPE positions.
+      segment_ids: which sample a position belongs to; 0 is padding.
+      reach: see `attention_mask`; None is plain causal attention.
+      rope_length: longest sequence that the rope table has served (dynamic
+        NTK); None takes t.
+      remat_policy: see `layers.layer_scan`.
+      collect_layers: also return every layer's input.
+
+    Returns:
+      Hidden states after the final norm, and the layers' inputs or None.
+    """
+    b, t, _ = x.shape
+    if reach is None:
+      reach = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
+    attn_mask = attention_mask(reach, segment_ids, segment_ids)
+    frequencies = self.frequencies(t if rope_length is None else rope_length)
+
+    def step(layer, x, _):
+      q, k, v = layer.attention.project(
+        layer.attention_norm(x), positions, frequencies
+      )
+      y = layer.finish(x, layers.attend(q, k, v, attn_mask))
+      return y, (x if collect_layers else None)
+
+    x, inputs = layers.layer_scan(
+      self.layers, step, x.astype(self.dtype), remat_policy=remat_policy
+    )
+    return self.norm(x), inputs
+
+  def extend(
+    self,
+    x: Float[Array, "b t d"],
+    cache: KVCache,
+    *,
+    positions: Int[Array, "b t"],
+    valid: Bool[Array, "b t"],
+    reach: Int[Array, "b t"] | None = None,
+    rope_length: int = 0,
+  ) -> tuple[Float[Array, "b t d"], KVCache]:
+    """Runs t more positions over the cache; prefill and decoding alike.
+
+    Args:
+      x: input embeddings.
+      cache: has room for t more slots (slots past its end are overwritten).
+      positions: RoPE positions.
+      valid: False where a row has nothing to say; such slots are never seen.
+      reach: last visible index *within this call*; None is causal.
+      rope_length: see `__call__`.
+
+    Returns:
+      Hidden states after the final norm, and the longer cache.
+    """
+    b, t, _ = x.shape
+    start = cache.length
+    if reach is None:
+      reach = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
+    slots_valid = jax.lax.dynamic_update_slice(cache.valid, valid, (0, start))
+    attn_mask = attention_mask(
+      start + reach,
+      jnp.ones((b, t), jnp.int32),
+      slots_valid.astype(jnp.int32),
+    )
+    frequencies = self.frequencies(rope_length)
+
+    def step(layer, carry, index):
+      x, keys, values = carry
+      q, k, v = layer.attention.project(
+        layer.attention_norm(x), positions, frequencies
+      )
+      corner = (index, 0, start, 0, 0)
+      keys = jax.lax.dynamic_update_slice(
+        keys, k[None].astype(keys.dtype), corner
+      )
+      values = jax.lax.dynamic_update_slice(
+        values, v[None].astype(values.dtype), corner
+      )
+      all_k = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
+      all_v = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
+      attended = layers.attend(
+        q, all_k.astype(q.dtype), all_v.astype(q.dtype), attn_mask
+      )
+      return (layer.finish(x, attended), keys, values), None
+
+    (x, keys, values), _ = layers.layer_scan(
+      self.layers,
+      step,
+      (x.astype(self.dtype), cache.keys, cache.values),
+      jnp.arange(self.config.num_layers),
+    )
+    return self.norm(x), KVCache(keys, values, slots_valid, start + t)
