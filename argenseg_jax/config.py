@@ -69,6 +69,7 @@ class LLMConfig:
   rope_scaling: Literal["none", "linear", "dynamic"] = "none"
   rope_factor: float = 1.0
   max_positions: int = 32768
+  rope_fraction: float = 1.0  # Share of each head's dimensions that rotate.
   qkv_bias: bool = False
   out_bias: bool = False
   qk_norm: bool = False
@@ -223,3 +224,107 @@ def replace(config: Any, changes: Mapping[str, Any]) -> Any:
       node = node[group]
     node[last] = value
   return from_mapping(type(config), values)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+  """A named variant and changes to it."""
+
+  variant: str
+  overrides: Any = None  # {"llm.num_layers": 2}: dotted keys of ModelConfig.
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with a schedule, clipping, freezing and optional averaging."""
+
+  learning_rate: float
+  schedule: Literal["cosine", "linear", "constant"]
+  warmup_steps: int
+  end_fraction: float  # Last learning rate as a share of the peak.
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float  # Not on norms, biases and one-dimensional parameters.
+  clip_norm: float
+  frozen: tuple[str, ...]  # Path prefixes that do not train: "vision.tower".
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """How the decoder's loss is formed; the defaults are the paper's."""
+
+  # "token": mean over all codes. "scale": mean within each scale, then over
+  # the scales, so that the few coarse codes count.
+  code_average: Literal["token", "scale"]
+  # Share of samples whose scale inputs are zero from a random scale on.
+  drop_scale_inputs: float
+  z_loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerTrainingConfig:
+  """What training an image tokenizer from scratch on masks needs."""
+
+  reconstruction: Literal["mse", "bce_dice"]
+  warm_start_steps: int  # Steps without the quantiser.
+  kmeans_iterations: int  # Of the codebook's start; 0 keeps the random one.
+  kmeans_seg_masks: int  # Masks whose latents the start and the prior see.
+  revive_every: int  # Steps between revivals of dead codes; 0 never.
+  revive_until: int  # No revival after this step.
+  # Entropy constraint: codes cost -weight * log(frequency in their scale).
+  entropy_weight: float
+  entropy_iterations: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; one axis may be -1 (what is left)."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Length, logging, saving and precision of a run."""
+
+  steps: int
+  global_batch_size: int
+  log_every: int
+  eval_every: int  # 0: only at the end.
+  save_every: int
+  keep: int  # Checkpoints kept; the newest ones.
+  compute_dtype: Literal["float32", "bfloat16"]
+  param_dtype: Literal["float32", "bfloat16"]
+  remat: Literal["none", "full", "dots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """What is measured during and after training."""
+
+  splits: tuple[str, ...]
+  max_samples: int  # Per split; 0 takes all.
+  batch_size: int
+  max_text: int  # Text tokens of an answer.
+  max_masks: int
+  start_with_mask: bool  # Force `<ge_start>` instead of letting text decide.
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """Everything that defines a training run."""
+
+  task: Literal["vqvae", "mllm"]
+  seed: int
+  init_from: str | None  # Checkpoint whose image tokenizer or model is taken.
+  model: ModelChoice
+  data: "DataConfig"
+  optimizer: OptimizerConfig
+  loss: LossConfig
+  tokenizer_training: TokenizerTrainingConfig
+  mesh: MeshConfig
+  train: TrainConfig
+  eval: EvalConfig

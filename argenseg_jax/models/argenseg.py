@@ -1,0 +1,213 @@
+"""ARGenSeg: vision tower, decoder and image tokenizer tied into one model."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from argenseg_jax.config import ModelConfig
+from argenseg_jax.models import layers
+from argenseg_jax.models.llm import Decoder
+from argenseg_jax.models.vit import VisionEncoder
+from argenseg_jax.models.vqvae import VQVAE
+from argenseg_jax.scales import Scales
+from argenseg_jax.types import ModelInputs
+
+IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
+
+
+def normalize_images(
+  images: UInt8[Array, "*b h w 3"],
+) -> Float[Array, "*b h w 3"]:
+  """RGB bytes to the vision tower's float32 input."""
+  return (images.astype(jnp.float32) / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
+
+
+def normalize_seg_masks(
+  seg_masks: UInt8[Array, "*b h w c"],
+) -> Float[Array, "*b h w 3"]:
+  """Mask or picture bytes to the image tokenizer's input in [-1, 1]."""
+  x = seg_masks.astype(jnp.float32) / 255.0 * 2.0 - 1.0
+  return jnp.broadcast_to(x, (*x.shape[:-1], 3))
+
+
+class ARGenSeg(nnx.Module):
+  """The whole model; its head predicts words and codes alike.
+
+  Attributes:
+    vision: vision tower with connector.
+    llm: the decoder.
+    vqvae: the image tokenizer (frozen while the decoder trains).
+    word_embed: next-scale input -> width of the decoder.
+    lvl_embed: [scales d], one row a scale.
+    pos_embed: [codes-of-a-mask d], one row a code.
+    vision_pos: [vision embeddings d], only with `aligned_positions`.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    *,
+    rngs: nnx.Rngs,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+  ):
+    self.config = config
+    self.scales = Scales(config.vqvae.scales, config.vqvae.num_phis)
+    kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    width = config.llm.width
+    self.vision = VisionEncoder(config.vision, width, **kwargs)
+    self.llm = Decoder(config.llm, **kwargs)
+    self.vqvae = VQVAE(config.vqvae, **kwargs)
+    aligned = config.aligned_positions
+    zeros = layers.zeros_init
+    self.word_embed = layers.Linear(
+      config.vqvae.latent_channels,
+      width,
+      axes=("latent", "embed"),
+      init=layers.fan_in_init if aligned else zeros,
+      **kwargs,
+    )
+    self.lvl_embed = layers.param(
+      rngs, (len(self.scales), width), (None, "embed"), zeros, param_dtype
+    )
+    self.pos_embed = layers.param(
+      rngs,
+      (self.scales.num_codes, width),
+      (None, "embed"),
+      self._slot_positions if aligned else zeros,
+      param_dtype,
+    )
+    self.vision_pos = None
+    if aligned:
+      self.vision_pos = layers.param(
+        rngs,
+        (config.vision.num_embeddings, width),
+        (None, "embed"),
+        self._vision_positions,
+        param_dtype,
+      )
+
+  def _slot_positions(self, key, shape, dtype):
+    del key
+    grid = self.scales.latent_side
+    tables = [layers.sincos_2d(s, shape[1], grid) for s in self.scales.sides]
+    return jnp.asarray(np.concatenate(tables), dtype)
+
+  def _vision_positions(self, key, shape, dtype):
+    del key
+    side, grid = self.config.vision.embeddings_side, self.scales.latent_side
+    return jnp.asarray(layers.sincos_2d(side, shape[1], grid), dtype)
+
+  @property
+  def code_head(self) -> Float[Array, "codes d"]:
+    """The rows of the head that predict image codes."""
+    first = self.config.token_ids.first_code
+    return self.llm.head[first : first + self.config.vqvae.num_codes]
+
+  def vision_embeddings(
+    self, images: Float[Array, "b i h w 3"], **kwargs
+  ) -> Float[Array, "b v d"]:
+    """Vision embeddings of all images of a row, one image after another.
+
+    Args:
+      images: normalised pixels.
+      **kwargs: options of `VisionEncoder` (drop path key, remat policy).
+    """
+    b, i = images.shape[:2]
+    x = self.vision(images.reshape(b * i, *images.shape[2:]), **kwargs)
+    if self.vision_pos is not None:
+      x = x + self.vision_pos[...].astype(x.dtype)
+    return x.reshape(b, -1, x.shape[-1])
+
+  def slot_embeddings(
+    self, scale_inputs: Float[Array, "b n c"], first: int
+  ) -> Float[Array, "b n d"]:
+    """Decoder inputs of the code slots first..first+n-1 of one mask.
+
+    Slot 0 is `<ge_start>` itself and has no such embedding.
+    """
+    n = scale_inputs.shape[1]
+    x = self.word_embed(scale_inputs)
+    level = self.scales.scale_of_code[first : first + n]
+    x = x + self.lvl_embed[...][level].astype(x.dtype)
+    return x + self.pos_embed[...][first : first + n].astype(x.dtype)
+
+  def prompt_embeddings(
+    self, tokens: Int[Array, "b t"], vision: Float[Array, "b v d"]
+  ) -> Float[Array, "b t d"]:
+    """Word embeddings with `<IMG_CONTEXT>` replaced, in order, by `vision`."""
+    x = self.llm.embed(tokens)
+    is_image = tokens == self.config.token_ids.img_context
+    return _fill(x, is_image, vision.astype(x.dtype))
+
+  def input_embeddings(
+    self, inputs: ModelInputs, vision: Float[Array, "b v d"]
+  ) -> Float[Array, "b t d"]:
+    """Teacher-forced decoder inputs: words, vision embeddings, code slots."""
+    x = self.prompt_embeddings(inputs.tokens, vision)
+    b, m, n, c = inputs.scale_inputs.shape
+    flat = inputs.scale_inputs.reshape(b * m, n, c)
+    slots = self.slot_embeddings(flat, 1).reshape(b, m * n, -1)
+    is_slot = inputs.tokens == self.config.token_ids.mask_context
+    return _fill(x, is_slot, slots.astype(x.dtype))
+
+  def reach(
+    self, tokens: Int[Array, "b t"], is_prompt: Bool[Array, "b t"]
+  ) -> Int[Array, "b t"]:
+    """Last visible index of each position, see `llm.attention_mask`."""
+    b, t = tokens.shape
+    index = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
+    reach = index
+    if self.config.bidirectional_prompt:
+      answer = jnp.where(is_prompt, t, index)
+      end = jax.lax.cummin(answer, axis=1, reverse=True) - 1
+      reach = jnp.where(is_prompt, end, reach)
+    if self.config.full_attention_in_scale:
+      is_slot = tokens == self.config.token_ids.mask_context
+      slots_per_mask = self.scales.num_codes - 1
+      code = (jnp.cumsum(is_slot, axis=1) - 1) % slots_per_mask + 1
+      level = self.scales.scale_of_code
+      ends = np.add(self.scales.offsets, self.scales.counts)[level] - 1
+      left = jnp.asarray(ends - np.arange(self.scales.num_codes), jnp.int32)
+      reach = jnp.where(is_slot, index + left[code], reach)
+    return reach
+
+  def __call__(
+    self,
+    inputs: ModelInputs,
+    *,
+    rope_length: int | None = None,
+    remat_policy: Callable | None | bool = False,
+    drop_path_key: Array | None = None,
+  ) -> Float[Array, "b t d"]:
+    """Hidden states before the head, for teacher-forced inputs."""
+    vision = self.vision_embeddings(
+      inputs.images, remat_policy=remat_policy, drop_path_key=drop_path_key
+    )
+    hidden, _ = self.llm(
+      self.input_embeddings(inputs, vision),
+      positions=inputs.positions,
+      segment_ids=inputs.segment_ids,
+      reach=self.reach(inputs.tokens, inputs.is_prompt),
+      rope_length=rope_length,
+      remat_policy=remat_policy,
+    )
+    return hidden
+
+
+def _fill(
+  x: Float[Array, "b t d"],
+  where: Bool[Array, "b t"],
+  values: Float[Array, "b n d"],
+) -> Float[Array, "b t d"]:
+  """Puts the rows of `values` in order into the places marked by `where`."""
+  if values.shape[1] == 0:
+    return x
+  order = jnp.clip(jnp.cumsum(where, axis=1) - 1, 0, values.shape[1] - 1)
+  picked = jnp.take_along_axis(values, order[:, :, None], axis=1)
+  return jnp.where(where[:, :, None], picked, x)

@@ -1,0 +1,200 @@
+"""Named model sizes, from `tiny` to `argenseg_8b`.
+
+InternVL2.5 sizes are facts of their released `config.json` files; the code rows
+follow the text vocabulary, as in ARGenSeg-8B.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from argenseg_jax import config as config_lib
+from argenseg_jax.config import (
+  LLMConfig,
+  ModelConfig,
+  TokenIds,
+  VisionConfig,
+  VQVAEConfig,
+)
+from argenseg_jax.scales import SCALES_512
+
+_NUM_CODES = 4096
+
+
+def _token_ids(text_vocab: int, first_special: int, **kwargs) -> TokenIds:
+  """InternVL's `<img>`, `</img>`, `<IMG_CONTEXT>` stand together; ARGenSeg adds
+  `<mask>`, `<ge_start>`, `<ge_end>`, `<MASK_CONTEXT>`, then the codes."""
+  return TokenIds(
+    img_start=first_special,
+    img_end=first_special + 1,
+    img_context=first_special + 2,
+    mask=text_vocab,
+    ge_start=text_vocab + 1,
+    ge_end=text_vocab + 2,
+    mask_context=text_vocab + 3,
+    first_code=text_vocab + 4,
+    **kwargs,
+  )
+
+
+def _internlm2(name: str, llm: dict[str, Any]) -> ModelConfig:
+  text_vocab = 92553
+  return ModelConfig(
+    name=name,
+    vision=VisionConfig(),
+    llm=LLMConfig(
+      vocab_size=text_vocab + 4 + _NUM_CODES,
+      head_dim=128,
+      rope_scaling="dynamic",
+      rope_factor=2.0,
+      pad_id=2,
+      **llm,
+    ),
+    vqvae=VQVAEConfig(),
+    token_ids=_token_ids(
+      text_vocab, 92544, pad=2, bos=1, im_start=92543, im_end=92542
+    ),
+  )
+
+
+def _qwen2(name: str, llm: dict[str, Any]) -> ModelConfig:
+  """Qwen2.5 sizes: the tokenizer counts 151,674 words with InternVL's own."""
+  text_vocab = 151674
+  return ModelConfig(
+    name=name,
+    vision=VisionConfig(),
+    llm=LLMConfig(
+      vocab_size=text_vocab + 4 + _NUM_CODES,
+      norm_eps=1e-6,
+      qkv_bias=True,
+      **llm,
+    ),
+    vqvae=VQVAEConfig(),
+    token_ids=_token_ids(
+      text_vocab, 151665, pad=151643, im_start=151644, im_end=151645
+    ),
+  )
+
+
+# The shipped text tokenizer (data/tokenizer.json): its special tokens come first.
+SMALL_TOKEN_IDS = TokenIds(
+  pad=0,
+  im_start=1,
+  im_end=2,
+  img_start=3,
+  img_end=4,
+  img_context=5,
+  mask=6,
+  ge_start=7,
+  ge_end=8,
+  mask_context=9,
+  first_code=512,
+)
+
+
+def _tiny() -> ModelConfig:
+  """The quickstart: 64 px, 85 codes a mask, trained from scratch on a CPU."""
+  num_codes = 256
+  return ModelConfig(
+    name="tiny",
+    vision=VisionConfig(
+      image_side=64,
+      patch_side=4,
+      width=64,
+      num_layers=0,
+      num_heads=2,
+      mlp_width=128,
+      stem="conv",
+    ),
+    llm=LLMConfig(
+      vocab_size=SMALL_TOKEN_IDS.first_code + num_codes,
+      width=96,
+      num_layers=3,
+      num_heads=2,
+      num_kv_heads=2,
+      head_dim=48,
+      mlp_width=192,
+      rope_theta=1e4,
+      max_positions=4096,
+      qk_norm=True,
+      tie_first_head_init=True,
+    ),
+    vqvae=VQVAEConfig(
+      image_side=64,
+      scales=(1, 2, 4, 8),
+      width=48,
+      width_multipliers=(1, 1, 1, 1),
+      blocks_per_level=1,
+      latent_channels=16,
+      num_codes=num_codes,
+      norm_groups=8,
+    ),
+    token_ids=SMALL_TOKEN_IDS,
+    aligned_positions=True,
+    bidirectional_prompt=True,
+    full_attention_in_scale=True,
+  )
+
+
+def _variants() -> dict[str, ModelConfig]:
+  eight = _internlm2(
+    "argenseg_8b",
+    dict(
+      width=4096, num_layers=32, num_heads=32, num_kv_heads=8, mlp_width=14336
+    ),
+  )
+  return {
+    "tiny": _tiny(),
+    "argenseg_1b": _qwen2(
+      "argenseg_1b",
+      dict(
+        width=896,
+        num_layers=24,
+        num_heads=14,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_width=4864,
+      ),
+    ),
+    "argenseg_2b": _internlm2(
+      "argenseg_2b",
+      dict(
+        width=2048, num_layers=24, num_heads=16, num_kv_heads=8, mlp_width=8192
+      ),
+    ),
+    "argenseg_4b": _qwen2(
+      "argenseg_4b",
+      dict(
+        width=2048,
+        num_layers=36,
+        num_heads=16,
+        num_kv_heads=2,
+        head_dim=128,
+        mlp_width=11008,
+      ),
+    ),
+    "argenseg_8b": eight,
+    "argenseg_8b_512": config_lib.replace(
+      eight,
+      {
+        "name": "argenseg_8b_512",
+        "vqvae.image_side": 512,
+        "vqvae.scales": SCALES_512,
+      },
+    ),
+  }
+
+
+VARIANTS = _variants()
+
+
+def get(name: str, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+  """The named variant, with dotted keys replaced.
+
+  Raises:
+    config.ConfigError: unknown variant or key.
+  """
+  if name not in VARIANTS:
+    raise config_lib.ConfigError(
+      f"unknown model variant {name!r}; use one of {', '.join(VARIANTS)}"
+    )
+  return config_lib.replace(VARIANTS[name], overrides or {})
