@@ -1,0 +1,249 @@
+"""Orbax checkpoints: what a step directory holds, saving, restoring, loading.
+
+A step holds three items: `model` (every variable of the model), `optimizer`
+(moments and counters) and `meta` (JSON: task, resolved model, run config, data
+state, format). Evaluation and prediction read `model` and `meta` only.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from argenseg_jax import config as config_lib
+from argenseg_jax import sharding
+from argenseg_jax.config import MeshConfig, ModelConfig
+from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.models.vqvae import VQVAE
+
+FORMAT = 1
+_ITEMS = ("model", "optimizer", "meta")
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that cannot be used; the message says which and why."""
+
+
+class Checkpoints:
+  """The checkpoints of one work directory, newest kept."""
+
+  def __init__(self, workdir: str | pathlib.Path, *, keep: int = 1):
+    self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      item_names=_ITEMS,
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+    )
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(
+    self, step: int, model: nnx.State, optimizer: Any, meta: dict[str, Any]
+  ) -> None:
+    """Starts an asynchronous save; an existing step is left as it is."""
+    if step in self._manager.all_steps():
+      return
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        model=ocp.args.StandardSave(nnx.to_pure_dict(model)),
+        optimizer=ocp.args.StandardSave(_flat(optimizer)),
+        meta=ocp.args.JsonSave(meta | {"format": FORMAT}),
+      ),
+    )
+
+  def restore(
+    self, step: int, model: nnx.State, optimizer: Any
+  ) -> tuple[nnx.State, Any, dict[str, Any]]:
+    """Restores a step onto the shardings of `model` and `optimizer`.
+
+    Args:
+      step: one of this directory's steps.
+      model: abstract or concrete variables, with shardings.
+      optimizer: likewise.
+
+    Raises:
+      CheckpointError: a leaf is missing, unexpected or of another shape.
+    """
+    where = self.directory / str(step)
+    wanted_model = nnx.to_pure_dict(_abstract(model))
+    wanted_optimizer = _flat(_abstract(optimizer))
+    metadata = self._manager.item_metadata(step)
+    _compare(wanted_model, metadata.model, where)
+    _compare(wanted_optimizer, metadata.optimizer, where)
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        model=ocp.args.StandardRestore(wanted_model),
+        optimizer=ocp.args.StandardRestore(wanted_optimizer),
+        meta=ocp.args.JsonRestore(),
+      ),
+    )
+    leaves = list(restored.optimizer.values())
+    optimizer = jax.tree.unflatten(jax.tree.structure(optimizer), leaves)
+    return _with_values(model, restored.model), optimizer, restored.meta
+
+  def wait(self) -> None:
+    """Blocks until running saves are on disk; raises what went wrong."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A model read for evaluation, prediction or as a starting point."""
+
+  task: str
+  config: ModelConfig
+  model: nnx.Module
+  meta: dict[str, Any]
+  path: pathlib.Path
+
+
+def step_directory(path: str | pathlib.Path) -> pathlib.Path:
+  """The newest step under a work directory, checkpoint directory or step.
+
+  Raises:
+    CheckpointError: nothing there is a checkpoint.
+  """
+  root = pathlib.Path(path).absolute()
+  if not root.exists():
+    raise CheckpointError(f"checkpoint {path} does not exist.")
+  if (root / "meta").is_dir() and (root / "model").is_dir():
+    return root
+  for directory in (root / "checkpoints", root):
+    if directory.is_dir():
+      steps = [d for d in directory.iterdir() if d.name.isdigit()]
+      if steps:
+        return max(steps, key=lambda d: int(d.name))
+  raise CheckpointError(
+    f"{path} holds no checkpoint; give a work directory of `argenseg train` or "
+    "`argenseg quickstart`, or one of its checkpoints/STEP directories."
+  )
+
+
+def load(
+  path: str | pathlib.Path,
+  *,
+  mesh: Mesh | None = None,
+  dtype: jnp.dtype = jnp.float32,
+) -> Loaded:
+  """Reads the model of a checkpoint, each variable onto its own shards.
+
+  Args:
+    path: see `step_directory`.
+    mesh: all devices along `data` by default.
+    dtype: compute dtype of the returned model.
+
+  Raises:
+    CheckpointError: no checkpoint there, or a leaf that does not fit.
+  """
+  where = step_directory(path)
+  meta_path = where / "meta" / "metadata"
+  try:
+    meta = json.loads(meta_path.read_text())
+    config = config_lib.from_mapping(ModelConfig, meta["model"])
+  except (OSError, ValueError, KeyError) as error:
+    raise CheckpointError(
+      f"checkpoint {where} has unreadable meta data ({error})."
+    ) from error
+  if meta.get("format") != FORMAT:
+    raise CheckpointError(
+      f"checkpoint {where} has format {meta.get('format')}, this version reads "
+      f"{FORMAT}."
+    )
+  mesh = mesh or sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+  make = model_factory(meta["task"], config, dtype=dtype)
+  graph, abstract = nnx.split(nnx.eval_shape(make))
+  shardings = sharding.state_shardings(abstract, mesh)
+  wanted = nnx.to_pure_dict(
+    jax.tree.map(
+      lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+      abstract,
+      shardings,
+    )
+  )
+  with ocp.StandardCheckpointer() as reader:
+    _compare(wanted, reader.metadata(where / "model").item_metadata, where)
+    values = reader.restore(where / "model", wanted)
+  model = nnx.merge(graph, _with_values(abstract, values))
+  return Loaded(meta["task"], config, model, meta, where)
+
+
+def model_factory(
+  task: str,
+  config: ModelConfig,
+  *,
+  seed: int = 0,
+  dtype: jnp.dtype = jnp.float32,
+  param_dtype: jnp.dtype = jnp.float32,
+):
+  """A constructor without arguments for the module that `task` trains."""
+
+  def make():
+    kwargs = dict(rngs=nnx.Rngs(seed), dtype=dtype, param_dtype=param_dtype)
+    if task == "vqvae":
+      return VQVAE(config.vqvae, **kwargs)
+    return ARGenSeg(config, **kwargs)
+
+  return make
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+  """Leaves by key path, in flattening order."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    f"{i:04d}{jax.tree_util.keystr(path)}": leaf
+    for i, (path, leaf) in enumerate(leaves)
+  }
+
+
+def _abstract(tree: Any) -> Any:
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )
+
+
+def _with_values(state: nnx.State, values: dict[str, Any]) -> nnx.State:
+  state = jax.tree.map(lambda x: x, state)
+  nnx.replace_by_pure_dict(state, values)
+  return state
+
+
+def _compare(wanted: Any, found: Any, where: pathlib.Path) -> None:
+  """Raises `CheckpointError` naming the first leaf that does not fit."""
+
+  def leaves(tree):
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+      tree, is_leaf=lambda x: hasattr(x, "shape")
+    )
+    return {
+      ".".join(str(getattr(k, "key", k)) for k in path): leaf
+      for path, leaf in flat
+    }
+
+  wanted, found = leaves(wanted), leaves(found)
+  for name in wanted.keys() | found.keys():
+    if name not in found:
+      raise CheckpointError(
+        f"checkpoint {where} lacks {name}; it is of another model variant."
+      )
+    if name not in wanted:
+      raise CheckpointError(
+        f"checkpoint {where} holds {name}, which this model has not; it is of "
+        "another model variant."
+      )
+    if tuple(wanted[name].shape) != tuple(found[name].shape):
+      raise CheckpointError(
+        f"checkpoint {where} holds {name} of shape {tuple(found[name].shape)}, "
+        f"this model needs {tuple(wanted[name].shape)}."
+      )

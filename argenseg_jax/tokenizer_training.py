@@ -1,0 +1,151 @@
+"""What training an image tokenizer from scratch on small data needs besides its
+loss: a codebook that starts on the data, revival of dead codes, and costs that
+make rare codes rarer (entropy-constrained quantisation)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from argenseg_jax.models.vqvae import VQVAE
+
+
+def start_codebook(
+  model: VQVAE,
+  images: Float[Array, "b h w 3"],
+  *,
+  key: Array,
+  iterations: int,
+) -> None:
+  """Sets the codebook to k-means centres of the images' residuals.
+
+  Scales are clustered in turn, each on what the coarser ones left over; a
+  scale's share of the codes grows with its side length.
+
+  Args:
+    model: its codebook is replaced in place.
+    images: a few hundred images in [-1, 1].
+    key: picks the first centres.
+    iterations: of Lloyd's algorithm.
+  """
+  quantizer = model.quantizer
+  scales = quantizer.scales
+  latent = _latents(model, images)
+  num_codes = quantizer.codebook.shape[0]
+  ends = np.cumsum(scales.sides) * num_codes // sum(scales.sides)
+  starts = (0, *ends[:-1])
+  partial = jnp.zeros_like(latent)
+  # Rows not clustered yet lie too far away to be anybody's nearest code.
+  codebook = jnp.full_like(quantizer.codebook[...], 1e4)
+  for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
+    vectors = quantizer.vectors_at(latent - partial, k)
+    points = vectors.reshape(-1, vectors.shape[-1])
+    centres = _kmeans(
+      points, int(end - start), jax.random.fold_in(key, k), iterations
+    )
+    codebook = codebook.at[int(start) : int(end)].set(centres)
+    quantizer.codebook[...] = codebook
+    codes = quantizer.nearest(vectors, k)
+    partial = quantizer.add_scale(partial, codes, k)
+
+
+def revive_codes(
+  model: VQVAE,
+  images: Float[Array, "b h w 3"],
+  usage: Int[Array, "codes"],
+  key: Array,
+) -> None:
+  """Moves codes that nothing used onto vectors that were just quantised.
+
+  Args:
+    model: its codebook is changed in place.
+    images: the current batch, in [-1, 1].
+    usage: how often each code was used since the last revival.
+    key: picks the vectors.
+  """
+  vectors = model.quantizer(model.encode_latent(images)).vectors
+  points = vectors.reshape(-1, vectors.shape[-1])
+  picks = jax.random.choice(key, points.shape[0], (usage.shape[0],))
+  codebook = model.quantizer.codebook
+  codebook[...] = jnp.where(
+    (usage == 0)[:, None], points[picks].astype(codebook.dtype), codebook[...]
+  )
+
+
+def constrain_entropy(
+  model: VQVAE,
+  images: Float[Array, "b h w 3"],
+  *,
+  weight: float,
+  iterations: int,
+) -> None:
+  """Adds -weight * log(frequency in its scale) to each code's distance.
+
+  Codes that carry little are given up for frequent ones near by, which makes
+  them easier to predict at almost no loss of quality. The costs stay in the
+  model's `assignment_cost`.
+
+  Args:
+    model: its costs are replaced in place.
+    images: a few hundred images in [-1, 1].
+    weight: squared latent units per nat.
+    iterations: rounds of counting and coding again.
+  """
+  quantizer = model.quantizer
+  latent = _latents(model, images)
+  encode = jax.jit(_count)
+  graph, state = nnx.split(quantizer)
+  for _ in range(iterations):
+    counts = encode(graph, state, latent).astype(jnp.float32)
+    chance = (counts + 0.5) / jnp.sum(counts + 0.5, -1, keepdims=True)
+    quantizer.assignment_cost[...] = -weight * jnp.log(chance)
+    state = nnx.state(quantizer)
+
+
+def usage_and_perplexity(
+  counts: Int[Array, "scales codes"],
+) -> tuple[Int[Array, ""], Float[Array, "scales"]]:
+  """Number of codes in use, and the perplexity of each scale's codes."""
+  chance = counts / jnp.maximum(jnp.sum(counts, -1, keepdims=True), 1)
+  entropy = -jnp.sum(chance * jnp.log(jnp.maximum(chance, 1e-10)), -1)
+  return jnp.sum(jnp.sum(counts, 0) > 0), jnp.exp(entropy)
+
+
+def _count(graph, state, latent):
+  quantizer = nnx.merge(graph, state)
+  return quantizer.count_codes(quantizer.encode(latent))
+
+
+def _latents(model: VQVAE, images: Array, batch: int = 64) -> Array:
+  graph, state = nnx.split(model)
+
+  @jax.jit
+  def encode(state, images):
+    return nnx.merge(graph, state).encode_latent(images)
+
+  parts = [
+    encode(state, images[i : i + batch])
+    for i in range(0, images.shape[0], batch)
+  ]
+  return jnp.concatenate(parts)
+
+
+def _kmeans(points: Array, count: int, key: Array, iterations: int) -> Array:
+  """Lloyd's algorithm; a centre without points stays where it is."""
+  picks = jax.random.choice(key, points.shape[0], (count,))
+  # A little noise tells apart centres that start on equal points.
+  noise = jax.random.normal(key, (count, points.shape[1]))
+  centres = points[picks] + 1e-3 * jnp.std(points) * noise
+
+  @jax.jit
+  def improve(centres):
+    distances = jnp.sum(centres**2, -1) - 2 * points @ centres.T
+    nearest = jnp.argmin(distances, -1)
+    sums = jnp.zeros_like(centres).at[nearest].add(points)
+    counts = jnp.zeros((count,)).at[nearest].add(1.0)[:, None]
+    return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), centres)
+
+  for _ in range(iterations):
+    centres = improve(centres)
+  return centres
