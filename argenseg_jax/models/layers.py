@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 Axes = tuple[str | None, ...]
 Initializer = Callable[..., Array]
 
-fan_in_init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+fan_in_init = nnx.initializers.variance_scaling(
+  1.0, "fan_in", "truncated_normal"
+)
 zeros_init = nnx.initializers.zeros_init()
 ones_init = nnx.initializers.ones_init()
 
@@ -26,12 +29,16 @@ def param(
   shape: Sequence[int],
   axes: Axes,
   init: Initializer = fan_in_init,
-  dtype: jnp.dtype = jnp.float32,
+  dtype: DTypeLike = jnp.float32,
 ) -> nnx.Param:
   """A parameter with one logical axis name per dimension."""
   if len(shape) != len(axes):
     raise ValueError(f"{len(axes)} axis names for shape {tuple(shape)}")
   return nnx.Param(init(rngs.params(), tuple(shape), dtype), axes=axes)
+
+
+class Buffer(nnx.Variable):
+  """An array that belongs to the model and is saved, but never trained."""
 
 
 class Linear(nnx.Module):
@@ -46,11 +53,13 @@ class Linear(nnx.Module):
     axes: Axes,
     use_bias: bool = True,
     init: Initializer = fan_in_init,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
   ):
     self.dtype = dtype
-    self.kernel = param(rngs, (in_features, out_features), axes, init, param_dtype)
+    self.kernel = param(
+      rngs, (in_features, out_features), axes, init, param_dtype
+    )
     self.bias = (
       param(rngs, (out_features,), axes[-1:], zeros_init, param_dtype)
       if use_bias
@@ -76,8 +85,8 @@ class Conv(nnx.Module):
     padding: int | tuple[int, int] = 0,
     axes: Axes = (None, None, None, "conv"),
     init: Initializer = fan_in_init,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
   ):
     self.dtype = dtype
     self.stride = stride
@@ -108,7 +117,7 @@ class RMSNorm(nnx.Module):
     rngs: nnx.Rngs,
     eps: float,
     axes: Axes = ("norm",),
-    param_dtype: jnp.dtype = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
   ):
     self.eps = eps
     self.scale = param(rngs, (features,), axes, ones_init, param_dtype)
@@ -129,7 +138,7 @@ class LayerNorm(nnx.Module):
     rngs: nnx.Rngs,
     eps: float,
     axes: Axes = ("norm",),
-    param_dtype: jnp.dtype = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
   ):
     self.eps = eps
     self.scale = param(rngs, (features,), axes, ones_init, param_dtype)
@@ -153,7 +162,7 @@ class GroupNorm(nnx.Module):
     *,
     rngs: nnx.Rngs,
     eps: float = 1e-6,
-    param_dtype: jnp.dtype = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
   ):
     if features % num_groups:
       raise ValueError(f"{features} channels do not form {num_groups} groups")
@@ -182,9 +191,11 @@ def attend(
   A query that sees no key gets the mean of all values: finite, and to be
   ignored by the caller.
   """
-  return jax.nn.dot_product_attention(
-    queries, keys, values, mask=None if mask is None else mask[:, None]
-  )
+  # JAX's own function mixes dtypes, which strict promotion would refuse.
+  with jax.numpy_dtype_promotion("standard"):
+    return jax.nn.dot_product_attention(
+      queries, keys, values, mask=None if mask is None else mask[:, None]
+    )
 
 
 def rope_frequencies(
@@ -216,12 +227,16 @@ def rotate(
   positions: Int[Array, "b t"],
   frequencies: np.ndarray,
 ) -> Float[Array, "b t heads hd"]:
-  """Applies rotate-half rotary embeddings in float32."""
+  """Applies rotate-half rotary embeddings in float32.
+
+  Only the first 2 * len(frequencies) dimensions of each head rotate.
+  """
+  width = 2 * len(frequencies)
   angles = positions[..., None].astype(jnp.float32) * frequencies
   cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  a, b = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate((a * cos - b * sin, b * cos + a * sin), -1)
-  return rotated.astype(x.dtype)
+  return jnp.concatenate((rotated.astype(x.dtype), x[..., width:]), -1)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
@@ -248,7 +263,7 @@ def layer_scan(
   carry,
   xs=None,
   *,
-  remat_policy: Callable | None | bool = False,
+  remat_policy: Callable | bool | None = False,
   unroll: int | bool = 1,
 ):
   """Scans `carry, y = step(layer, carry, x)` over the layers of `stacked`.
@@ -328,6 +343,12 @@ def bicubic_matrix(source: int, target: int, a: float = -0.75) -> np.ndarray:
 def resize_with(
   matrix: np.ndarray, x: Float[Array, "b h w c"]
 ) -> Float[Array, "b h2 w2 c"]:
-  """Applies one axis' resize matrix to both spatial axes, in x's dtype."""
+  """Applies one axis' resize matrix to both spatial axes, in x's dtype.
+
+  Accelerators would round float32 factors by default; resizing is cheap and
+  decides which code is nearest, so it asks for full precision.
+  """
   m = jnp.asarray(matrix, x.dtype)
-  return jnp.einsum("ih,bhwc,jw->bijc", m, x, m)
+  return jnp.einsum(
+    "ih,bhwc,jw->bijc", m, x, m, precision=jax.lax.Precision.HIGHEST
+  )
