@@ -1,0 +1,80 @@
+"""Cross-entropy of a linear head, without the logits in memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from argenseg_jax.kernels import dispatch
+from argenseg_jax.kernels.linear_cross_entropy import reference
+
+
+def linear_cross_entropy(
+  hidden: Float[Array, "t d"],
+  head: Float[Array, "vocab d"],
+  targets: Int[Array, "t"],
+  weights: Float[Array, "t"],
+  *,
+  z_loss: float = 0.0,
+  implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "t"]:
+  """Weighted cross-entropy of softmax(hidden @ head.T) for each token.
+
+  weights * (log_sum_exp - logit of the target + z_loss * log_sum_exp^2)
+
+  Losses of several kinds (text, codes) come from one call: sum the result over
+  the tokens of each kind. Differentiable once, with respect to `hidden`, `head`
+  and `weights`; logits are computed again, block by block, for the gradient.
+
+  Args:
+    hidden: last hidden states, bfloat16 or float32.
+    head: one row per word, in the dtype of `hidden`.
+    targets: int32; any value, negative too, where the weight is 0.
+    weights: float32; 0 ignores a token.
+    z_loss: weight of the squared log-sum-exp.
+    implementation: see `dispatch.load`.
+
+  Returns:
+    float32; 0 where the weight is 0, so long as `hidden` is finite there.
+
+  Raises:
+    ValueError: dtypes that differ, or no such implementation.
+  """
+  if hidden.dtype != head.dtype:
+    raise ValueError(
+      f"hidden is {hidden.dtype} and head is {head.dtype}; cast one of them."
+    )
+  if implementation == "reference":
+    losses = reference.token_losses(hidden, head, targets, z_loss=z_loss)
+  else:
+    module = dispatch.load("linear_cross_entropy", implementation)
+    losses = _token_losses(module, z_loss, hidden, head, targets)
+  return weights * losses
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_losses(module, z_loss, hidden, head, targets):
+  return _forward(module, z_loss, hidden, head, targets)[0]
+
+
+def _forward(module, z_loss, hidden, head, targets):
+  normalizers, logits = module.statistics(hidden, head, targets)
+  losses = normalizers - logits + z_loss * jnp.square(normalizers)
+  return losses, (hidden, head, targets, normalizers)
+
+
+def _backward(module, z_loss, residuals, gradients):
+  hidden, head, targets, normalizers = residuals
+  d_hidden, d_head = module.gradients(
+    hidden,
+    head,
+    targets,
+    normalizers=normalizers,
+    d_normalizers=gradients * (1 + 2 * z_loss * normalizers),
+    d_logits=-gradients,
+  )
+  return d_hidden, d_head, None
+
+
+_token_losses.defvjp(_forward, _backward)

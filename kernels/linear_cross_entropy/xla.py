@@ -1,0 +1,127 @@
+"""Blocks of tokens and words in plain XLA: any backend, no logits in memory."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from argenseg_jax.kernels import dispatch
+from argenseg_jax.kernels.products import block_elements, even_blocks, product
+
+_WORDS = 8192  # Words of a block; a smaller vocabulary is one block.
+_MIN_TOKENS = 128
+
+
+def statistics(
+  hidden: Float[Array, "t d"],
+  head: Float[Array, "vocab d"],
+  targets: Int[Array, "t"],
+) -> tuple[Float[Array, "t"], Float[Array, "t"]]:
+  """Log-sum-exp of the logits and the target's logit, float32.
+
+  A target outside the vocabulary has logit 0.
+  """
+  (hidden, targets), length = _split_tokens(head.shape[0], hidden, targets)
+
+  def tokens_block(block):
+    hidden, targets = block
+
+    def words_block(i, state):
+      peak, total, target_logits = state
+      rows, ids, fresh = _words(head, i)
+      logits = product(hidden, rows, contract=(1, 1))
+      logits = jnp.where(fresh, logits, -jnp.inf)
+      new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
+      total = total * jnp.exp(peak - new_peak)
+      total += jnp.sum(jnp.exp(logits - new_peak[:, None]), axis=1)
+      hit = fresh & (ids == targets[:, None])
+      target_logits += jnp.sum(jnp.where(hit, logits, 0.0), axis=1)
+      return new_peak, total, target_logits
+
+    zeros = jnp.zeros(hidden.shape[0], jnp.float32)
+    state = (jnp.full_like(zeros, -jnp.inf), zeros, zeros)
+    state = lax.fori_loop(0, _num_blocks(head), words_block, state)
+    peak, total, target_logits = state
+    return peak + jnp.log(total), target_logits
+
+  normalizers, target_logits = lax.map(tokens_block, (hidden, targets))
+  return normalizers.reshape(-1)[:length], target_logits.reshape(-1)[:length]
+
+
+def gradients(
+  hidden: Float[Array, "t d"],
+  head: Float[Array, "vocab d"],
+  targets: Int[Array, "t"],
+  *,
+  normalizers: Float[Array, "t"],
+  d_normalizers: Float[Array, "t"],
+  d_logits: Float[Array, "t"],
+) -> tuple[Float[Array, "t d"], Float[Array, "vocab d"]]:
+  """Pulls the gradients of `statistics` back to hidden and head."""
+  dtype = head.dtype
+  blocks, length = _split_tokens(
+    head.shape[0], hidden, targets, normalizers, d_normalizers, d_logits
+  )
+
+  def words_block(i, state):
+    d_hidden, d_head = state
+    rows, ids, fresh = _words(head, i)
+
+    def tokens_block(d_rows, block):
+      (hidden, targets, normalizers, d_normalizers, d_logits), d_hidden = block
+      logits = product(hidden, rows, contract=(1, 1))
+      d_block = d_normalizers[:, None] * jnp.exp(logits - normalizers[:, None])
+      d_block += jnp.where(ids == targets[:, None], d_logits[:, None], 0.0)
+      d_block = jnp.where(fresh, d_block, 0.0).astype(dtype)
+      d_rows += product(d_block, hidden, contract=(0, 0))
+      return d_rows, d_hidden + product(d_block, rows)
+
+    d_rows = jnp.zeros(rows.shape, jnp.float32)
+    d_rows, d_hidden = lax.scan(tokens_block, d_rows, (blocks, d_hidden))
+    start = _start(head, i)
+    # Rows that an earlier block has filled get zeros added.
+    d_rows = d_rows.astype(dtype) + lax.dynamic_slice_in_dim(
+      d_head, start, rows.shape[0]
+    )
+    return d_hidden, lax.dynamic_update_slice_in_dim(d_head, d_rows, start, 0)
+
+  d_hidden = jnp.zeros(blocks[0].shape, jnp.float32)
+  state = (d_hidden, jnp.zeros_like(head))
+  d_hidden, d_head = lax.fori_loop(0, _num_blocks(head), words_block, state)
+  d_hidden = d_hidden.reshape(-1, hidden.shape[1])[:length]
+  return d_hidden.astype(hidden.dtype), d_head
+
+
+def _num_blocks(head):
+  return -(-head.shape[0] // _WORDS)
+
+
+def _start(head, i):
+  """First row of block i; the last block reaches back to keep its size."""
+  return jnp.minimum(i * _WORDS, max(head.shape[0] - _WORDS, 0))
+
+
+def _words(head, i):
+  """Rows of block i, their ids, and which no earlier block has held."""
+  size = min(head.shape[0], _WORDS)
+  start = _start(head, i)
+  ids = start + lax.broadcasted_iota(jnp.int32, (1, size), 1)
+  rows = lax.dynamic_slice_in_dim(head, start, size)
+  return rows, ids, ids >= i * _WORDS
+
+
+def _split_tokens(vocab, *arrays):
+  """Pads each [t ...] with zeros and cuts it into [blocks, size, ...].
+
+  Returns the arrays and t.
+  """
+  words = min(vocab, _WORDS)
+  largest = block_elements(dispatch.target().platform) // words
+  length = arrays[0].shape[0]
+  count, size = even_blocks(length, max(largest, _MIN_TOKENS))
+
+  def split(x):
+    padding = [(0, count * size - length)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding).reshape(count, size, *x.shape[1:])
+
+  return jax.tree.map(split, arrays), length

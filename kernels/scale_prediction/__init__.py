@@ -1,0 +1,89 @@
+"""From hidden states to the codes of one scale, without logits in memory."""
+
+from typing import NamedTuple
+
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+from argenseg_jax.kernels import dispatch, noise
+
+
+class Scores(NamedTuple):
+  """Scores of the chosen codes; their difference is the log-probability."""
+
+  logits: Float[Array, "b n"]  # float32; before temperature and noise.
+  log_sum_exp: Float[Array, "b n"]  # float32; over all codes' logits.
+
+
+def scale_prediction(
+  hidden: Float[Array, "b n d"],
+  code_head: Float[Array, "codes d"],
+  codebook: Float[Array, "codes c"],
+  *,
+  key: Key[Array, ""] | UInt32[Array, "words"] | None = None,
+  temperature: float = 0.0,
+  top_k: int | None = None,
+  return_scores: bool = False,
+  implementation: dispatch.Implementation | None = None,
+) -> (
+  tuple[Int[Array, "b n"], Float[Array, "b n c"]]
+  | tuple[Int[Array, "b n"], Float[Array, "b n c"], Scores]
+):
+  """Codes with the highest (or sampled) logit, and their codebook rows.
+
+  The logits are hidden @ code_head.T in float32. Ties go to the lowest code.
+  With a temperature, codes are drawn from softmax(logits / temperature) by
+  adding Gumbel noise; the noise depends on the key, the row of [b n] and the
+  code, not on the implementation. No gradient passes.
+
+  Guidance mixes two predictions: (1 + s) * conditional - s * unconditional
+  logits. As the head is linear without bias, the mixed logits are the logits of
+  the mixed hidden states, exactly: pass
+  (1 + s) * hidden_conditional - s * hidden_unconditional, and one head product
+  serves both. (Round the mixture once, from float32.)
+
+  Args:
+    hidden: last hidden states of one scale, bfloat16 or float32.
+    code_head: the head's rows of the codes, in the dtype of `hidden`.
+    codebook: any float dtype; the latents have it too.
+    key: random key, needed with a temperature.
+    temperature: 0 takes the arg-max.
+    top_k: with a temperature, draws only from codes whose logit is at least
+      the k-th highest.
+    return_scores: also returns `Scores`.
+    implementation: see `dispatch.load`.
+
+  Returns:
+    codes (int32), latents, and `Scores` if asked.
+
+  Raises:
+    ValueError: dtypes that differ, a temperature without key, a `top_k` outside
+      1..codes, or no such implementation.
+  """
+  if hidden.dtype != code_head.dtype:
+    raise ValueError(
+      f"hidden is {hidden.dtype} and code_head is {code_head.dtype}; "
+      "cast one of them."
+    )
+  if temperature < 0 or (temperature and key is None):
+    raise ValueError(
+      f"temperature {temperature} needs a random key and must not be negative."
+    )
+  if top_k is not None and not 1 <= top_k <= code_head.shape[0]:
+    raise ValueError(f"top_k {top_k} is outside 1..{code_head.shape[0]}.")
+  hidden, code_head, codebook = lax.stop_gradient((hidden, code_head, codebook))
+  b, n, d = hidden.shape
+  module = dispatch.load("scale_prediction", implementation)
+  codes, latents, logits, log_sum_exp = module.predict(
+    hidden.reshape(b * n, d),
+    code_head,
+    codebook,
+    seed=noise.seed_words(key) if temperature else None,
+    temperature=float(temperature),
+    top_k=top_k if temperature else None,
+  )
+  codes, latents = codes.reshape(b, n), latents.reshape(b, n, -1)
+  if not return_scores:
+    return codes, latents
+  scores = Scores(logits.reshape(b, n), log_sum_exp.reshape(b, n))
+  return codes, latents, scores
