@@ -98,6 +98,40 @@ class VQVAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where samples come from and what a row of a batch holds."""
+
+  path: str
+  source: Literal["ref_shapes", "jsonl"] = "ref_shapes"
+  split: str = "train"  # Of ref_shapes.
+  root: str | None = None  # Of jsonl: what its paths are relative to.
+  text_tokenizer: str | None = None  # A tokenizer.json; None: the shipped one.
+  # Request template, how expressions are joined in it, and whether a request
+  # holds all expressions of an object or one of them (in training any, drawn
+  # from the seed; in evaluation the first).
+  request: Literal["referring", "semantic", "reasoning", "free"] = "referring"
+  join: Literal["training", "evaluation"] = "training"
+  protocol: Literal["merged", "per_expression"] = "merged"
+  answer: str = "Sure, the segmentation result: <mask>."
+  absent_answer: str = "There is no such thing."
+  system_message: str = ""  # Empty: no system block.
+  sequence_length: int = 8192  # 0: no text, for training the VQ-VAE.
+  image_side: int = 448
+  mask_side: int = 256
+  mask_intermediate_side: int | None = 512  # Masks take this size on the way.
+  mask_channels: int = 3
+  max_images: int = 1  # Places for pictures in a row; 0: pictures unread.
+  max_masks: int = 1
+  pad_square: bool = False  # Keep the aspect of pictures and masks.
+  resize: Literal["pillow", "opencv"] = "pillow"
+  seed: int = 0  # Of the order and of all random choices.
+  workers: int = 0  # Processes that make batches; 0: threads of this one.
+  threads: int = 1
+  prefetch: int = 4  # Batches made in advance.
+  cache: bool = False  # Keep resized pictures and masks in memory.
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenIds:
   """Ids of the special tokens; codes follow from `first_code` on."""
 

@@ -1,0 +1,149 @@
+"""TFDS builder of `ref_shapes`, and `prepare`, which builds it once.
+
+Runs without TensorFlow: images are encoded bytes, the schema is flat, and the
+records are ArrayRecord files that any TFDS reader opens.
+"""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.ref_shapes import requests
+
+_PARAMETERS = "parameters.json"
+
+
+class RefShapes(tfds.core.GeneratorBasedBuilder):
+  """Coloured shapes with referring expressions and their masks.
+
+  Keyword arguments: `num_train` and `num_eval` requests in train and in each
+  of the other splits, `seed`, `image_side` in pixels, and `workers` processes
+  to draw in. The records do not depend on `workers`.
+  """
+
+  VERSION = tfds.core.Version("1.0.0")
+  name = "ref_shapes"
+
+  def __init__(
+    self,
+    *,
+    num_train: int = 24_000,
+    num_eval: int = 1_000,
+    seed: int = 0,
+    image_side: int = 128,
+    workers: int = 1,
+    **kwargs,
+  ):
+    self._counts = {
+      split: num_train if split == "train" else num_eval
+      for split in requests.SPLITS
+    }
+    self._seed = seed
+    self._image_side = image_side
+    self._workers = workers
+    super().__init__(file_format="array_record", **kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    side = self._image_side
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description="Procedural scenes of coloured shapes with requests.",
+      features=tfds.features.FeaturesDict(
+        {
+          "image": tfds.features.Image(
+            shape=(side, side, 3), encoding_format="jpeg"
+          ),
+          "seg_mask": tfds.features.Image(
+            shape=(side, side, 1), encoding_format="png"
+          ),
+          "expressions": tfds.features.Sequence(tfds.features.Text()),
+          "kind": tfds.features.Text(),
+          "scene_id": tfds.features.Scalar(np.int64),
+          "num_objects": tfds.features.Scalar(np.int64),
+        }
+      ),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # Everything is drawn here.
+    return {
+      split: self._generate_examples(split, count)
+      for split, count in self._counts.items()
+    }
+
+  def _generate_examples(self, split: str, count: int):
+    yield from enumerate(
+      requests.iterate_requests(
+        split,
+        count,
+        seed=self._seed,
+        image_side=self._image_side,
+        workers=self._workers,
+      )
+    )
+
+
+def prepare(
+  data_dir: str | pathlib.Path,
+  *,
+  num_train: int = 24_000,
+  num_eval: int = 1_000,
+  seed: int = 0,
+  image_side: int = 128,
+  workers: int = 1,
+) -> pathlib.Path:
+  """Builds ref_shapes below `data_dir`, or finds it built already.
+
+  Args:
+    data_dir: created when absent.
+    num_train: requests of the train split.
+    num_eval: requests of each of val, testA and testB.
+    seed: the same seed gives the same bytes.
+    image_side: side of the pictures in pixels.
+    workers: processes that draw.
+
+  Returns:
+    The folder of the prepared data set, for `RefShapesSource`.
+
+  Raises:
+    DataError: the folder holds a data set with other parameters.
+  """
+  wanted = {
+    "num_train": num_train,
+    "num_eval": num_eval,
+    "seed": seed,
+    "image_side": image_side,
+    "version": str(RefShapes.VERSION),
+  }
+  folder = pathlib.Path(data_dir) / RefShapes.name / str(RefShapes.VERSION)
+  note = folder / _PARAMETERS
+  if note.exists():
+    found = json.loads(note.read_text())
+    if found == wanted:
+      return folder
+    other = sorted(k for k in wanted if found.get(k) != wanted[k])
+    raise DataError(
+      f"{folder} holds ref_shapes with another {', '.join(other)}; use another "
+      "folder or remove it."
+    )
+  # TFDS renames a finished build into place, so a folder without the note was
+  # left by a run that ended between the rename and the note.
+  if folder.exists():
+    shutil.rmtree(folder)
+  builder = RefShapes(
+    data_dir=str(data_dir),
+    num_train=num_train,
+    num_eval=num_eval,
+    seed=seed,
+    image_side=image_side,
+    workers=workers,
+  )
+  tfds.disable_progress_bar()
+  builder.download_and_prepare()
+  note.write_text(json.dumps(wanted, indent=2) + "\n")
+  return folder

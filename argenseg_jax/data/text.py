@@ -1,0 +1,380 @@
+"""Text: the text tokenizer, the chat template, request templates, rows.
+
+Equal, id by id and label by label, to what the authors' `internvl2_5`
+preprocessing gives (see tests/golden/preprocess).
+"""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from argenseg_jax.config import TokenIds
+from argenseg_jax.data.errors import DataError
+from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
+
+SHIPPED = pathlib.Path(__file__).parent / "tokenizer.json"
+IGNORE_LABEL = -100  # The authors' mark for "no loss here".
+
+# Field of `TokenIds` -> the token's text.
+SPECIAL_TOKENS = {
+  "im_start": "<|im_start|>",
+  "im_end": "<|im_end|>",
+  "img_start": "<img>",
+  "img_end": "</img>",
+  "img_context": "<IMG_CONTEXT>",
+  "mask": "<mask>",
+  "ge_start": "<ge_start>",
+  "ge_end": "<ge_end>",
+  "mask_context": "<MASK_CONTEXT>",
+}
+# First of these that the vocabulary has: ours, InternLM2's, Qwen2's.
+_PAD_TOKENS = ("<pad>", "</s>", "<|endoftext|>")
+
+INTERNVL_SYSTEM_MESSAGE = (
+  "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
+  "联合开发的多模态大语言模型。"
+)
+
+# What is asked around the expressions.
+REQUEST_TEMPLATES = {
+  "referring": (
+    "<image>\n Given the following instructions: {}; please perform referring "
+    "segmentation on this image."
+  ),
+  "semantic": "<image>\n Please segment {} in this image.",
+  "reasoning": (
+    "<image>\n Please perform instance segmentation following the instructions "
+    "below: {}."
+  ),
+  "free": "<image>\n{}",
+}
+# How the authors put several expressions of one object side by side: in
+# training "a, b", in evaluation " a. b.".
+EXPRESSION_JOINS = {
+  "training": lambda expressions: ", ".join(expressions),
+  "evaluation": lambda expressions: "".join(f" {e}." for e in expressions),
+}
+
+
+def request_text(
+  template: str, expressions: Sequence[str], join: str = "training"
+) -> str:
+  """Puts expressions into a request template; both are named in the tables."""
+  return REQUEST_TEMPLATES[template].replace(
+    "{}", EXPRESSION_JOINS[join](expressions)
+  )
+
+
+class TextTokenizer:
+  """A `tokenizer.json` and the ids of its special tokens.
+
+  Args:
+    path: a file of the `tokenizers` library; None takes the small byte-level
+      BPE that is shipped.
+    first_code: id of code 0; by default the codes follow the last text token.
+
+  Raises:
+    DataError: not such a file, or a special token is missing from it.
+  """
+
+  def __init__(
+    self,
+    path: str | pathlib.Path | None = None,
+    *,
+    first_code: int | None = None,
+  ):
+    path = SHIPPED if path is None else pathlib.Path(path)
+    try:
+      model = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises bare Exceptions.
+      raise DataError(f"cannot load text tokenizer {path}: {error}.") from error
+    self._set(model, str(path), first_code)
+
+  @classmethod
+  def from_characters(
+    cls, vocabulary: Mapping[str, int], *, first_code: int | None = None
+  ) -> "TextTokenizer":
+    """The recorders' toy: special strings first, then one token a character.
+
+    Unknown characters become `<unk>`, and `<s>` stands before every text when
+    the vocabulary has one.
+    """
+    model = tokenizers.Tokenizer(
+      models.WordLevel(dict(vocabulary), unk_token="<unk>")
+    )
+    model.pre_tokenizer = pre_tokenizers.Split(
+      tokenizers.Regex(r"(?s)."), "isolated"
+    )
+    model.add_special_tokens([t for t in vocabulary if len(t) > 1])
+    if "<s>" in vocabulary:
+      model.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+      )
+    self = cls.__new__(cls)
+    self._set(model, "the vocabulary given", first_code)
+    return self
+
+  def _set(self, model, name: str, first_code: int | None) -> None:
+    self._model = model
+    self._first_code = first_code
+    self.name = name
+    ids = {f: model.token_to_id(t) for f, t in SPECIAL_TOKENS.items()}
+    pads = [model.token_to_id(t) for t in _PAD_TOKENS]
+    ids["pad"] = next((i for i in pads if i is not None), None)
+    for field, found in ids.items():
+      if found is None:
+        text = SPECIAL_TOKENS.get(field, " or ".join(_PAD_TOKENS))
+        raise DataError(f"text tokenizer {name} has no token {text}.")
+    prefix = model.encode("", add_special_tokens=True).ids
+    if first_code is None:
+      first_code = model.get_vocab_size()
+    self.token_ids = TokenIds(
+      **ids, first_code=first_code, bos=prefix[0] if prefix else None
+    )
+    # Requests repeat; a dictionary look-up is quicker than BPE.
+    self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
+
+  def __getstate__(self):
+    return (self._model.to_str(), self.name, self._first_code)
+
+  def __setstate__(self, state):
+    text, name, first_code = state
+    self._set(tokenizers.Tokenizer.from_str(text), name, first_code)
+
+  def _encode_uncached(self, text: str) -> Int[np.ndarray, "t"]:
+    ids = self._model.encode(text, add_special_tokens=False).ids
+    array = np.array(ids, np.int32)
+    array.flags.writeable = False
+    return array
+
+  def encode(self, text: str) -> Int[np.ndarray, "t"]:
+    """Ids of a text, special tokens in it recognised, nothing prepended.
+
+    The array is shared between calls and cannot be written to.
+    """
+    return self._encode(text)
+
+  def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+    """Text of ids; image codes are left out, and so are special tokens unless
+    `keep_special`."""
+    text = [int(i) for i in ids if 0 <= i < self.token_ids.first_code]
+    return self._model.decode(text, skip_special_tokens=not keep_special)
+
+  @property
+  def fingerprint(self) -> str:
+    """Changes when the vocabulary or the rules do."""
+    text = self._model.to_str() + str(self._first_code)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+  """A conversation as ids, and what is to be learned at each of them.
+
+  Attributes:
+    ids: int32 [t].
+    labels: int32 [t]; the id itself in answers, `IGNORE_LABEL` elsewhere, and
+      the id of `<MASK_CONTEXT>` where an image code is due: on the slots and
+      on `<ge_end>`, whose place carries the last code.
+  """
+
+  ids: Int[np.ndarray, "t"]
+  labels: Int[np.ndarray, "t"]
+
+  def __len__(self) -> int:
+    return len(self.ids)
+
+  def padded(self, length: int, pad_id: int) -> "Tokenized":
+    """Padded on the right, or cut, to `length`."""
+    extra = max(length - len(self), 0)
+    return Tokenized(
+      np.pad(self.ids, (0, extra), constant_values=pad_id)[:length],
+      np.pad(self.labels, (0, extra), constant_values=IGNORE_LABEL)[:length],
+    )
+
+
+def tokenize_chat(
+  tokenizer: TextTokenizer,
+  turns: Sequence[Mapping[str, str]],
+  *,
+  image_tokens: Sequence[int] = (),
+  num_codes: int = 0,
+  system_message: str = "",
+) -> Tokenized:
+  """Training ids and labels of a conversation.
+
+  Args:
+    tokenizer: the text tokenizer.
+    turns: {"from": "system" | "human" | "gpt", "value": text}; a system turn
+      may only come first, and replaces `system_message`.
+    image_tokens: vision embeddings of each image; `<image>` in human turns
+      takes them in order. Images nobody placed go before the first human turn.
+    num_codes: image codes of a mask; each `<mask>` of an answer becomes
+      `<ge_start>`, num_codes - 1 slots, `<ge_end>`.
+    system_message: an empty one leaves the system block out.
+
+  Raises:
+    DataError: roles out of order or `<image>` without an image.
+  """
+  special = tokenizer.token_ids
+  pieces = [_bos(tokenizer)]
+  labels = [np.full(len(pieces[0]), IGNORE_LABEL, np.int32)]
+  assistant = len(tokenizer.encode("<|im_start|>assistant\n"))
+  for role, text in _chat_blocks(turns, image_tokens, system_message):
+    if role == "gpt":
+      slots = SPECIAL_TOKENS["mask_context"] * (num_codes - 1)
+      text = text.replace("<mask>", f"<ge_start>{slots}<ge_end>")
+    ids = tokenizer.encode(text)
+    label = np.full(len(ids), IGNORE_LABEL, np.int32)
+    if role == "gpt":
+      label[assistant:-1] = ids[assistant:-1]  # Not the final newline.
+      label[label == special.ge_end] = special.mask_context
+    pieces.append(ids)
+    labels.append(label)
+  return Tokenized(np.concatenate(pieces), np.concatenate(labels))
+
+
+def chat_prompt(
+  turns: Sequence[Mapping[str, str]],
+  *,
+  image_tokens: Sequence[int] = (),
+  system_message: str = "",
+  answer_prefix: str = "",
+) -> str:
+  """The text up to where the model answers; arguments as `tokenize_chat`.
+
+  Args:
+    answer_prefix: the beginning of the answer, to be forced.
+  """
+  blocks = _chat_blocks(turns, image_tokens, system_message)
+  text = "".join(block for _, block in blocks)
+  return f"{text}<|im_start|>assistant\n{answer_prefix}"
+
+
+def encode_prompt(
+  tokenizer: TextTokenizer, prompt: str
+) -> Int[np.ndarray, "t"]:
+  """Ids of a `chat_prompt`, with `<s>` where the text tokenizer wants it."""
+  return np.concatenate((_bos(tokenizer), tokenizer.encode(prompt)))
+
+
+def _bos(tokenizer: TextTokenizer) -> np.ndarray:
+  bos = tokenizer.token_ids.bos
+  return np.array([] if bos is None else [bos], np.int32)
+
+
+def _chat_blocks(
+  turns: Sequence[Mapping[str, str]],
+  image_tokens: Sequence[int],
+  system_message: str,
+) -> list[tuple[str, str]]:
+  """(role, text in the `internvl2_5` template) of each turn, images placed."""
+  turns = [(t["from"], t["value"]) for t in turns]
+  if turns and turns[0][0] == "system":
+    system_message = turns[0][1]
+    turns = turns[1:]
+  human = [text for role, text in turns if role == "human"]
+  if not turns or turns[0][0] != "human":
+    raise DataError("a conversation must begin with a human turn.")
+  placed = sum(text.count("<image>") for text in human)
+  if image_tokens and placed > len(image_tokens):
+    raise DataError(
+      f"a conversation has {placed} <image> for {len(image_tokens)} pictures."
+    )
+  missing = "<image>\n" * (len(image_tokens) - placed)
+  turns[0] = ("human", missing + turns[0][1])
+  blocks = []
+  if system_message:
+    blocks.append(
+      ("system", f"<|im_start|>system\n{system_message}<|im_end|>\n")
+    )
+  counts = iter(image_tokens)
+  for role, text in turns:
+    if role == "human":
+      for count in [c for _, c in zip(range(text.count("<image>")), counts)]:
+        image = "<img>" + SPECIAL_TOKENS["img_context"] * count + "</img>"
+        text = text.replace("<image>", image, 1)
+      blocks.append((role, f"<|im_start|>user\n{text}<|im_end|>\n"))
+    elif role == "gpt":
+      blocks.append((role, f"<|im_start|>assistant\n{text}<|im_end|>\n"))
+    else:
+      raise DataError(f"a conversation has a turn from {role!r}.")
+  return blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRow:
+  """The text fields of one row of a `types.Batch`."""
+
+  tokens: Int[np.ndarray, "t"]
+  targets: Int[np.ndarray, "t"]
+  positions: Int[np.ndarray, "t"]
+  segment_ids: Int[np.ndarray, "t"]
+  is_prompt: np.ndarray  # bool [t]
+
+
+def text_row(
+  samples: Sequence[Tokenized], length: int, token_ids: TokenIds
+) -> TextRow:
+  """Packs conversations one after another into a row of `length` positions.
+
+  Each conversation gets its own segment id, from 1 on, and positions from 0.
+
+  Raises:
+    DataError: they do not fit.
+  """
+  total = sum(len(s) for s in samples)
+  if total > length:
+    raise DataError(
+      f"a conversation of {total} tokens does not fit sequence_length {length}."
+    )
+  row = TextRow(
+    tokens=np.zeros(length, np.int32),
+    targets=np.full(length, IGNORE_TARGET, np.int32),
+    positions=np.zeros(length, np.int32),
+    segment_ids=np.zeros(length, np.int32),
+    is_prompt=np.zeros(length, np.bool_),
+  )
+  start = 0
+  for segment, sample in enumerate(samples, 1):
+    stop = start + len(sample)
+    row.tokens[start:stop] = sample.ids
+    row.positions[start:stop] = np.arange(len(sample))
+    row.segment_ids[start:stop] = segment
+    answered = np.flatnonzero(sample.labels != IGNORE_LABEL)
+    first = answered[0] if len(answered) else len(sample)
+    row.is_prompt[start : start + first] = True
+    # One-step shift: a position predicts what the next one is labelled.
+    due = sample.labels[1:]
+    target = np.where(due == IGNORE_LABEL, IGNORE_TARGET, due)
+    target[due == token_ids.mask_context] = CODE_TARGET
+    row.targets[start : stop - 1] = target
+    start = stop
+  return row
+
+
+def train_text_tokenizer(
+  texts: Sequence[str], vocab_size: int = 512
+) -> tokenizers.Tokenizer:
+  """Byte-level BPE over `texts`; any text can be encoded with it.
+
+  Special tokens come first, `<pad>` being 0. `vocab_size` counts all of them.
+  """
+  model = tokenizers.Tokenizer(models.BPE())
+  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=["<pad>", *SPECIAL_TOKENS.values()],
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  model.train_from_iterator(texts, trainer)
+  return model

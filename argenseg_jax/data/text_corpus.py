@@ -1,0 +1,37 @@
+"""Trains the shipped text tokenizer: python -m argenseg_jax.data.text_corpus.
+
+The corpus is what the small model reads and writes: the chat template, request
+templates and generated requests.
+"""
+
+from collections.abc import Iterator
+
+from argenseg_jax.data import text
+from argenseg_jax.data.ref_shapes import requests
+
+_SCENES = 1_500
+_ANSWERS = (
+  "Sure, the segmentation result: <mask>.",
+  "There is no such thing.",
+  "First <mask> and second <mask>.",
+)
+
+
+def corpus() -> Iterator[str]:
+  """Texts to train on; the same on every call."""
+  join = text.EXPRESSION_JOINS["training"]
+  for split in requests.SPLITS:
+    for scene_id in range(_SCENES):
+      for record in requests.draw_requests(
+        split, scene_id, seed=0, image_side=32
+      ):
+        yield join(record["expressions"])
+  for _ in range(_SCENES):
+    for role in ("system", "user", "assistant"):
+      yield f"<|im_start|>{role}\n<|im_end|>\n"
+    yield from text.REQUEST_TEMPLATES.values()
+    yield from _ANSWERS
+
+
+if __name__ == "__main__":
+  text.train_text_tokenizer(list(corpus())).save(str(text.SHIPPED))

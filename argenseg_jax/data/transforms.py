@@ -1,0 +1,242 @@
+"""Pictures and masks: decoding, resizing, normalising, and the way back.
+
+Pillow's fixed-point resize is the definition; OpenCV's is a faster switch that
+comes close. Functions are pure and take their sizes as arguments. The pipeline
+keeps uint8; `normalize_image` and `normalize_seg_mask` state what the device
+does with it.
+"""
+
+import io
+import pathlib
+from typing import Literal
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+
+from argenseg_jax.data.errors import DataError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+Backend = Literal["pillow", "opencv"]
+Encoded = bytes | str | pathlib.Path
+
+_PILLOW = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
+_OPENCV = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}
+
+
+def decode_image(
+  stored: Encoded, *, where: str = ""
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Decodes a picture to RGB, turned as its EXIF orientation says.
+
+  Grey, CMYK, palette and 16-bit pictures are converted; alpha is dropped.
+
+  Raises:
+    DataError: missing, truncated, or not a picture.
+  """
+  data, name = _read(stored, where)
+  if _is_whole(data):
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if pixels is not None:
+      return pixels
+  # Other formats, and a second opinion on what OpenCV refuses.
+  try:
+    with Image.open(io.BytesIO(data)) as picture:
+      return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+  except (OSError, ValueError, SyntaxError) as error:
+    raise DataError(f"cannot decode picture {name}: {error}.") from error
+
+
+def decode_seg_mask(
+  stored: Encoded, *, where: str = ""
+) -> UInt8[np.ndarray, "h w"]:
+  """Decodes a picture of a mask; palette indices are kept as they are."""
+  data, name = _read(stored, where)
+  try:
+    with Image.open(io.BytesIO(data)) as picture:
+      if picture.mode not in ("L", "P", "1"):
+        picture = picture.convert("L")
+      return np.array(picture, dtype=np.uint8)
+  except (OSError, ValueError, SyntaxError) as error:
+    raise DataError(f"cannot decode mask {name}: {error}.") from error
+
+
+def resize(
+  pixels: UInt8[np.ndarray, "..."],
+  size: tuple[int, int],
+  *,
+  filter: Literal["bicubic", "bilinear"] = "bicubic",
+  backend: Backend = "pillow",
+) -> UInt8[np.ndarray, "..."]:
+  """Resizes [h w] or [h w 3] to `size` (height, width), without keeping the
+  aspect."""
+  height, width = size
+  if backend == "opencv":
+    shrinks = height < pixels.shape[0] and width < pixels.shape[1]
+    # OpenCV's own filters do not widen when they shrink; area averaging does.
+    method = cv2.INTER_AREA if shrinks else _OPENCV[filter]
+    return cv2.resize(pixels, (width, height), interpolation=method)
+  picture = Image.fromarray(pixels)
+  return np.asarray(picture.resize((width, height), _PILLOW[filter]))
+
+
+def resize_image(
+  pixels: UInt8[np.ndarray, "h w 3"],
+  side: int,
+  *,
+  backend: Backend = "pillow",
+  pad_square: bool = False,
+) -> UInt8[np.ndarray, "side side 3"]:
+  """A picture as the vision tower takes it.
+
+  Args:
+    pad_square: centre the picture on a square of ImageNet's mean colour first,
+      instead of distorting it.
+  """
+  height, width = pixels.shape[:2]
+  if pad_square and height != width:
+    longer = max(height, width)
+    square = np.empty((longer, longer, 3), np.uint8)
+    square[:] = [int(m * 255) for m in IMAGENET_MEAN]
+    top, left = (longer - height) // 2, (longer - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    pixels = square
+  return resize(pixels, (side, side), backend=backend)
+
+
+def image_tiles(
+  pixels: UInt8[np.ndarray, "h w 3"], side: int, *, max_tiles: int
+) -> UInt8[np.ndarray, "tiles side side 3"]:
+  """Cuts a picture into the grid of squares nearest to its aspect.
+
+  More than one tile is followed by a thumbnail of the whole.
+  """
+  height, width = pixels.shape[:2]
+  grids = sorted(
+    (
+      (columns, rows)
+      for columns in range(1, max_tiles + 1)
+      for rows in range(1, max_tiles + 1)
+      if columns * rows <= max_tiles
+    ),
+    key=lambda grid: grid[0] * grid[1],
+  )
+  best, best_distance = (1, 1), float("inf")
+  for columns, rows in grids:
+    distance = abs(width / height - columns / rows)
+    # Of equally good grids the larger one, if the picture can fill it.
+    fills = width * height > 0.5 * side * side * columns * rows
+    if distance < best_distance or (distance == best_distance and fills):
+      best, best_distance = (columns, rows), distance
+  columns, rows = best
+  whole = resize(pixels, (side * rows, side * columns))
+  tiles = whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+  tiles = tiles.reshape(rows * columns, side, side, 3)
+  if len(tiles) > 1:
+    tiles = np.concatenate((tiles, resize(pixels, (side, side))[None]))
+  return tiles
+
+
+def fit_inside(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
+  """Where a picture of `size` (height, width) lies in a padded square.
+
+  Returns:
+    top, left, height, width.
+  """
+  aspect = size[1] / size[0]
+  height = int(side / aspect) if aspect > 1 else side
+  width = side if aspect > 1 else int(side * aspect)
+  height, width = max(height, 1), max(width, 1)
+  return (side - height) // 2, (side - width) // 2, height, width
+
+
+def mask_target(
+  seg_mask: UInt8[np.ndarray, "h w"],
+  side: int,
+  *,
+  intermediate_side: int | None = 512,
+  backend: Backend = "pillow",
+  pad_square: bool = False,
+) -> UInt8[np.ndarray, "side side"]:
+  """A mask as the image tokenizer takes it: 0..255, white object on black.
+
+  Args:
+    seg_mask: 0/1 or 0/255; below 127 the values are multiplied by 255 (in
+      uint8, as the authors do).
+    intermediate_side: resized to this square on the way, as the authors do;
+      None goes straight.
+    pad_square: keep the aspect, with black around, and no intermediate size.
+  """
+  if seg_mask.size and seg_mask.max() < 127:
+    seg_mask = seg_mask * np.uint8(255)
+  if pad_square:
+    top, left, height, width = fit_inside(seg_mask.shape, side)
+    square = np.zeros((side, side), np.uint8)
+    square[top : top + height, left : left + width] = resize(
+      seg_mask, (height, width), backend=backend
+    )
+    return square
+  if intermediate_side is not None:
+    middle = (intermediate_side, intermediate_side)
+    seg_mask = resize(seg_mask, middle, backend=backend)
+  return resize(seg_mask, (side, side), backend=backend)
+
+
+def normalize_image(
+  pixels: UInt8[np.ndarray, "... 3"],
+) -> Float[np.ndarray, "... 3"]:
+  """ImageNet mean and standard deviation, float32."""
+  mean = np.array(IMAGENET_MEAN, np.float32)
+  std = np.array(IMAGENET_STD, np.float32)
+  return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def normalize_seg_mask(
+  pixels: UInt8[np.ndarray, "..."],
+) -> Float[np.ndarray, "..."]:
+  """From 0..255 to [-1, 1], float32."""
+  half = np.float32(0.5)
+  return (pixels.astype(np.float32) / np.float32(255) - half) / half
+
+
+def to_uint8(x: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
+  """From [-1, 1] to 0..255 by truncation, as the authors' pictures leave."""
+  scaled = (np.asarray(x, np.float32) + np.float32(1)) / np.float32(2)
+  return np.clip(scaled * np.float32(255), 0, 255).astype(np.uint8)
+
+
+def grey_at_size(
+  generated: UInt8[np.ndarray, "side side 3"],
+  size: tuple[int, int],
+  *,
+  pad_square: bool = False,
+) -> UInt8[np.ndarray, "h w"]:
+  """A generated mask image, resized to a picture's `size`, then grey."""
+  if generated.ndim == 3 and generated.shape[-1] == 1:
+    generated = generated[..., 0]
+  if pad_square:
+    top, left, height, width = fit_inside(size, generated.shape[0])
+    generated = generated[top : top + height, left : left + width]
+  resized = resize(np.ascontiguousarray(generated), size, filter="bilinear")
+  return np.asarray(Image.fromarray(resized).convert("L"))
+
+
+def binary_mask(grey: UInt8[np.ndarray, "h w"]) -> np.ndarray:
+  """Bool [h w]: grey / 255 > 0.5."""
+  return grey > 127
+
+
+def _read(stored: Encoded, where: str) -> tuple[bytes, str]:
+  if isinstance(stored, bytes):
+    return stored, where or "(bytes)"
+  try:
+    return pathlib.Path(stored).read_bytes(), str(stored)
+  except OSError as error:
+    raise DataError(f"cannot read {stored}: {error.strerror}.") from error
+
+
+def _is_whole(data: bytes) -> bool:
+  """Whether JPEG data has its end marker; OpenCV fills in what is missing."""
+  return not data.startswith(b"\xff\xd8") or b"\xff\xd9" in data[-64:]
