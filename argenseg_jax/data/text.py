@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tokenizers
 from jaxtyping import Int
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import models, pre_tokenizers, processors
 
 from argenseg_jax.config import TokenIds
 from argenseg_jax.data.errors import DataError
@@ -110,7 +110,7 @@ class TextTokenizer:
       models.WordLevel(dict(vocabulary), unk_token="<unk>")
     )
     model.pre_tokenizer = pre_tokenizers.Split(
-      tokenizers.Regex(r"(?s)."), "isolated"
+      tokenizers.Regex(r"[\s\S]"), "isolated"
     )
     model.add_special_tokens([t for t in vocabulary if len(t) > 1])
     if "<s>" in vocabulary:
@@ -198,6 +198,11 @@ class Tokenized:
       np.pad(self.ids, (0, extra), constant_values=pad_id)[:length],
       np.pad(self.labels, (0, extra), constant_values=IGNORE_LABEL)[:length],
     )
+
+  def position_ids(self, pad_id: int) -> Int[np.ndarray, "t"]:
+    """Positions as the authors count them: padding does not, and has 1."""
+    real = self.ids != pad_id
+    return np.where(real, np.cumsum(real) - 1, 1)
 
 
 def tokenize_chat(
@@ -298,9 +303,9 @@ def _chat_blocks(
   counts = iter(image_tokens)
   for role, text in turns:
     if role == "human":
-      for count in [c for _, c in zip(range(text.count("<image>")), counts)]:
-        image = "<img>" + SPECIAL_TOKENS["img_context"] * count + "</img>"
-        text = text.replace("<image>", image, 1)
+      for _ in range(text.count("<image>") if image_tokens else 0):
+        context = SPECIAL_TOKENS["img_context"] * next(counts)
+        text = text.replace("<image>", f"<img>{context}</img>", 1)
       blocks.append((role, f"<|im_start|>user\n{text}<|im_end|>\n"))
     elif role == "gpt":
       blocks.append((role, f"<|im_start|>assistant\n{text}<|im_end|>\n"))
@@ -358,23 +363,3 @@ def text_row(
     row.targets[start : stop - 1] = target
     start = stop
   return row
-
-
-def train_text_tokenizer(
-  texts: Sequence[str], vocab_size: int = 512
-) -> tokenizers.Tokenizer:
-  """Byte-level BPE over `texts`; any text can be encoded with it.
-
-  Special tokens come first, `<pad>` being 0. `vocab_size` counts all of them.
-  """
-  model = tokenizers.Tokenizer(models.BPE())
-  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  model.decoder = decoders.ByteLevel()
-  trainer = trainers.BpeTrainer(
-    vocab_size=vocab_size,
-    special_tokens=["<pad>", *SPECIAL_TOKENS.values()],
-    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    show_progress=False,
-  )
-  model.train_from_iterator(texts, trainer)
-  return model

@@ -4,7 +4,10 @@ The corpus is what the small model reads and writes: the chat template, request
 templates and generated requests.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from argenseg_jax.data import text
 from argenseg_jax.data.ref_shapes import requests
@@ -33,5 +36,25 @@ def corpus() -> Iterator[str]:
     yield from _ANSWERS
 
 
+def train_text_tokenizer(
+  texts: Iterable[str], vocab_size: int = 512
+) -> tokenizers.Tokenizer:
+  """Byte-level BPE over `texts`; any text can be encoded with it.
+
+  Special tokens come first, `<pad>` being 0. `vocab_size` counts all of them.
+  """
+  model = tokenizers.Tokenizer(models.BPE())
+  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=["<pad>", *text.SPECIAL_TOKENS.values()],
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  model.train_from_iterator(texts, trainer)
+  return model
+
+
 if __name__ == "__main__":
-  text.train_text_tokenizer(list(corpus())).save(str(text.SHIPPED))
+  train_text_tokenizer(corpus()).save(str(text.SHIPPED))

@@ -165,7 +165,7 @@ def phrase(rng: np.random.Generator, query: Query) -> str:
     chance = rng.random()
     if query.shape and query.colour and not query.size and chance < 0.15:
       return f"the {query.shape} that is {query.colour}"
-    return words if chance < 0.3 else f"the {words}"
+    return words if chance > 0.9 else f"the {words}"
   _, _, between, superlative = _SIDES[query.side]
   if isinstance(query, Outermost):
     return f"the {superlative} {_noun(rng, query.what)}"
