@@ -52,45 +52,42 @@ def _from_run_lengths(stored: dict, where: str) -> np.ndarray:
     raise DataError(
       f'{where}: a run-length mask needs "size" [height, width] and "counts".'
     ) from error
-  if isinstance(counts, list):
-    if any(not isinstance(n, int) or n < 0 for n in counts) or (
-      sum(counts) != height * width
-    ):
-      raise DataError(
-        f"{where}: the run lengths do not add up to {height}x{width} pixels."
-      )
-    values = np.arange(len(counts)) % 2
-    flat = np.repeat(values.astype(np.uint8), counts)
-    return np.ascontiguousarray(flat.reshape(width, height).T)
   if isinstance(counts, str):
     counts = counts.encode("ascii", "replace")
-  _check_compressed(counts, height * width, where)
-  return coco.decode({"size": [height, width], "counts": counts})
-
-
-def _check_compressed(counts: bytes, pixels: int, where: str) -> None:
-  """pycocotools writes past its buffer when the runs are too long."""
-  runs: list[int] = []
-  place = 0
-  while place < len(counts):
-    value, shift, more = 0, 0, True
-    while more:
-      if place >= len(counts) or not 48 <= counts[place] < 112:
-        raise DataError(f"{where}: the run-length text of the mask is broken.")
-      chunk = counts[place] - 48
-      value |= (chunk & 0x1F) << shift
-      more = bool(chunk & 0x20)
-      place += 1
-      shift += 5
-      if not more and chunk & 0x10:
-        value -= 1 << shift
-    if len(runs) > 2:
-      value += runs[-2]
-    runs.append(value)
-  if min(runs, default=0) < 0 or sum(runs) != pixels:
+  runs = _read_runs(counts, where) if isinstance(counts, bytes) else counts
+  if any(not isinstance(n, int) or n < 0 for n in runs) or (
+    sum(runs) != height * width
+  ):
     raise DataError(
-      f"{where}: the run lengths do not add up to {pixels} pixels."
+      f"{where}: the run lengths do not add up to {height}x{width} pixels."
     )
+  values = np.arange(len(runs), dtype=np.uint8) % 2
+  flat = np.repeat(values, runs)
+  return np.ascontiguousarray(flat.reshape(width, height).T)
+
+
+def _read_runs(counts: bytes, where: str) -> list[int]:
+  """Run lengths from COCO's text: 5 bits a character, low ones first, and from
+  the fourth run on the difference to the run before the last.
+
+  Read here because pycocotools writes past its buffer when they are wrong.
+  """
+  runs: list[int] = []
+  value, shift = 0, 0
+  for character in counts:
+    chunk = character - 48
+    if not 0 <= chunk < 64:
+      raise DataError(f"{where}: the run-length text of the mask is broken.")
+    value |= (chunk & 0x1F) << shift
+    shift += 5
+    if not chunk & 0x20:  # The last character of this run.
+      if chunk & 0x10:
+        value -= 1 << shift
+      runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+      value, shift = 0, 0
+  if shift:
+    raise DataError(f"{where}: the run-length text of the mask is broken.")
+  return runs
 
 
 def _from_polygons(
@@ -108,4 +105,4 @@ def _from_polygons(
     )
   height, width = size
   parts = coco.frPyObjects(polygons, height, width)
-  return coco.decode(coco.merge(parts))
+  return _from_run_lengths(coco.merge(parts), where)

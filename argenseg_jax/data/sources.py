@@ -79,17 +79,17 @@ class RefShapesSource:
 
   def __init__(self, path: str | pathlib.Path, split: str):
     self.path = pathlib.Path(path)
-    note = self.path / "parameters.json"
-    if not note.is_file():
+    info, note = (
+      self.path / name for name in ("dataset_info.json", "metadata.json")
+    )
+    if not (info.is_file() and note.is_file()):
       raise DataError(
         f"{self.path} holds no finished ref_shapes; build it with prepare()."
       )
     self.split = split
     counts = {
       s["name"]: sum(map(int, s["shardLengths"]))
-      for s in json.loads((self.path / "dataset_info.json").read_text())[
-        "splits"
-      ]
+      for s in json.loads(info.read_text())["splits"]
     }
     if split not in counts:
       raise DataError(

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from argenseg_jax.data import text
 from argenseg_jax.data.ref_shapes import requests
 
-_SCENES = 1_500
+_SCENES = 150
 _ANSWERS = (
   "Sure, the segmentation result: <mask>.",
   "There is no such thing.",

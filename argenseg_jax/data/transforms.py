@@ -6,6 +6,7 @@ keeps uint8; `normalize_image` and `normalize_seg_mask` state what the device
 does with it.
 """
 
+import contextlib
 import io
 import pathlib
 from typing import Literal
@@ -13,16 +14,25 @@ from typing import Literal
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from argenseg_jax.data.errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# What OpenCV refuses is reported by `DataError`, not on the terminal.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
 Backend = Literal["pillow", "opencv"]
 Encoded = bytes | str | pathlib.Path
 
 _PILLOW = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
+_PILLOW_ERRORS = (
+  OSError,
+  ValueError,
+  SyntaxError,
+  Image.DecompressionBombError,
+)
 _OPENCV = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}
 
 
@@ -38,15 +48,16 @@ def decode_image(
   """
   data, name = _read(stored, where)
   if _is_whole(data):
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if pixels is not None:
-      return pixels
+    with contextlib.suppress(cv2.error):
+      pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+      if pixels is not None:
+        return pixels
   # Other formats, and a second opinion on what OpenCV refuses.
   try:
     with Image.open(io.BytesIO(data)) as picture:
       return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-  except (OSError, ValueError, SyntaxError) as error:
-    raise DataError(f"cannot decode picture {name}: {error}.") from error
+  except _PILLOW_ERRORS as error:
+    raise _undecodable("picture", name, error) from error
 
 
 def decode_seg_mask(
@@ -59,8 +70,8 @@ def decode_seg_mask(
       if picture.mode not in ("L", "P", "1"):
         picture = picture.convert("L")
       return np.array(picture, dtype=np.uint8)
-  except (OSError, ValueError, SyntaxError) as error:
-    raise DataError(f"cannot decode mask {name}: {error}.") from error
+  except _PILLOW_ERRORS as error:
+    raise _undecodable("mask", name, error) from error
 
 
 def resize(
@@ -237,6 +248,15 @@ def _read(stored: Encoded, where: str) -> tuple[bytes, str]:
     raise DataError(f"cannot read {stored}: {error.strerror}.") from error
 
 
+def _undecodable(what: str, name: str, error: Exception) -> DataError:
+  reason = str(error).rstrip(".")
+  if isinstance(error, UnidentifiedImageError):
+    reason = "not a known picture format"
+  return DataError(f"cannot decode {what} {name}: {reason}.")
+
+
 def _is_whole(data: bytes) -> bool:
-  """Whether JPEG data has its end marker; OpenCV fills in what is missing."""
-  return not data.startswith(b"\xff\xd8") or b"\xff\xd9" in data[-64:]
+  """Whether JPEG and PNG data has its end; OpenCV fills in what is missing."""
+  if data.startswith(b"\xff\xd8"):
+    return b"\xff\xd9" in data[-64:]
+  return not data.startswith(b"\x89PNG") or b"IEND" in data[-64:]

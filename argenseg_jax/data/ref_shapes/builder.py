@@ -4,9 +4,11 @@ Runs without TensorFlow: images are encoded bytes, the schema is flat, and the
 records are ArrayRecord files that any TFDS reader opens.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -14,7 +16,23 @@ import tensorflow_datasets as tfds
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.ref_shapes import requests
 
-_PARAMETERS = "parameters.json"
+# TFDS moves this file into place together with the records.
+PARAMETERS = "metadata.json"
+
+
+OnProgress = Callable[[int, int], None]
+
+
+def parameters(
+  num_train: int, num_eval: int, seed: int, image_side: int
+) -> dict[str, int]:
+  """What decides every byte of the records."""
+  return {
+    "num_train": num_train,
+    "num_eval": num_eval,
+    "seed": seed,
+    "image_side": image_side,
+  }
 
 
 class RefShapes(tfds.core.GeneratorBasedBuilder):
@@ -36,8 +54,10 @@ class RefShapes(tfds.core.GeneratorBasedBuilder):
     seed: int = 0,
     image_side: int = 128,
     workers: int = 1,
+    on_progress: OnProgress | None = None,
     **kwargs,
   ):
+    self._parameters = parameters(num_train, num_eval, seed, image_side)
     self._counts = {
       split: num_train if split == "train" else num_eval
       for split in requests.SPLITS
@@ -45,6 +65,8 @@ class RefShapes(tfds.core.GeneratorBasedBuilder):
     self._seed = seed
     self._image_side = image_side
     self._workers = workers
+    self._on_progress = on_progress
+    self._done = 0
     super().__init__(file_format="array_record", **kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -67,6 +89,7 @@ class RefShapes(tfds.core.GeneratorBasedBuilder):
         }
       ),
       disable_shuffling=True,
+      metadata=tfds.core.MetadataDict(self._parameters),
     )
 
   def _split_generators(self, dl_manager):
@@ -77,15 +100,18 @@ class RefShapes(tfds.core.GeneratorBasedBuilder):
     }
 
   def _generate_examples(self, split: str, count: int):
-    yield from enumerate(
-      requests.iterate_requests(
-        split,
-        count,
-        seed=self._seed,
-        image_side=self._image_side,
-        workers=self._workers,
-      )
+    records = requests.iterate_requests(
+      split,
+      count,
+      seed=self._seed,
+      image_side=self._image_side,
+      workers=self._workers,
     )
+    for item in enumerate(records):
+      yield item
+      self._done += 1
+      if self._on_progress is not None:
+        self._on_progress(self._done, sum(self._counts.values()))
 
 
 def prepare(
@@ -96,6 +122,7 @@ def prepare(
   seed: int = 0,
   image_side: int = 128,
   workers: int = 1,
+  on_progress: OnProgress | None = None,
 ) -> pathlib.Path:
   """Builds ref_shapes below `data_dir`, or finds it built already.
 
@@ -106,6 +133,7 @@ def prepare(
     seed: the same seed gives the same bytes.
     image_side: side of the pictures in pixels.
     workers: processes that draw.
+    on_progress: called after each record with how many of how many exist.
 
   Returns:
     The folder of the prepared data set, for `RefShapesSource`.
@@ -113,17 +141,11 @@ def prepare(
   Raises:
     DataError: the folder holds a data set with other parameters.
   """
-  wanted = {
-    "num_train": num_train,
-    "num_eval": num_eval,
-    "seed": seed,
-    "image_side": image_side,
-    "version": str(RefShapes.VERSION),
-  }
+  wanted = parameters(num_train, num_eval, seed, image_side)
   folder = pathlib.Path(data_dir) / RefShapes.name / str(RefShapes.VERSION)
-  note = folder / _PARAMETERS
-  if note.exists():
-    found = json.loads(note.read_text())
+  if folder.exists():
+    note = folder / PARAMETERS
+    found = json.loads(note.read_text()) if note.is_file() else {}
     if found == wanted:
       return folder
     other = sorted(k for k in wanted if found.get(k) != wanted[k])
@@ -131,10 +153,8 @@ def prepare(
       f"{folder} holds ref_shapes with another {', '.join(other)}; use another "
       "folder or remove it."
     )
-  # TFDS renames a finished build into place, so a folder without the note was
-  # left by a run that ended between the rename and the note.
-  if folder.exists():
-    shutil.rmtree(folder)
+  for left_over in folder.parent.glob(f"{folder.name}.incomplete*"):
+    shutil.rmtree(left_over)
   builder = RefShapes(
     data_dir=str(data_dir),
     num_train=num_train,
@@ -142,8 +162,9 @@ def prepare(
     seed=seed,
     image_side=image_side,
     workers=workers,
+    on_progress=on_progress,
   )
   tfds.disable_progress_bar()
-  builder.download_and_prepare()
-  note.write_text(json.dumps(wanted, indent=2) + "\n")
+  with contextlib.redirect_stdout(None):  # TFDS talks of a download.
+    builder.download_and_prepare()
   return folder

@@ -1,0 +1,277 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from argenseg_jax.config import DataConfig
+from argenseg_jax.data import pipeline, text
+from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.ref_shapes import builder
+from argenseg_jax.types import CODE_TARGET, Batch
+
+TOKENIZER = text.TextTokenizer()
+NUM_TRAIN = 50
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  folder = builder.prepare(
+    tmp_path_factory.mktemp("shapes"),
+    num_train=NUM_TRAIN,
+    num_eval=10,
+    image_side=48,
+  )
+  return DataConfig(
+    path=str(folder),
+    request="free",
+    answer="<mask>",
+    protocol="per_expression",
+    sequence_length=64,
+    image_side=32,
+    mask_side=32,
+    mask_intermediate_side=None,
+    mask_channels=1,
+    seed=3,
+  )
+
+
+def _rows(config, **changes):
+  config = dataclasses.replace(config, **changes)
+  return pipeline.RowMaker(
+    pipeline.open_source(config),
+    config,
+    tokenizer=TOKENIZER,
+    image_tokens=4,
+    num_codes=5,
+  )
+
+
+def _take(iterator, count):
+  batches = [next(iterator) for _ in range(count)]
+  iterator.close()
+  return batches
+
+
+def _join(batches):
+  return Batch(*map(np.concatenate, zip(*batches, strict=True)))
+
+
+def _assert_same(got, wanted):
+  for name, a, b in zip(Batch._fields, got, wanted, strict=True):
+    np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_shapes_and_values(config):
+  rows = _rows(config)
+  (batch,) = _take(pipeline.TrainIterator(rows, 16), 1)
+  shapes = {k: (v.shape, v.dtype.name) for k, v in batch._asdict().items()}
+  assert shapes == {
+    "tokens": ((16, 64), "int32"),
+    "targets": ((16, 64), "int32"),
+    "positions": ((16, 64), "int32"),
+    "segment_ids": ((16, 64), "int32"),
+    "is_prompt": ((16, 64), "bool"),
+    "images": ((16, 1, 32, 32, 3), "uint8"),
+    "seg_masks": ((16, 1, 32, 32, 1), "uint8"),
+    "mask_valid": ((16, 1), "bool"),
+    "sample_weight": ((16,), "float32"),
+    "sample_id": ((16,), "int64"),
+  }
+  assert (batch.sample_weight == 1).all()
+  for i, index in enumerate(batch.sample_id):
+    sample = rows.source[int(index)]
+    absent = sample.kind == "absent"
+    assert (batch.targets[i] == CODE_TARGET).sum() == (0 if absent else 5)
+    assert batch.mask_valid[i, 0] == batch.seg_masks[i].any() == (not absent)
+    said = TOKENIZER.decode(batch.tokens[i])
+    assert any(f"\n{e}\n" in said for e in sample.expressions)
+    assert ("no such thing" in said) == absent
+    picture = Image.fromarray(sample.load_image()).resize((32, 32), 3)
+    np.testing.assert_array_equal(batch.images[i, 0], np.array(picture))
+
+
+def test_each_epoch_visits_every_record_in_a_new_order(config):
+  ids = _join(_take(pipeline.TrainIterator(_rows(config), 10), 15)).sample_id
+  epochs = ids.reshape(3, NUM_TRAIN)
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(NUM_TRAIN))
+  assert not (epochs[0] == epochs[1]).all()
+  assert not (epochs[1] == epochs[2]).all()
+  other = _take(pipeline.TrainIterator(_rows(config, seed=4), 10), 5)
+  assert not (_join(other).sample_id == epochs[0]).all()
+
+
+@pytest.mark.parametrize(
+  "speed",
+  [
+    {"threads": 0, "prefetch": 0},
+    {"threads": 3},
+    {"cache": True},
+    {"workers": 2},
+  ],
+)
+def test_speed_settings_change_nothing(config, speed):
+  wanted = _take(pipeline.TrainIterator(_rows(config), 8), 9)
+  got = _take(pipeline.TrainIterator(_rows(config, **speed), 8), 9)
+  _assert_same(_join(got), _join(wanted))
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_share_the_batches_of_one(config, hosts):
+  wanted = _take(pipeline.TrainIterator(_rows(config), 8), 9)
+  shares = [
+    _take(
+      pipeline.TrainIterator(_rows(config), 8, host_index=h, host_count=hosts),
+      9,
+    )
+    for h in range(hosts)
+  ]
+  for step, batch in enumerate(wanted):
+    _assert_same(_join([share[step] for share in shares]), batch)
+
+
+def test_resuming_is_exact_in_the_middle_of_an_epoch(config):
+  whole = _take(pipeline.TrainIterator(_rows(config), 8), 12)
+  first = pipeline.TrainIterator(_rows(config), 8)
+  _assert_same(_join(_take(first, 4)), _join(whole[:4]))
+  state = json.loads(json.dumps(first.state()))
+  assert state["next_index"] == 32
+  assert state["seed"] == 3
+  # The iterator itself goes on after being closed, too.
+  _assert_same(_join(_take(first, 2)), _join(whole[4:6]))
+  # Two hosts, other speed settings, one of them already at another step.
+  shares = []
+  for host in range(2):
+    resumed = pipeline.TrainIterator(
+      _rows(config, threads=2, cache=True), 8, host_index=host, host_count=2
+    )
+    next(resumed)
+    resumed.set_state(state)
+    assert resumed.step == 4
+    shares.append(_take(resumed, 8))
+  for step, batch in enumerate(whole[4:]):
+    _assert_same(_join([share[step] for share in shares]), batch)
+
+
+@pytest.mark.parametrize(
+  "changes", [{"seed": 5}, {"split": "val"}, {"answer": "<mask>."}]
+)
+def test_a_state_of_other_data_is_refused(config, changes):
+  state = pipeline.TrainIterator(_rows(config), 8).state()
+  other = pipeline.TrainIterator(_rows(config, **changes), 8)
+  with pytest.raises(DataError, match="belongs to other data"):
+    other.set_state(state)
+  other.set_state(state, force=True)
+  with pytest.raises(DataError, match="global_batch_size"):
+    pipeline.TrainIterator(_rows(config), 10).set_state(state)
+
+
+@pytest.mark.parametrize("size", [1, 4, 10, 16])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_evaluation_visits_every_record_once(config, size, hosts):
+  if size % hosts:
+    pytest.skip("does not divide")
+  rows = _rows(config, split="val")
+  shares = [
+    list(pipeline.eval_batches(rows, size, host_index=h, host_count=hosts))
+    for h in range(hosts)
+  ]
+  count = pipeline.num_eval_batches(rows, size)
+  assert [len(s) for s in shares] == [count] * hosts
+  batch = _join([share[step] for step in range(count) for share in shares])
+  assert batch.sample_id[:10].tolist() == list(range(10))
+  assert (batch.sample_weight[:10] == 1).all()
+  assert (batch.sample_weight[10:] == 0).all()
+  assert (batch.sample_id[10:] == -1).all()
+  assert not batch.segment_ids[10:].any()
+
+
+def test_protocols(config):
+  def said(**changes):
+    batches = pipeline.eval_batches(_rows(config, split="val", **changes), 10)
+    return [TOKENIZER.decode(t) for t in next(batches).tokens]
+
+  source = _rows(config, split="val").source
+  merged = said(protocol="merged")
+  dotted = said(protocol="merged", join="evaluation")
+  single = said()
+  for i in range(10):
+    expressions = source[i].expressions
+    assert "\n" + ", ".join(expressions) + "\n" in merged[i]
+    assert "".join(f" {e}." for e in expressions) in dotted[i]
+    assert f"\n{expressions[0]}\n" in single[i]
+
+
+def test_masks_alone_for_the_image_tokenizer(config):
+  rows = _rows(config, sequence_length=0, max_images=0)
+  (batch,) = _take(pipeline.TrainIterator(rows, 8), 1)
+  assert batch.tokens.shape == (8, 0)
+  assert batch.images.shape == (8, 0, 32, 32, 3)
+  assert batch.seg_masks.any()
+
+
+@pytest.fixture
+def own_masks(tmp_path):
+  records = []
+  for i in range(6):
+    pixels = np.full((20, 30, 3), 40 * i, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    seg_mask = np.zeros((20, 30), np.uint8)
+    seg_mask[:, : 5 * i + 2] = 255
+    Image.fromarray(seg_mask).save(tmp_path / f"m{i}.png")
+    records.append(
+      {
+        "image": f"{i}.png",
+        "mask": [f"m{i}.png", f"m{5 - i}.png"] if i == 2 else f"m{i}.png",
+        "conversations": [
+          {"from": "human", "value": "<image>\n" + "long " * (40 * (i == 3))},
+          {"from": "gpt", "value": "<mask>" * (2 if i == 2 else 1)},
+        ],
+      }
+    )
+  path = tmp_path / "own.jsonl"
+  path.write_text("\n".join(map(json.dumps, records)))
+  return path
+
+
+def test_bad_records_become_rows_of_no_weight(config, own_masks):
+  rows = _rows(config, source="jsonl", path=str(own_masks))
+  truncated = own_masks.parent / "4.png"
+  truncated.write_bytes(truncated.read_bytes()[:50])
+  (own_masks.parent / "m5.png").unlink()
+  named = {}
+
+  def on_bad_record(index, message):
+    assert index not in named
+    named[index] = message
+
+  iterator = pipeline.TrainIterator(rows, 6, on_bad_record=on_bad_record)
+  batch = _join(_take(iterator, 3))
+  bad = np.isin(batch.sample_id, [2, 3, 4, 5])
+  np.testing.assert_array_equal(batch.sample_weight, 1 - bad)
+  assert not batch.segment_ids[bad].any()
+  assert not batch.mask_valid[bad].any()
+  assert iterator.num_bad_records == 4
+  assert "line 3 has 2 masks; max_masks is 1" in named[2]
+  assert "line 4: a conversation of" in named[3]
+  assert "4.png" in named[4]
+  assert "m5.png" in named[5]
+  named.clear()
+  (batch,) = pipeline.eval_batches(rows, 6, on_bad_record=on_bad_record)
+  assert batch.sample_weight.tolist() == [1, 1, 0, 0, 0, 0]
+  assert sorted(named) == [2, 3, 4, 5]
+
+
+def test_several_masks_keep_their_order(config, own_masks):
+  rows = _rows(config, source="jsonl", path=str(own_masks), max_masks=2)
+  batch = next(pipeline.eval_batches(rows, 3))
+  assert batch.mask_valid.tolist() == [[True, False]] * 2 + [[True, True]]
+  areas = (batch.seg_masks[2] > 127).mean((1, 2, 3))
+  np.testing.assert_allclose(areas, [12 / 30, 17 / 30], atol=0.02)
+
+
+def test_hosts_must_divide_the_batch(config):
+  with pytest.raises(DataError, match="9 does not divide over 2 hosts"):
+    pipeline.TrainIterator(_rows(config), 9, host_count=2)

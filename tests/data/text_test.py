@@ -1,0 +1,181 @@
+import pickle
+
+import numpy as np
+import pytest
+
+from argenseg_jax.data import text, text_corpus
+from argenseg_jax.data.errors import DataError
+from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return text.TextTokenizer()
+
+
+def test_shipped_vocabulary(tokenizer):
+  ids = tokenizer.token_ids
+  assert ids.pad == 0
+  assert ids.bos is None
+  assert 400 <= ids.first_code <= 512
+  for field, token in text.SPECIAL_TOKENS.items():
+    assert tokenizer.encode(token).tolist() == [getattr(ids, field)]
+
+
+@pytest.mark.parametrize(
+  "said",
+  [
+    "the small red square left of the circle",
+    "你是书生·万象，",
+    " two  spaces\n\ttabs",
+    "ёж 🦔 naïve",
+    "<|im_start|>user\n<img></img>",
+    "",
+  ],
+)
+def test_any_text_survives(tokenizer, said):
+  ids = tokenizer.encode(said)
+  assert tokenizer.decode(ids, keep_special=True) == said
+
+
+def test_requests_are_short(tokenizer):
+  assert len(tokenizer.encode("the small red square left of the circle")) == 8
+  # So is what surrounds a request: 11 positions beside the image's own.
+  turns = [{"from": "human", "value": "<image>\n"}]
+  prompt = text.chat_prompt(turns, image_tokens=[64])
+  assert len(text.encode_prompt(tokenizer, prompt)) == 64 + 11
+
+
+def test_decoding_leaves_out_codes_and_special_tokens(tokenizer):
+  ids = tokenizer.encode("Sure: <ge_start><MASK_CONTEXT><ge_end>.").tolist()
+  ids.insert(3, tokenizer.token_ids.first_code + 5)
+  assert tokenizer.decode(ids) == "Sure: ."
+
+
+def test_the_shipped_file_is_what_the_function_trains():
+  trained = text_corpus.train_text_tokenizer(text_corpus.corpus())
+  assert trained.to_str(pretty=True) == text.SHIPPED.read_text()
+
+
+def test_copies_encode_alike(tokenizer):
+  copy = pickle.loads(pickle.dumps(tokenizer))
+  assert copy.token_ids == tokenizer.token_ids
+  assert copy.fingerprint == tokenizer.fingerprint
+  np.testing.assert_array_equal(
+    copy.encode("a ring"), tokenizer.encode("a ring")
+  )
+
+
+def test_a_file_without_the_special_tokens_is_refused(tmp_path):
+  path = tmp_path / "tokenizer.json"
+  path.write_text("{}")
+  with pytest.raises(DataError, match=r"cannot load text tokenizer .*json"):
+    text.TextTokenizer(path)
+  with pytest.raises(DataError, match="has no token <img>"):
+    text.TextTokenizer.from_characters(
+      {"<unk>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    )
+
+
+def test_templates():
+  said = ["a cat", "the cat"]
+  assert text.request_text("referring", said) == (
+    "<image>\n Given the following instructions: a cat, the cat; please "
+    "perform referring segmentation on this image."
+  )
+  assert text.request_text("free", said, "evaluation") == (
+    "<image>\n a cat. the cat."
+  )
+  assert text.request_text("semantic", ["{}"]) == (
+    "<image>\n Please segment {} in this image."
+  )
+
+
+TURNS = (
+  {"from": "human", "value": "<image>\nthe ring"},
+  {"from": "gpt", "value": "<mask>."},
+  {"from": "human", "value": "and"},
+  {"from": "gpt", "value": "<mask>"},
+)
+
+
+def test_a_row_predicts_every_code_from_the_position_before(tokenizer):
+  ids = tokenizer.token_ids
+  sample = text.tokenize_chat(tokenizer, TURNS, image_tokens=[4], num_codes=5)
+  row = text.text_row((sample,), 80, ids)
+  starts = np.flatnonzero(row.tokens == ids.ge_start)
+  assert len(starts) == 2
+  for start in starts:
+    np.testing.assert_array_equal(
+      row.tokens[start : start + 6],
+      [ids.ge_start, *[ids.mask_context] * 4, ids.ge_end],
+    )
+    assert (row.targets[start : start + 5] == CODE_TARGET).all()
+    # The answer goes on after <ge_end>, which itself is never predicted.
+    assert row.targets[start + 5] == row.tokens[start + 6]
+  assert (row.targets == CODE_TARGET).sum() == 10
+  assert not (row.targets == ids.ge_end).any()
+  learned = row.targets >= 0
+  np.testing.assert_array_equal(
+    row.targets[learned], np.roll(row.tokens, -1)[learned]
+  )
+  prompt = text.chat_prompt(TURNS[:1], image_tokens=[4])
+  np.testing.assert_array_equal(
+    row.tokens[row.is_prompt], text.encode_prompt(tokenizer, prompt)
+  )
+  np.testing.assert_array_equal(
+    row.positions[: len(sample)], np.arange(len(sample))
+  )
+  assert (row.segment_ids == (np.arange(80) < len(sample))).all()
+  assert (row.targets[len(sample) - 1 :] == IGNORE_TARGET).all()
+
+
+def test_packed_samples_stay_apart(tokenizer):
+  ids = tokenizer.token_ids
+  one = text.tokenize_chat(tokenizer, TURNS, image_tokens=[4], num_codes=5)
+  two = text.tokenize_chat(tokenizer, TURNS[2:], num_codes=3)
+  both = text.text_row((one, two), 120, ids)
+  alone = [text.text_row((s,), len(s), ids) for s in (one, two)]
+  total = len(one) + len(two)
+  for field in ("tokens", "targets", "positions", "is_prompt"):
+    np.testing.assert_array_equal(
+      getattr(both, field)[:total],
+      np.concatenate([getattr(r, field) for r in alone]),
+    )
+  np.testing.assert_array_equal(
+    both.segment_ids,
+    np.repeat([1, 2, 0], [len(one), len(two), 120 - total]),
+  )
+  with pytest.raises(DataError, match=f"{total} tokens does not fit"):
+    text.text_row((one, two), total - 1, ids)
+
+
+def test_a_system_turn_replaces_the_system_message(tokenizer):
+  system = {"from": "system", "value": "Be brief."}
+  plain = text.chat_prompt(TURNS[2:3])
+  assert plain.startswith("<|im_start|>user")
+  given = text.chat_prompt((system, *TURNS[2:3]), system_message="other")
+  assert given == text.chat_prompt(TURNS[2:3], system_message="Be brief.")
+  assert given == "<|im_start|>system\nBe brief.<|im_end|>\n" + plain
+
+
+def test_an_image_that_nobody_placed_goes_first():
+  bare = [{"from": "human", "value": "What is this?"}]
+  placed = [{"from": "human", "value": "<image>\nWhat is this?"}]
+  assert text.chat_prompt(bare, image_tokens=[3]) == text.chat_prompt(
+    placed, image_tokens=[3]
+  )
+
+
+@pytest.mark.parametrize(
+  ("turns", "message"),
+  [
+    ([], "must begin with a human turn"),
+    (TURNS[1:], "must begin with a human turn"),
+    ([{"from": "human", "value": "<image><image>"}], "2 <image> for 1"),
+    ([*TURNS, {"from": "cat", "value": ""}], "a turn from 'cat'"),
+  ],
+)
+def test_bad_conversations(tokenizer, turns, message):
+  with pytest.raises(DataError, match=message):
+    text.tokenize_chat(tokenizer, turns, image_tokens=[2], num_codes=3)
