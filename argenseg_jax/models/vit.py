@@ -106,8 +106,9 @@ class VisionTower(nnx.Module):
     self.dtype = dtype
     self.patch_side = side
     self.grid_side = config.grid_side
-    self.drop_rates = np.linspace(
-      0, config.drop_path, config.num_layers, dtype=np.float32
+    # A tuple: an array would become a variable of the model.
+    self.drop_rates = tuple(
+      np.linspace(0, config.drop_path, config.num_layers).tolist()
     )
     if config.stem == "conv":
       self.patch_embedding = ConvStem(side, width, **types)
