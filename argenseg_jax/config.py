@@ -129,6 +129,7 @@ class DataConfig:
   threads: int = 1
   prefetch: int = 4  # Batches made in advance.
   cache: bool = False  # Keep resized pictures and masks in memory.
+  max_bad_share: float = 0.1  # Training stops when more records are bad.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,8 +32,8 @@ from argenseg_jax.types import Batch
 # Called once for each bad record with its index and what is wrong with it.
 OnBadRecord = Callable[[int, str], None]
 
-# Settings that change how fast batches come, not what they hold.
-_SPEED_KEYS = ("workers", "threads", "prefetch", "cache")
+# Settings that do not change what batches hold.
+_SPEED_KEYS = ("workers", "threads", "prefetch", "cache", "max_bad_share")
 
 
 def open_source(config: DataConfig) -> Source:
@@ -81,9 +81,11 @@ class RowMaker:
     self.image_tokens = image_tokens
     self.num_codes = num_codes
     self._cache: dict[Any, np.ndarray] = {}
+    # Samples whose pictures are in the cache, without their encoded bytes.
+    self._cached_samples: dict[int, Sample] = {}
 
   def __getstate__(self):
-    return {**self.__dict__, "_cache": {}}
+    return {**self.__dict__, "_cache": {}, "_cached_samples": {}}
 
   @property
   def fingerprint(self) -> str:
@@ -110,7 +112,7 @@ class RowMaker:
     if index >= len(self.source):
       return Row(self._empty(-1))
     try:
-      return Row(self._make(self.source[index], rng))
+      return Row(self._make(self._sample(index), rng))
     except DataError as error:
       return Row(self._empty(index), str(error))
 
@@ -153,6 +155,12 @@ class RowMaker:
     for i in range(len(sample.seg_masks)):
       row.seg_masks[i] = self._seg_mask(sample, i)[..., None]
       row.mask_valid[i] = True
+    if config.cache:
+      self._cached_samples[sample.index] = dataclasses.replace(
+        sample,
+        images=(b"",) * len(sample.images),
+        seg_masks=(b"",) * len(sample.seg_masks),
+      )
     if config.sequence_length:
       tokens = text.tokenize_chat(
         self.tokenizer,
@@ -170,6 +178,10 @@ class RowMaker:
       row = row._replace(**vars(packed))
     return row
 
+  def _sample(self, index: int) -> Sample:
+    found = self._cached_samples.get(index)
+    return self.source[index] if found is None else found
+
   def _image(self, sample: Sample, number: int) -> np.ndarray:
     def make():
       return transforms.resize_image(
@@ -179,8 +191,7 @@ class RowMaker:
         pad_square=self.config.pad_square,
       )
 
-    key = sample.image_keys[number] if sample.image_keys else None
-    return self._cached(None if key is None else ("image", key), make)
+    return self._cached(("image", sample.image_keys[number]), make)
 
   def _seg_mask(self, sample: Sample, number: int) -> np.ndarray:
     def make():
@@ -192,10 +203,10 @@ class RowMaker:
         pad_square=self.config.pad_square,
       )
 
-    return self._cached((sample.index, number), make)
+    return self._cached(("seg_mask", sample.index, number), make)
 
   def _cached(self, key: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
-    if not self.config.cache or key is None:
+    if not self.config.cache:
       return make()
     if key not in self._cache:
       self._cache[key] = make()
@@ -231,6 +242,9 @@ class TrainIterator:
     global_batch_size: rows of a step over all hosts.
     host_index, host_count: this host yields its contiguous share of each step.
     on_bad_record: called once for each bad record.
+
+  `next` raises DataError when more than the configured share of the records
+  turns out to be bad.
   """
 
   def __init__(
@@ -279,8 +293,17 @@ class TrainIterator:
       self._batches = _start(self._stream[start::count], self._rows.config)
     batch, bad = next(self._batches)
     _report(bad, self._bad, self._on_bad_record)
+    self._refuse_too_many(bad)
     self._step += 1
     return batch
+
+  def _refuse_too_many(self, bad: list[tuple[int, str]]) -> None:
+    total, share = len(self._rows.source), self._rows.config.max_bad_share
+    if bad and len(self._bad) > share * total:
+      raise DataError(
+        f"at least {len(self._bad)} of {total} records are bad, more than the "
+        f"share data.max_bad_share={share}; the last one: {bad[-1][1]}"
+      )
 
   def state(self) -> dict[str, Any]:
     """What to save: JSON-ready, the same on every host."""

@@ -35,8 +35,7 @@ class Sample:
       template. Empty when `conversation` is given.
     conversation: the turns themselves.
     kind: what sort of request this is, for metrics; "absent" has no target.
-    image_keys: names under which decoded pictures may be kept, one for each
-      picture.
+    image_keys: one for each picture; equal keys mean equal pictures.
     where: file and line, for messages.
   """
 

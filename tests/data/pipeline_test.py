@@ -237,7 +237,7 @@ def own_masks(tmp_path):
 
 
 def test_bad_records_become_rows_of_no_weight(config, own_masks):
-  rows = _rows(config, source="jsonl", path=str(own_masks))
+  rows = _rows(config, source="jsonl", path=str(own_masks), max_bad_share=1.0)
   truncated = own_masks.parent / "4.png"
   truncated.write_bytes(truncated.read_bytes()[:50])
   (own_masks.parent / "m5.png").unlink()
@@ -262,6 +262,14 @@ def test_bad_records_become_rows_of_no_weight(config, own_masks):
   (batch,) = pipeline.eval_batches(rows, 6, on_bad_record=on_bad_record)
   assert batch.sample_weight.tolist() == [1, 1, 0, 0, 0, 0]
   assert sorted(named) == [2, 3, 4, 5]
+
+
+def test_too_many_bad_records_stop_training(config, own_masks):
+  rows = _rows(config, source="jsonl", path=str(own_masks), sequence_length=9)
+  iterator = pipeline.TrainIterator(rows, 3)
+  with pytest.raises(DataError, match=r"at least 3 of 6 records are bad, more"):
+    next(iterator)
+  iterator.close()
 
 
 def test_several_masks_keep_their_order(config, own_masks):
