@@ -21,6 +21,7 @@ from argenseg_jax.config import DataConfig, to_dict
 from argenseg_jax.data import text, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources import (
+  EachExpression,
   JsonlSource,
   RefShapesSource,
   Sample,
@@ -36,15 +37,25 @@ OnBadRecord = Callable[[int, str], None]
 _SPEED_KEYS = ("workers", "threads", "prefetch", "cache", "max_bad_share")
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
   """The source that a configuration names.
+
+  Args:
+    config: where it is.
+    evaluation: under the per-expression protocol every expression becomes a
+      sample of its own; in training one is drawn at each visit.
 
   Raises:
     DataError: it is missing, faulty or empty.
   """
+  source: Source
   if config.source == "ref_shapes":
-    return RefShapesSource(config.path, config.split)
-  return JsonlSource(config.path, config.root)
+    source = RefShapesSource(config.path, config.split)
+  else:
+    source = JsonlSource(config.path, config.root)
+  if evaluation and config.protocol == "per_expression":
+    return EachExpression(source)
+  return source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -222,6 +222,32 @@ class JsonlSource:
     return found
 
 
+class EachExpression:
+  """Every expression of every record as a sample of its own.
+
+  The per-expression protocol of evaluation. Conversations stay as they are.
+  """
+
+  def __init__(self, source: Source):
+    self._source = source
+    self._places = [
+      (index, number)
+      for index in range(len(source))
+      for number in range(max(len(source[index].expressions), 1))
+    ]
+    self.fingerprint = _digest(source.fingerprint.encode(), b"each expression")
+
+  def __len__(self) -> int:
+    return len(self._places)
+
+  def __getitem__(self, index: int) -> Sample:
+    record, number = self._places[index]
+    sample = self._source[record]
+    return dataclasses.replace(
+      sample, index=index, expressions=sample.expressions[number : number + 1]
+    )
+
+
 def _conversation(turns: Any, where: str) -> tuple[Turn, ...]:
   valid = isinstance(turns, list) and all(
     isinstance(t, Mapping)

@@ -204,6 +204,20 @@ def test_protocols(config):
     assert f"\n{expressions[0]}\n" in single[i]
 
 
+def test_evaluation_asks_for_each_expression(config):
+  rows = _rows(config, split="val")
+  rows.source = pipeline.open_source(rows.config, evaluation=True)
+  single = pipeline.open_source(rows.config)
+  wanted = [e for i in range(10) for e in single[i].expressions]
+  batch = _join(list(pipeline.eval_batches(rows, 8)))
+  said = [TOKENIZER.decode(t) for t in batch.tokens[: len(wanted)]]
+  assert batch.sample_weight.sum() == len(rows.source) == len(wanted) > 10
+  assert all(f"\n{e}\n" in s for e, s in zip(wanted, said, strict=True))
+  assert rows.source.fingerprint != single.fingerprint
+  merged = dataclasses.replace(rows.config, protocol="merged")
+  assert len(pipeline.open_source(merged, evaluation=True)) == 10
+
+
 def test_masks_alone_for_the_image_tokenizer(config):
   rows = _rows(config, sequence_length=0, max_images=0)
   (batch,) = _take(pipeline.TrainIterator(rows, 8), 1)
