@@ -76,8 +76,8 @@ class Checkpoints:
     wanted_model = nnx.to_pure_dict(_abstract(model))
     wanted_optimizer = _flat(_abstract(optimizer))
     metadata = self._manager.item_metadata(step)
-    _compare(wanted_model, metadata.model, where)
-    _compare(wanted_optimizer, metadata.optimizer, where)
+    compare(wanted_model, metadata.model, where)
+    compare(wanted_optimizer, metadata.optimizer, where)
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -131,6 +131,11 @@ def step_directory(path: str | pathlib.Path) -> pathlib.Path:
   )
 
 
+def text_tokenizer_path(step: pathlib.Path) -> pathlib.Path:
+  """The tokenizer.json that lies beside the checkpoints of a work directory."""
+  return step.parent.parent / "tokenizer.json"
+
+
 def load(
   path: str | pathlib.Path,
   *,
@@ -173,7 +178,7 @@ def load(
     )
   )
   with ocp.StandardCheckpointer() as reader:
-    _compare(wanted, reader.metadata(where / "model").item_metadata, where)
+    compare(wanted, reader.metadata(where / "model").item_metadata, where)
     values = reader.restore(where / "model", wanted)
   model = nnx.merge(graph, _with_values(abstract, values))
   return Loaded(meta["task"], config, model, meta, where)
@@ -219,7 +224,7 @@ def _with_values(state: nnx.State, values: dict[str, Any]) -> nnx.State:
   return state
 
 
-def _compare(wanted: Any, found: Any, where: pathlib.Path) -> None:
+def compare(wanted: Any, found: Any, where: pathlib.Path) -> None:
   """Raises `CheckpointError` naming the first leaf that does not fit."""
 
   def leaves(tree):

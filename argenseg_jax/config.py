@@ -349,17 +349,56 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
-  """Everything that defines a training run."""
+class StageConfig:
+  """How one task trains."""
 
-  task: Literal["vqvae", "mllm"]
-  seed: int
-  init_from: str | None  # Checkpoint whose image tokenizer or model is taken.
-  model: ModelChoice
-  data: "DataConfig"
   optimizer: OptimizerConfig
+  train: TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """Everything that defines a training run.
+
+  The tasks run in order, each in its own folder of the work directory; the
+  decoder takes the image tokenizer that was trained just before it.
+  """
+
+  tasks: tuple[Literal["vqvae", "mllm"], ...]
+  seed: int
+  init_from: str | None  # Checkpoint of a whole model or an image tokenizer.
+  model: ModelChoice
+  data: DataConfig
+  vqvae: StageConfig
+  mllm: StageConfig
   loss: LossConfig
   tokenizer_training: TokenizerTrainingConfig
   mesh: MeshConfig
-  train: TrainConfig
   eval: EvalConfig
+
+  def stage(self, task: str) -> StageConfig:
+    return self.vqvae if task == "vqvae" else self.mllm
+
+
+def run_config(values: Mapping[str, Any]) -> RunConfig:
+  """A `RunConfig` from a config file's values, which write "" and 0 for None.
+
+  Raises:
+    ConfigError: an unknown or missing key, or no data.
+  """
+  values = to_plain(values)
+  values["init_from"] = values.get("init_from") or None
+  data = values.get("data", {})
+  for key in ("root", "text_tokenizer", "mask_intermediate_side"):
+    data[key] = data.get(key) or None
+  config = from_mapping(RunConfig, values)
+  if not config.data.path:
+    raise ConfigError("config key 'data.path' is empty; give --config.data.path.")
+  return config
+
+
+def to_plain(values: Any) -> Any:
+  """`ConfigDict`s as dictionaries, all the way down."""
+  if hasattr(values, "items"):
+    return {key: to_plain(value) for key, value in values.items()}
+  return values

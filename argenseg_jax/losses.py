@@ -80,7 +80,7 @@ def decoder_loss(
   weights = jnp.where(targets == IGNORE_TARGET, 0.0, sample_weight[:, None])
   per_token = linear_cross_entropy(
     hidden.reshape(b * t, d),
-    head,
+    head.astype(hidden.dtype),
     targets.reshape(-1),
     weights.reshape(-1),
     z_loss=z_loss,

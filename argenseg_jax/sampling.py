@@ -1,4 +1,4 @@
-"""Generation: text until `<ge_start>`, then one pass a scale, all in one program.
+"""Generation: text until `<ge_start>`, then one pass a scale, in one program.
 
 Rows of a batch share one cache timeline. A row that reaches `<ge_start>` waits
 until every other row reached its own or finished; then all of them predict
@@ -19,7 +19,9 @@ from argenseg_jax.models.llm import KVCache
 class Generated(NamedTuple):
   """What a batch of prompts was answered with."""
 
-  tokens: Array  # int32 [b text]; `<ge_end>` stands for a mask; 0 after the end.
+  tokens: (
+    Array  # int32 [b text]; `<ge_end>` stands for a mask; 0 after the end.
+  )
   codes: Array  # int32 [b m n]
   num_masks: Array  # int32 [b]
   inputs: Array | None  # float32 [b m n d]: decoder inputs of the codes.
@@ -193,7 +195,7 @@ def generate(
         ramp = guidance * k / max(len(scales) - 1, 1)
         hidden = (1 + ramp) * hidden[:rows] - ramp * hidden[rows:]
       code, _ = scale_prediction(
-        hidden, model.code_head, quantizer.codebook[...]
+        hidden, model.code_head.astype(hidden.dtype), quantizer.codebook[...]
       )
       code = lead(code)
       codes.append(code)
@@ -208,9 +210,7 @@ def generate(
       )
     state = state._replace(
       cache=cache,
-      codes=state.codes.at[place].set(
-        jnp.concatenate(codes, 1), mode="drop"
-      ),
+      codes=state.codes.at[place].set(jnp.concatenate(codes, 1), mode="drop"),
       num_masks=state.num_masks + masked.astype(jnp.int32),
       next_position=state.next_position + jnp.where(masked, n, 0),
       at_mask=jnp.zeros_like(masked),
@@ -230,9 +230,7 @@ def generate(
     state = jax.lax.while_loop(
       lambda s: jnp.any(~(s.at_mask | s.finished)), text_step, state
     )
-    return jax.lax.cond(
-      jnp.any(state.at_mask), mask_step, lambda s: s, state
-    )
+    return jax.lax.cond(jnp.any(state.at_mask), mask_step, lambda s: s, state)
 
   state = jax.lax.while_loop(unfinished, answer_part, state)
   inputs, hidden, places = state.trace if collect else (None, None, None)

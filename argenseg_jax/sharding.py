@@ -45,9 +45,7 @@ def make_mesh(
   sizes = [getattr(config, axis) for axis in MESH_AXES]
   text = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
   if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-    raise ConfigError(
-      f"mesh ({text}) needs positive sizes and at most one -1."
-    )
+    raise ConfigError(f"mesh ({text}) needs positive sizes and at most one -1.")
   if -1 in sizes:
     known = math.prod(s for s in sizes if s != -1)
     sizes[sizes.index(-1)] = len(devices) // known

@@ -20,7 +20,7 @@ from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.tokenizer_training import usage_and_perplexity
 from argenseg_jax.types import Batch, ModelInputs
 
-REMAT_POLICIES: dict[str, Callable | None | bool] = {
+REMAT_POLICIES: dict[str, Callable | bool | None] = {
   "none": False,
   "full": None,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -151,14 +151,24 @@ def make_train_step(
   graph: nnx.GraphDef,
   optimizer: optax.GradientTransformation,
   config: RunConfig,
+  task: str,
   *,
   quantize: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-  """A function (state, batch) -> (state, metrics), to be jitted."""
+  """A function (state, batch) -> (state, metrics), to be jitted.
+
+  Args:
+    graph: of the module that `task` trains.
+    optimizer: from `optimizer.make_optimizer`.
+    config: of the run.
+    task: "vqvae" or "mllm".
+    quantize: False while an image tokenizer warms up without its quantiser.
+  """
+  remat = config.stage(task).train.remat
 
   def loss_of(params, fixed, batch, key):
     model = nnx.merge(graph, params, fixed)
-    if config.task == "vqvae":
+    if task == "vqvae":
       loss, metrics = vqvae_loss(
         model,
         batch,
@@ -167,7 +177,7 @@ def make_train_step(
       )
       return loss, metrics
     loss, sums = mllm_loss(
-      model, batch, config.loss, key=key, remat=config.train.remat
+      model, batch, config.loss, key=key, remat=remat
     )
     text, code = sums.means()
     return loss, {

@@ -182,7 +182,7 @@ class ARGenSeg(nnx.Module):
     inputs: ModelInputs,
     *,
     rope_length: int | None = None,
-    remat_policy: Callable | None | bool = False,
+    remat_policy: Callable | bool | None = False,
     drop_path_key: Array | None = None,
   ) -> Float[Array, "b t d"]:
     """Hidden states before the head, for teacher-forced inputs."""

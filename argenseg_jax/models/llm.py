@@ -86,9 +86,15 @@ class Attention(nnx.Module):
     kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
     bias = dict(use_bias=config.qkv_bias)
     heads, kv = config.num_heads * hd, config.num_kv_heads * hd
-    self.query = layers.Linear(d, heads, axes=("embed", "heads"), **bias, **kwargs)
-    self.key = layers.Linear(d, kv, axes=("embed", "kv_heads"), **bias, **kwargs)
-    self.value = layers.Linear(d, kv, axes=("embed", "kv_heads"), **bias, **kwargs)
+    self.query = layers.Linear(
+      d, heads, axes=("embed", "heads"), **bias, **kwargs
+    )
+    self.key = layers.Linear(
+      d, kv, axes=("embed", "kv_heads"), **bias, **kwargs
+    )
+    self.value = layers.Linear(
+      d, kv, axes=("embed", "kv_heads"), **bias, **kwargs
+    )
     self.out = layers.Linear(
       heads, d, axes=("heads", "embed"), use_bias=config.out_bias, **kwargs
     )
@@ -218,7 +224,7 @@ class Decoder(nnx.Module):
     segment_ids: Int[Array, "b t"],
     reach: Int[Array, "b t"] | None = None,
     rope_length: int | None = None,
-    remat_policy: Callable | None | bool = False,
+    remat_policy: Callable | bool | None = False,
     collect_layers: bool = False,
   ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t d"] | None]:
     """Full forward pass over embedded tokens.

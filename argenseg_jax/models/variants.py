@@ -15,6 +15,7 @@ from argenseg_jax.config import (
   VisionConfig,
   VQVAEConfig,
 )
+from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.scales import SCALES_512
 
 _NUM_CODES = 4096
@@ -75,25 +76,10 @@ def _qwen2(name: str, llm: dict[str, Any]) -> ModelConfig:
   )
 
 
-# The shipped text tokenizer (data/tokenizer.json): its special tokens come first.
-SMALL_TOKEN_IDS = TokenIds(
-  pad=0,
-  im_start=1,
-  im_end=2,
-  img_start=3,
-  img_end=4,
-  img_context=5,
-  mask=6,
-  ge_start=7,
-  ge_end=8,
-  mask_context=9,
-  first_code=512,
-)
-
-
 def _tiny() -> ModelConfig:
   """The quickstart: 64 px, 85 codes a mask, trained from scratch on a CPU."""
   num_codes = 256
+  token_ids = TextTokenizer().token_ids
   return ModelConfig(
     name="tiny",
     vision=VisionConfig(
@@ -106,7 +92,7 @@ def _tiny() -> ModelConfig:
       stem="conv",
     ),
     llm=LLMConfig(
-      vocab_size=SMALL_TOKEN_IDS.first_code + num_codes,
+      vocab_size=token_ids.first_code + num_codes,
       width=96,
       num_layers=3,
       num_heads=2,
@@ -128,7 +114,7 @@ def _tiny() -> ModelConfig:
       num_codes=num_codes,
       norm_groups=8,
     ),
-    token_ids=SMALL_TOKEN_IDS,
+    token_ids=token_ids,
     aligned_positions=True,
     bidirectional_prompt=True,
     full_attention_in_scale=True,

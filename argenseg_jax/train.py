@@ -1,0 +1,418 @@
+"""The training loop: image tokenizer and decoder are two tasks of it."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+import signal
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from argenseg_jax import checkpoint, sharding, tokenizer_training
+from argenseg_jax import config as config_lib
+from argenseg_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig
+from argenseg_jax.data import pipeline, text
+from argenseg_jax.evaluate import Evaluator, tokenizer_ceiling
+from argenseg_jax.models import variants
+from argenseg_jax.models.argenseg import normalize_seg_masks
+from argenseg_jax.monitor import MetricsWriter, Progress
+from argenseg_jax.optimizer import make_optimizer, trainable_filter
+from argenseg_jax.train_step import TrainState, make_train_step
+
+INTERRUPTED = 3  # Exit code of a run that was told to stop and has saved.
+
+
+class Interrupted(Exception):
+  """SIGTERM came; everything is saved."""
+
+
+def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
+  """Runs every task of a config, going on where an earlier call stopped.
+
+  Args:
+    config: the run.
+    workdir: gets `config.json` and a folder for each task.
+
+  Returns:
+    The final metrics of each task.
+
+  Raises:
+    ConfigError: the directory belongs to another config, or a key is wrong.
+    Interrupted: after SIGTERM, once a checkpoint is complete.
+  """
+  workdir = pathlib.Path(workdir)
+  claim(config, workdir)
+  results, init_from = {}, config.init_from
+  for task in config.tasks:
+    results[task] = train(config, task, workdir / task, init_from=init_from)
+    init_from = str(workdir / task)
+  return results
+
+
+def claim(config: RunConfig, workdir: pathlib.Path) -> None:
+  """Writes `config.json`; refuses a directory of another config."""
+  path = workdir / "config.json"
+  mine = config_lib.to_dict(config)
+  if path.exists():
+    theirs = json.loads(path.read_text())
+    if theirs != mine:
+      keys = ", ".join(sorted(_differences(theirs, mine))[:5])
+      raise ConfigError(
+        f"work directory {workdir} belongs to another config (it differs in "
+        f"{keys}); give another directory or that config."
+      )
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(mine, indent=1))
+
+
+def train(
+  config: RunConfig,
+  task: str,
+  workdir: pathlib.Path,
+  *,
+  init_from: str | None = None,
+) -> dict[str, float]:
+  """Trains one task to its last step and evaluates it.
+
+  Args:
+    config: the run.
+    task: "vqvae" or "mllm".
+    workdir: of this task: checkpoints, metrics, `results.json`.
+    init_from: a checkpoint to start from; an image tokenizer's fills that part
+      of a whole model.
+
+  Returns:
+    Final metrics; read back when the task is done already.
+  """
+  done = workdir / "results.json"
+  if done.exists():
+    return json.loads(done.read_text())
+  workdir.mkdir(parents=True, exist_ok=True)
+  stage = config.stage(task)
+  model_config = variants.get(config.model.variant, config.model.overrides)
+  mesh = sharding.make_mesh(config.mesh)
+
+  tokenizer = text.TextTokenizer(
+    config.data.text_tokenizer, first_code=model_config.token_ids.first_code
+  )
+  shutil.copyfile(tokenizer.name, workdir / "tokenizer.json")
+  rows = _rows(config.data, task, model_config, tokenizer)
+  bad_records = workdir / "bad_records.jsonl"
+  batches = pipeline.TrainIterator(
+    rows,
+    stage.train.global_batch_size,
+    host_index=jax.process_index(),
+    host_count=jax.process_count(),
+    on_bad_record=lambda index, why: _note_bad(bad_records, index, why),
+  )
+
+  graph, variables = sharding.create_sharded(
+    checkpoint.model_factory(
+      task,
+      model_config,
+      seed=config.seed,
+      dtype=jnp.dtype(stage.train.compute_dtype),
+      param_dtype=jnp.dtype(stage.train.param_dtype),
+    ),
+    mesh,
+  )
+  if init_from is not None:
+    variables = _start_from(variables, init_from, task, mesh)
+  trains = trainable_filter(stage.optimizer, variables)
+  graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
+  optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
+  num_codes = model_config.vqvae.num_codes if task == "vqvae" else 0
+  state = TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    fixed=fixed,
+    optimizer=jax.jit(optimizer.init)(params),
+    usage=jnp.zeros((num_codes,), jnp.int32),
+  )
+
+  checkpoints = checkpoint.Checkpoints(workdir, keep=stage.train.keep)
+  meta = {
+    "task": task,
+    "model": config_lib.to_dict(model_config),
+    "run": config_lib.to_dict(config),
+  }
+  if (latest := checkpoints.latest_step()) is not None:
+    state, data_state = _restore(checkpoints, latest, state)
+    batches.set_state(data_state)
+
+  def save():
+    checkpoints.save(
+      int(state.step),
+      nnx.merge_state(state.params, state.fixed),
+      (state.step, state.optimizer, state.usage),
+      meta | {"data": batches.state()},
+    )
+
+  make_step = {
+    quantize: jax.jit(
+      make_train_step(graph, optimizer, config, task, quantize=quantize),
+      donate_argnums=0,
+    )
+    for quantize in (True, False)
+  }
+  if task == "mllm":
+    evaluator = Evaluator(graph, config.eval)
+  warm = config.tokenizer_training.warm_start_steps if task == "vqvae" else 0
+  writer = MetricsWriter(workdir, active=jax.process_index() == 0)
+  bar = Progress(
+    f"train {task}",
+    stage.train.steps,
+    start=int(state.step),
+    active=jax.process_index() == 0,
+  )
+  pending = None  # Metrics on their way from the device.
+  began, began_step = time.monotonic(), int(state.step)
+  step = began_step
+  with _stop_on_sigterm() as told_to_stop, contextlib.closing(batches):
+    while step < stage.train.steps:
+      batch = sharding.put_batch(next(batches), mesh)
+      if task == "vqvae":
+        state = _maintain(config, graph, state, step, rows, batch)
+      state, metrics = make_step[step >= warm](state, batch)
+      step += 1
+      if pending is not None:
+        values = _as_floats(jax.device_get(pending))
+        values["steps_per_second"] = (step - 1 - began_step) / (
+          time.monotonic() - began
+        )
+        writer.write(step - 1, values)
+        bar.update(step - 1, f"loss {values['loss']:.3f}")
+        pending = None
+      if step % stage.train.log_every == 0:
+        pending = metrics
+      last = step == stage.train.steps
+      every = stage.train.eval_every
+      if task == "mllm" and every and step % every == 0 and not last:
+        variables = nnx.merge_state(state.params, state.fixed)
+        split = config.eval.splits[0]
+        values = evaluator(
+          variables, _eval_rows(rows, config, split), max_samples=200
+        ).metrics
+        writer.write(step, {f"{split}/{k}": v for k, v in values.items()})
+        bar.update(step, f"{split} cIoU {values['ciou']:.3f}")
+      if step % stage.train.save_every == 0 or last or told_to_stop():
+        if last and task == "vqvae":
+          state = _constrain_entropy(config, graph, state, rows)
+        save()
+      if told_to_stop() and not last:
+        checkpoints.wait()
+        raise Interrupted(f"stopped at step {step}; a later call goes on.")
+  bar.update(step)
+  bar.close()
+  checkpoints.wait()
+  checkpoints.close()
+
+  variables = nnx.merge_state(state.params, state.fixed)
+  if task == "vqvae":
+    results = tokenizer_ceiling(
+      graph,
+      variables,
+      _eval_rows(rows, config, config.eval.splits[0]),
+      batch_size=64,
+      max_samples=config.eval.max_samples,
+    )
+    print(f"image tokenizer ceiling: cIoU {results['ciou']:.3f}", flush=True)
+  else:
+    results = {"steps": step}
+  results["bad_records"] = batches.num_bad_records
+  writer.write(step, {f"final/{k}": v for k, v in results.items()})
+  writer.close()
+  done.write_text(json.dumps(results, indent=1))
+  return results
+
+
+def _rows(
+  data: DataConfig,
+  task: str,
+  model: ModelConfig,
+  tokenizer: text.TextTokenizer,
+) -> pipeline.RowMaker:
+  """Rows for a task, with the sizes that the model asks for."""
+  if data.image_side != model.vision.image_side:
+    raise ConfigError(
+      f"config key 'data.image_side' is {data.image_side}, but the model's "
+      f"vision tower takes {model.vision.image_side}."
+    )
+  if data.mask_side != model.vqvae.image_side:
+    raise ConfigError(
+      f"config key 'data.mask_side' is {data.mask_side}, but the model's image "
+      f"tokenizer takes {model.vqvae.image_side}."
+    )
+  if task == "vqvae":
+    data = dataclasses.replace(data, sequence_length=0, max_images=0)
+  codes = sum(side * side for side in model.vqvae.scales)
+  return pipeline.RowMaker(
+    pipeline.open_source(data),
+    data,
+    tokenizer=tokenizer,
+    image_tokens=model.vision.num_embeddings,
+    num_codes=codes,
+  )
+
+
+def _eval_rows(
+  rows: pipeline.RowMaker, config: RunConfig, split: str
+) -> pipeline.RowMaker:
+  data = dataclasses.replace(rows.config, split=split, cache=False)
+  return pipeline.RowMaker(
+    pipeline.open_source(data),
+    data,
+    tokenizer=rows.tokenizer,
+    image_tokens=rows.image_tokens,
+    num_codes=rows.num_codes,
+  )
+
+
+def _start_from(variables, path: str, task: str, mesh):
+  """Puts a checkpoint's variables in: a whole model's, or the image
+  tokenizer's into its part."""
+  loaded = checkpoint.load(path, mesh=mesh)
+  values = nnx.to_pure_dict(nnx.state(loaded.model))
+  if loaded.task == "vqvae" and task == "mllm":
+    values = {"vqvae": values}
+  target = nnx.to_pure_dict(variables)
+  checkpoint.compare(
+    {k: target[k] for k in values if k in target}, values, loaded.path
+  )
+  nnx.replace_by_pure_dict(variables, target | values)
+  return variables
+
+
+def _restore(checkpoints, step, state):
+  variables = nnx.merge_state(state.params, state.fixed)
+  counters = (state.step, state.optimizer, state.usage)
+  variables, counters, meta = checkpoints.restore(step, variables, counters)
+  flat = dict(nnx.to_flat_state(variables))
+
+  def pick(part):
+    return nnx.from_flat_state(
+      [(path, flat[path]) for path, _ in nnx.to_flat_state(part)]
+    )
+
+  return TrainState(
+    step=counters[0],
+    params=pick(state.params),
+    fixed=pick(state.fixed),
+    optimizer=counters[1],
+    usage=counters[2],
+  ), meta["data"]
+
+
+def _maintain(config, graph, state, step, rows, batch):
+  """Starts the codebook on the data, and revives dead codes."""
+  settings = config.tokenizer_training
+  starts = settings.kmeans_iterations and step == settings.warm_start_steps
+  quantized = step - settings.warm_start_steps
+  revives = (
+    settings.revive_every
+    and quantized > 0
+    and quantized % settings.revive_every == 0
+    and step <= settings.revive_until
+  )
+  if not (starts or revives):
+    return state
+  model = nnx.merge(graph, state.params, state.fixed)
+  key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
+  if starts:
+    tokenizer_training.start_codebook(
+      model,
+      _sample_seg_masks(rows, settings.kmeans_seg_masks),
+      key=key,
+      iterations=settings.kmeans_iterations,
+    )
+  else:
+    images = normalize_seg_masks(batch.seg_masks)
+    images = images.reshape(-1, *images.shape[2:])
+    tokenizer_training.revive_codes(model, images, state.usage, key)
+  return _with_model(state, model)._replace(
+    usage=jnp.zeros_like(state.usage)
+  )
+
+
+def _constrain_entropy(config, graph, state, rows):
+  settings = config.tokenizer_training
+  if not settings.entropy_weight:
+    return state
+  model = nnx.merge(graph, state.params, state.fixed)
+  tokenizer_training.constrain_entropy(
+    model,
+    _sample_seg_masks(rows, settings.kmeans_seg_masks),
+    weight=settings.entropy_weight,
+    iterations=settings.entropy_iterations,
+  )
+  return _with_model(state, model)
+
+
+def _with_model(state: TrainState, model: nnx.Module) -> TrainState:
+  flat = dict(nnx.to_flat_state(nnx.state(model)))
+
+  def pick(part):
+    return nnx.from_flat_state(
+      [(path, flat[path]) for path, _ in nnx.to_flat_state(part)]
+    )
+
+  return state._replace(params=pick(state.params), fixed=pick(state.fixed))
+
+
+def _sample_seg_masks(rows: pipeline.RowMaker, count: int) -> jax.Array:
+  """The first masks of a source in [-1, 1], [b h w 3]."""
+  found = []
+  for index in range(len(rows.source)):
+    row = rows(index).fields
+    found.extend(row.seg_masks[row.mask_valid])
+    if len(found) >= count:
+      break
+  return normalize_seg_masks(jnp.asarray(np.stack(found[:count])))
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm():
+  """Yields a function that tells whether SIGTERM came."""
+  came = []
+  try:
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+  except ValueError:  # Not the main thread: nobody sends signals here.
+    yield lambda: False
+    return
+  try:
+    yield lambda: bool(came)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _as_floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+  values = {}
+  for name, value in metrics.items():
+    if np.ndim(value):
+      values |= {f"{name}/{i}": float(v) for i, v in enumerate(value)}
+    else:
+      values[name] = float(value)
+  return values
+
+
+def _note_bad(path: pathlib.Path, index: int, why: str) -> None:
+  print(f"bad record {index}: {why}", flush=True)
+  with path.open("a") as file:
+    file.write(json.dumps({"record": index, "why": why}) + "\n")
+
+
+def _differences(a: Any, b: Any, where: str = "") -> list[str]:
+  if isinstance(a, dict) and isinstance(b, dict):
+    found = []
+    for key in a.keys() | b.keys():
+      name = f"{where}.{key}" if where else key
+      found += _differences(a.get(key), b.get(key), name)
+    return found
+  return [] if a == b else [where]

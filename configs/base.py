@@ -1,0 +1,113 @@
+"""Every key of a run, with what it means. Other configs change some of them.
+
+The values here are the paper's where the paper has one (joint training of
+ARGenSeg-8B); `data.path` must be set.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  c = ConfigDict()
+  # What to train, in order: "vqvae" (the image tokenizer), "mllm" (the rest).
+  c.tasks = ("mllm",)
+  c.seed = 0
+  # Checkpoint to start from: a whole model or an image tokenizer; "" for none.
+  c.init_from = ""
+
+  c.model = ConfigDict()
+  c.model.variant = "argenseg_8b"  # See argenseg_jax/models/variants.py.
+  # Dotted keys of that variant to change: {"llm.num_layers": 2}.
+  c.model.overrides = ConfigDict(convert_dict=False)
+
+  c.data = ConfigDict()
+  c.data.source = "jsonl"  # Or "ref_shapes", the procedural data set.
+  c.data.path = ""  # The jsonl file, or the folder of ref_shapes.
+  c.data.root = ""  # What paths in the jsonl are relative to; "": its folder.
+  c.data.split = "train"  # Of ref_shapes.
+  c.data.text_tokenizer = ""  # A tokenizer.json; "": the shipped small one.
+  c.data.request = "referring"  # Template: referring, semantic, reasoning, free.
+  c.data.join = "training"  # How a request joins expressions; or "evaluation".
+  c.data.protocol = "merged"  # All expressions, or "per_expression": one.
+  c.data.answer = "Sure, the segmentation result: <mask>."
+  c.data.absent_answer = "There is no such thing."
+  c.data.system_message = ""  # "" leaves the system block out.
+  c.data.sequence_length = 8192
+  c.data.image_side = 448
+  c.data.mask_side = 256
+  c.data.mask_intermediate_side = 512  # Masks take this size on the way; 0: no.
+  c.data.mask_channels = 1  # 3 for pictures as targets.
+  c.data.max_images = 1  # Places for pictures in a row.
+  c.data.max_masks = 1
+  c.data.pad_square = False  # Keep the aspect of pictures and masks.
+  c.data.resize = "pillow"  # Exact for released weights; "opencv" is faster.
+  c.data.seed = 0  # Of the order and the choice of expressions.
+  c.data.workers = 0  # Processes that make batches; 0: threads.
+  c.data.threads = 4
+  c.data.prefetch = 8  # Batches made in advance.
+  c.data.cache = False  # Keep resized pictures and masks in memory.
+  c.data.max_bad_share = 0.1  # Training stops when more records are bad.
+
+  c.vqvae = _stage(learning_rate=1e-4, steps=100_000, batch=256)
+  c.mllm = _stage(learning_rate=4e-5, steps=12_900, batch=128)
+  c.mllm.optimizer.warmup_steps = 387  # 3 %.
+  c.mllm.optimizer.weight_decay = 0.05
+  # Paths of parts that do not train.
+  c.mllm.optimizer.frozen = ("vision.tower", "vqvae")
+
+  c.loss = ConfigDict()
+  # Codes averaged over tokens (the paper) or per "scale", then over scales.
+  c.loss.code_average = "token"
+  # Share of masks whose scale inputs are zero from a random scale on.
+  c.loss.drop_scale_inputs = 0.0
+  c.loss.z_loss = 0.0
+
+  c.tokenizer_training = ConfigDict()
+  c.tokenizer_training.reconstruction = "mse"  # Or "bce_dice" for masks.
+  c.tokenizer_training.warm_start_steps = 0  # Steps without the quantiser.
+  c.tokenizer_training.kmeans_iterations = 0  # 0 keeps the random codebook.
+  c.tokenizer_training.kmeans_seg_masks = 1_500
+  c.tokenizer_training.revive_every = 0  # Steps between revivals; 0 never.
+  c.tokenizer_training.revive_until = 0
+  c.tokenizer_training.entropy_weight = 0.0  # 0: plain nearest codes.
+  c.tokenizer_training.entropy_iterations = 10
+
+  c.mesh = ConfigDict()  # Devices along each axis; one may be -1: the rest.
+  c.mesh.data = 1
+  c.mesh.fsdp = -1
+  c.mesh.tensor = 1
+
+  c.eval = ConfigDict()
+  c.eval.splits = ("val",)  # Of ref_shapes.
+  c.eval.max_samples = 0  # A split; 0 takes all.
+  c.eval.batch_size = 16
+  c.eval.max_text = 32  # Text tokens of an answer.
+  c.eval.max_masks = 1
+  c.eval.start_with_mask = False  # True forces a mask and skips the text.
+  return c
+
+
+def _stage(*, learning_rate: float, steps: int, batch: int) -> ConfigDict:
+  s = ConfigDict()
+  s.optimizer = ConfigDict()
+  s.optimizer.learning_rate = learning_rate
+  s.optimizer.schedule = "cosine"  # Or "linear", "constant".
+  s.optimizer.warmup_steps = 100
+  s.optimizer.end_fraction = 0.0  # Last learning rate as a share of the peak.
+  s.optimizer.b1 = 0.9
+  s.optimizer.b2 = 0.999
+  s.optimizer.eps = 1e-8
+  s.optimizer.weight_decay = 0.0  # Not on norms, biases and other vectors.
+  s.optimizer.clip_norm = 1.0
+  s.optimizer.frozen = ()
+  s.train = ConfigDict()
+  s.train.steps = steps
+  s.train.global_batch_size = batch
+  s.train.log_every = 10
+  s.train.eval_every = 0  # 0: only at the end.
+  s.train.save_every = 500
+  s.train.keep = 2  # Newest checkpoints kept.
+  s.train.compute_dtype = "bfloat16"
+  s.train.param_dtype = "float32"
+  s.train.remat = "full"  # What is recomputed: "none", "dots", "full".
+  return s

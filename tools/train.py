@@ -1,0 +1,58 @@
+"""`argenseg train`: trains the tasks of a config."""
+
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from argenseg_jax.config import ConfigError
+
+HELP = """\
+argenseg train --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
+
+Trains the tasks of a config in order and goes on where an earlier call stopped.
+configs/base.py explains every key.
+
+Example, on your own masks (one JSON object a line, see docs/own_masks.md):
+  argenseg train --config=configs/own_masks.py --workdir=runs/mine \\
+    --config.data.path=DIR/annotations.jsonl
+"""
+
+
+def main(argv: list[str]) -> int:
+  if not argv or "--help" in argv or "-h" in argv:
+    print(HELP)
+    return 0
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", None, flag_values=values)
+  flags.DEFINE_string("workdir", None, "", flag_values=values)
+  config = parse(values, argv)
+  if not values.workdir:
+    raise ConfigError("give a work directory: --workdir=DIR.")
+  from argenseg_jax import train
+
+  try:
+    train.run(config, pathlib.Path(values.workdir))
+  except train.Interrupted as stopped:
+    print(f"argenseg train: {stopped}", file=sys.stderr)
+    return train.INTERRUPTED
+  return 0
+
+
+def parse(values: flags.FlagValues, argv: list[str]):
+  """Parses flags into a `RunConfig`; one sentence for what is wrong."""
+  try:
+    rest = values(["argenseg", *argv])
+  except FileNotFoundError as error:
+    raise ConfigError(f"cannot read config: {error}.") from error
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    message = str(error).strip().splitlines()[0].rstrip(".")
+    raise ConfigError(f"{message}; configs/base.py lists every key.") from error
+  if len(rest) > 1:
+    raise ConfigError(f"unknown argument {rest[1]!r}.")
+  if values.config is None:
+    raise ConfigError("give a config: --config=configs/FILE.py.")
+  from argenseg_jax.config import run_config
+
+  return run_config(values.config)
