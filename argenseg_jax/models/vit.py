@@ -350,7 +350,7 @@ def _drop_path(x: Array, rate: Array | None, key: Array | None) -> Array:
     return x
   keep = 1 - rate
   kept = jax.random.bernoulli(key, keep, (x.shape[0], 1, 1))
-  return x * (kept / keep).astype(x.dtype)
+  return jnp.where(kept, x / keep.astype(x.dtype), 0)
 
 
 def _gelu(x: Array) -> Array:
