@@ -67,7 +67,7 @@ def test_shapes_and_values(config):
   rows = _rows(config)
   (batch,) = _take(pipeline.TrainIterator(rows, 16), 1)
   shapes = {k: (v.shape, v.dtype.name) for k, v in batch._asdict().items()}
-  assert shapes == {
+  wanted = {
     "tokens": ((16, 64), "int32"),
     "targets": ((16, 64), "int32"),
     "positions": ((16, 64), "int32"),
@@ -79,6 +79,7 @@ def test_shapes_and_values(config):
     "sample_weight": ((16,), "float32"),
     "sample_id": ((16,), "int64"),
   }
+  assert {name: shapes[name] for name in wanted} == wanted
   assert (batch.sample_weight == 1).all()
   for i, index in enumerate(batch.sample_id):
     sample = rows.source[int(index)]
