@@ -157,7 +157,7 @@ def test_loss_gradients(quantizer, latent):
   def loss(params, f):
     return nnx.merge(graph, params, rest)(f).loss
 
-  grads, grad_latent = jax.grad(loss, argnums=(0, 1))(params, latent)
+  grads, grad_latent = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, latent)
   prefixes = quantizer.prefixes(quantizer.encode(latent))
   pull = jnp.mean(latent[:, None] - prefixes, 1) * 2 * 0.25 / latent.size
   np.testing.assert_allclose(grad_latent, pull, atol=1e-7)
@@ -165,6 +165,7 @@ def test_loss_gradients(quantizer, latent):
   # Codes are fixed, so the loss is a polynomial of codebook and phis.
   codes = quantizer.encode(latent)
 
+  @jax.jit
   def push(params):
     partials = nnx.merge(graph, params, rest).prefixes(codes)
     return jnp.mean((partials - latent[:, None]) ** 2)
@@ -216,8 +217,18 @@ def test_count_codes(quantizer, codes):
 
 
 def test_computes_in_float32_from_bfloat16_parameters(latent):
-  half = Quantizer(CONFIG, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+  half = nnx.eval_shape(
+    lambda: Quantizer(CONFIG, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+  )
   assert half.codebook.dtype == jnp.bfloat16
-  quantized = half(latent.astype(jnp.bfloat16))
+  graph, state = nnx.split(half)
+  quantized, inputs = jax.eval_shape(
+    lambda state, x: (
+      nnx.merge(graph, state)(x),
+      nnx.merge(graph, state).scale_inputs(jnp.zeros((2, 57), jnp.int32)),
+    ),
+    state,
+    latent.astype(jnp.bfloat16),
+  )
   assert quantized.latent.dtype == quantized.loss.dtype == jnp.float32
-  assert half.scale_inputs(quantized.codes).dtype == jnp.float32
+  assert inputs.dtype == jnp.float32
