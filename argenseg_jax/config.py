@@ -85,6 +85,9 @@ class VQVAEConfig:
   """VAR's multi-scale image tokenizer."""
 
   image_side: int = 256
+  # Squares of pixels that encoder and decoder treat as one; more than 1 makes
+  # a small tokenizer quick.
+  patch_side: int = 1
   scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
   width: int = 160
   width_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -129,6 +132,8 @@ class DataConfig:
   threads: int = 1
   prefetch: int = 4  # Batches made in advance.
   cache: bool = False  # Keep resized pictures and masks in memory.
+  # Tokenise every mask once before the decoder trains, not in every step.
+  cache_codes: bool = False
   max_bad_share: float = 0.1  # Training stops when more records are bad.
 
 
@@ -393,7 +398,9 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     data[key] = data.get(key) or None
   config = from_mapping(RunConfig, values)
   if not config.data.path:
-    raise ConfigError("config key 'data.path' is empty; give --config.data.path.")
+    raise ConfigError(
+      "config key 'data.path' is empty; give --config.data.path."
+    )
   return config
 
 

@@ -1,7 +1,6 @@
 """Measures a model on a split: masks, the image tokenizer, grounding."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from argenseg_jax import losses
 from argenseg_jax.config import EvalConfig
 from argenseg_jax.data import pipeline
 from argenseg_jax.metrics import SegmentationSums, score
@@ -91,11 +89,11 @@ class Evaluator:
     total = min(limit, len(rows.source))
     size = self._config.batch_size
     for batch in _batches(rows, size, total):
-      prompts = [t[p] for t, p in zip(batch.tokens, batch.is_prompt, strict=True)]
+      prompts = [
+        t[p] for t, p in zip(batch.tokens, batch.is_prompt, strict=True)
+      ]
       tokens, valid = left_pad(prompts, rows.tokenizer.token_ids.pad)
-      answers = jax.device_get(
-        self._answer(state, tokens, valid, batch.images)
-      )
+      answers = jax.device_get(self._answer(state, tokens, valid, batch.images))
       if batches < 4 and np.all(batch.sample_weight > 0):
         pair = jax.device_get(self._gap(state, batch))
         true, wrong, batches = true + pair[0], wrong + pair[1], batches + 1
@@ -191,9 +189,7 @@ def _score_answer(rows, index, decoded, has_mask):
   return score(prediction, truth, has_mask=has_mask), prediction
 
 
-def _batches(
-  rows: pipeline.RowMaker, size: int, total: int
-) -> Iterator[Batch]:
+def _batches(rows: pipeline.RowMaker, size: int, total: int) -> Iterator[Batch]:
   """Batches of the first `total` records; later rows get weight 0."""
   seen = 0
   for batch in pipeline.eval_batches(rows, size):

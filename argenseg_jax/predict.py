@@ -120,8 +120,8 @@ class Predictor:
   ):
     if not isinstance(loaded.model, ARGenSeg):
       raise checkpoint.CheckpointError(
-        f"checkpoint {loaded.path} holds an image tokenizer only; give one of a "
-        "whole model."
+        f"checkpoint {loaded.path} holds an image tokenizer only; give one of "
+        "a whole model."
       )
     self.config = loaded.config
     self.data = config_lib.from_mapping(DataConfig, loaded.meta["run"]["data"])

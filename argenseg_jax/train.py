@@ -1,7 +1,6 @@
 """The training loop: image tokenizer and decoder are two tasks of it."""
 
 import contextlib
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -16,7 +15,8 @@ from flax import nnx
 
 from argenseg_jax import checkpoint, sharding, tokenizer_training
 from argenseg_jax import config as config_lib
-from argenseg_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig
+from argenseg_jax import rows as rows_lib
+from argenseg_jax.config import ConfigError, RunConfig
 from argenseg_jax.data import pipeline, text
 from argenseg_jax.evaluate import Evaluator, tokenizer_ceiling
 from argenseg_jax.models import variants
@@ -103,16 +103,7 @@ def train(
     config.data.text_tokenizer, first_code=model_config.token_ids.first_code
   )
   shutil.copyfile(tokenizer.name, workdir / "tokenizer.json")
-  rows = _rows(config.data, task, model_config, tokenizer)
-  bad_records = workdir / "bad_records.jsonl"
-  batches = pipeline.TrainIterator(
-    rows,
-    stage.train.global_batch_size,
-    host_index=jax.process_index(),
-    host_count=jax.process_count(),
-    on_bad_record=lambda index, why: _note_bad(bad_records, index, why),
-  )
-
+  rows = rows_lib.make_rows(config.data, task, model_config, tokenizer)
   graph, variables = sharding.create_sharded(
     checkpoint.model_factory(
       task,
@@ -125,6 +116,23 @@ def train(
   )
   if init_from is not None:
     variables = _start_from(variables, init_from, task, mesh)
+  if task == "mllm" and config.data.cache_codes:
+    if "vqvae" not in stage.optimizer.frozen:
+      raise ConfigError(
+        "config key 'data.cache_codes' needs a frozen image tokenizer; add "
+        "'vqvae' to mllm.optimizer.frozen."
+      )
+    rows = rows_lib.tokenized(
+      rows, nnx.merge(graph, variables).vqvae, workdir / "codes.npy"
+    )
+  bad_records = workdir / "bad_records.jsonl"
+  batches = pipeline.TrainIterator(
+    rows,
+    stage.train.global_batch_size,
+    host_index=jax.process_index(),
+    host_count=jax.process_count(),
+    on_bad_record=lambda index, why: _note_bad(bad_records, index, why),
+  )
   trains = trainable_filter(stage.optimizer, variables)
   graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
   optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
@@ -198,7 +206,7 @@ def train(
         variables = nnx.merge_state(state.params, state.fixed)
         split = config.eval.splits[0]
         values = evaluator(
-          variables, _eval_rows(rows, config, split), max_samples=200
+          variables, rows_lib.of_split(rows, split), max_samples=200
         ).metrics
         writer.write(step, {f"{split}/{k}": v for k, v in values.items()})
         bar.update(step, f"{split} cIoU {values['ciou']:.3f}")
@@ -219,7 +227,7 @@ def train(
     results = tokenizer_ceiling(
       graph,
       variables,
-      _eval_rows(rows, config, config.eval.splits[0]),
+      rows_lib.of_split(rows, config.eval.splits[0]),
       batch_size=64,
       max_samples=config.eval.max_samples,
     )
@@ -233,48 +241,6 @@ def train(
   return results
 
 
-def _rows(
-  data: DataConfig,
-  task: str,
-  model: ModelConfig,
-  tokenizer: text.TextTokenizer,
-) -> pipeline.RowMaker:
-  """Rows for a task, with the sizes that the model asks for."""
-  if data.image_side != model.vision.image_side:
-    raise ConfigError(
-      f"config key 'data.image_side' is {data.image_side}, but the model's "
-      f"vision tower takes {model.vision.image_side}."
-    )
-  if data.mask_side != model.vqvae.image_side:
-    raise ConfigError(
-      f"config key 'data.mask_side' is {data.mask_side}, but the model's image "
-      f"tokenizer takes {model.vqvae.image_side}."
-    )
-  if task == "vqvae":
-    data = dataclasses.replace(data, sequence_length=0, max_images=0)
-  codes = sum(side * side for side in model.vqvae.scales)
-  return pipeline.RowMaker(
-    pipeline.open_source(data),
-    data,
-    tokenizer=tokenizer,
-    image_tokens=model.vision.num_embeddings,
-    num_codes=codes,
-  )
-
-
-def _eval_rows(
-  rows: pipeline.RowMaker, config: RunConfig, split: str
-) -> pipeline.RowMaker:
-  data = dataclasses.replace(rows.config, split=split, cache=False)
-  return pipeline.RowMaker(
-    pipeline.open_source(data),
-    data,
-    tokenizer=rows.tokenizer,
-    image_tokens=rows.image_tokens,
-    num_codes=rows.num_codes,
-  )
-
-
 def _start_from(variables, path: str, task: str, mesh):
   """Puts a checkpoint's variables in: a whole model's, or the image
   tokenizer's into its part."""
@@ -286,6 +252,10 @@ def _start_from(variables, path: str, task: str, mesh):
   checkpoint.compare(
     {k: target[k] for k in values if k in target}, values, loaded.path
   )
+  values = {
+    k: jax.tree.map(lambda v, t: v.astype(t.dtype), v, target[k])
+    for k, v in values.items()
+  }
   nnx.replace_by_pure_dict(variables, target | values)
   return variables
 
@@ -328,7 +298,7 @@ def _maintain(config, graph, state, step, rows, batch):
   if starts:
     tokenizer_training.start_codebook(
       model,
-      _sample_seg_masks(rows, settings.kmeans_seg_masks),
+      rows_lib.sample_seg_masks(rows, settings.kmeans_seg_masks),
       key=key,
       iterations=settings.kmeans_iterations,
     )
@@ -336,9 +306,7 @@ def _maintain(config, graph, state, step, rows, batch):
     images = normalize_seg_masks(batch.seg_masks)
     images = images.reshape(-1, *images.shape[2:])
     tokenizer_training.revive_codes(model, images, state.usage, key)
-  return _with_model(state, model)._replace(
-    usage=jnp.zeros_like(state.usage)
-  )
+  return _with_model(state, model)._replace(usage=jnp.zeros_like(state.usage))
 
 
 def _constrain_entropy(config, graph, state, rows):
@@ -348,7 +316,7 @@ def _constrain_entropy(config, graph, state, rows):
   model = nnx.merge(graph, state.params, state.fixed)
   tokenizer_training.constrain_entropy(
     model,
-    _sample_seg_masks(rows, settings.kmeans_seg_masks),
+    rows_lib.sample_seg_masks(rows, settings.kmeans_seg_masks),
     weight=settings.entropy_weight,
     iterations=settings.entropy_iterations,
   )
@@ -364,17 +332,6 @@ def _with_model(state: TrainState, model: nnx.Module) -> TrainState:
     )
 
   return state._replace(params=pick(state.params), fixed=pick(state.fixed))
-
-
-def _sample_seg_masks(rows: pipeline.RowMaker, count: int) -> jax.Array:
-  """The first masks of a source in [-1, 1], [b h w 3]."""
-  found = []
-  for index in range(len(rows.source)):
-    row = rows(index).fields
-    found.extend(row.seg_masks[row.mask_valid])
-    if len(found) >= count:
-      break
-  return normalize_seg_masks(jnp.asarray(np.stack(found[:count])))
 
 
 @contextlib.contextmanager

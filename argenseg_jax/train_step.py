@@ -53,9 +53,12 @@ def prepare_inputs(
     Inputs, token targets and code indices (see `losses.resolve_targets`).
   """
   b, m = batch.mask_valid.shape
-  seg_masks = normalize_seg_masks(batch.seg_masks)
-  codes = model.vqvae.encode(seg_masks.reshape(b * m, *seg_masks.shape[2:]))
-  codes = jax.lax.stop_gradient(codes)
+  if batch.codes.shape[2]:
+    codes = batch.codes.reshape(b * m, -1)
+  else:
+    seg_masks = normalize_seg_masks(batch.seg_masks)
+    codes = model.vqvae.encode(seg_masks.reshape(b * m, *seg_masks.shape[2:]))
+    codes = jax.lax.stop_gradient(codes)
   scale_inputs = model.vqvae.quantizer.scale_inputs(codes)
   scale_inputs = jax.lax.stop_gradient(scale_inputs)
   if drop_key is not None and drop_share > 0:
@@ -176,9 +179,7 @@ def make_train_step(
         quantize=quantize,
       )
       return loss, metrics
-    loss, sums = mllm_loss(
-      model, batch, config.loss, key=key, remat=remat
-    )
+    loss, sums = mllm_loss(model, batch, config.loss, key=key, remat=remat)
     text, code = sums.means()
     return loss, {
       "text_loss": text,

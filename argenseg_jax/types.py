@@ -32,6 +32,7 @@ class Batch(NamedTuple):
   images: Array  # uint8 [b i h w 3], RGB, in the order of their placeholders.
   seg_masks: Array  # uint8 [b m h w 1|3], 0..255, in the order of their slots.
   mask_valid: Array  # bool [b m]; False for unused places.
+  codes: Array  # int32 [b m n] of those masks, or [b m 0]: not tokenised yet.
   sample_weight: Array  # float32 [b]; 0 for substitutes of bad records.
   sample_id: Array  # int64 [b]; index of the record, for logs.
 

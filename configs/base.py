@@ -26,7 +26,9 @@ def get_config() -> ConfigDict:
   c.data.root = ""  # What paths in the jsonl are relative to; "": its folder.
   c.data.split = "train"  # Of ref_shapes.
   c.data.text_tokenizer = ""  # A tokenizer.json; "": the shipped small one.
-  c.data.request = "referring"  # Template: referring, semantic, reasoning, free.
+  c.data.request = (
+    "referring"  # Template: referring, semantic, reasoning, free.
+  )
   c.data.join = "training"  # How a request joins expressions; or "evaluation".
   c.data.protocol = "merged"  # All expressions, or "per_expression": one.
   c.data.answer = "Sure, the segmentation result: <mask>."
@@ -46,6 +48,8 @@ def get_config() -> ConfigDict:
   c.data.threads = 4
   c.data.prefetch = 8  # Batches made in advance.
   c.data.cache = False  # Keep resized pictures and masks in memory.
+  # Tokenise every mask once before the decoder trains, not in every step.
+  c.data.cache_codes = False
   c.data.max_bad_share = 0.1  # Training stops when more records are bad.
 
   c.vqvae = _stage(learning_rate=1e-4, steps=100_000, batch=256)

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
   c.data.mask_intermediate_side = 0
   c.data.resize = "opencv"
   c.data.cache = True
+  c.data.cache_codes = True
   c.data.threads = 1
 
   for stage in (c.vqvae, c.mllm):

@@ -75,6 +75,8 @@ class RowMaker:
     tokenizer: the text tokenizer.
     image_tokens: vision embeddings that one picture gives to the model.
     num_codes: image codes of one mask.
+    codes: int32 [records m num_codes], if the masks are tokenised already; the
+      masks themselves are then left unread.
   """
 
   def __init__(
@@ -85,12 +87,14 @@ class RowMaker:
     tokenizer: text.TextTokenizer,
     image_tokens: int,
     num_codes: int,
+    codes: np.ndarray | None = None,
   ):
     self.source = source
     self.config = config
     self.tokenizer = tokenizer
     self.image_tokens = image_tokens
     self.num_codes = num_codes
+    self.codes = codes
     self._cache: dict[Any, np.ndarray] = {}
     # Samples whose pictures are in the cache, without their encoded bytes.
     self._cached_samples: dict[int, Sample] = {}
@@ -163,9 +167,12 @@ class RowMaker:
         )
       for i in range(len(sample.images)):
         row.images[i] = self._image(sample, i)
-    for i in range(len(sample.seg_masks)):
-      row.seg_masks[i] = self._seg_mask(sample, i)[..., None]
-      row.mask_valid[i] = True
+    row.mask_valid[: len(sample.seg_masks)] = True
+    if self.codes is not None:
+      row.codes[...] = self.codes[sample.index]
+    else:
+      for i in range(len(sample.seg_masks)):
+        row.seg_masks[i] = self._seg_mask(sample, i)[..., None]
     if config.cache:
       self._cached_samples[sample.index] = dataclasses.replace(
         sample,
@@ -233,6 +240,9 @@ class RowMaker:
         (c.max_masks, c.mask_side, c.mask_side, c.mask_channels), np.uint8
       ),
       mask_valid=np.zeros(c.max_masks, np.bool_),
+      codes=np.zeros(
+        (c.max_masks, 0 if self.codes is None else self.num_codes), np.int32
+      ),
       sample_weight=np.zeros((), np.float32),
       sample_id=np.array(index, np.int64),
     )

@@ -1,0 +1,22 @@
+"""The small model on your own masks: an image tokenizer, then the decoder.
+
+`--config.data.path` names a jsonl file in the layout of docs/own_masks.md.
+Evaluation measures the training pictures themselves: pass another file to
+`argenseg eval` for unseen ones.
+"""
+
+from ml_collections import ConfigDict
+
+from argenseg_jax.configs import tiny
+
+
+def get_config() -> ConfigDict:
+  c = tiny.get_config()
+  c.data.source = "jsonl"
+  c.data.sequence_length = 256
+  c.data.resize = "pillow"
+  c.vqvae.train.steps = 1500
+  c.mllm.train.steps = 2500
+  c.mllm.train.eval_every = 500
+  c.eval.splits = ("train",)
+  return c
