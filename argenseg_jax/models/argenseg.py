@@ -82,15 +82,17 @@ class ARGenSeg(nnx.Module):
       self._slot_positions if aligned else zeros,
       param_dtype,
     )
-    self.vision_pos = None
-    if aligned:
-      self.vision_pos = layers.param(
+    self.vision_pos = (
+      layers.param(
         rngs,
         (config.vision.num_embeddings, width),
         (None, "embed"),
         self._vision_positions,
         param_dtype,
       )
+      if aligned
+      else None
+    )
 
   def _slot_positions(self, key, shape, dtype):
     del key

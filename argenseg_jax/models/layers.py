@@ -172,12 +172,21 @@ class GroupNorm(nnx.Module):
     self.bias = param(rngs, (features,), ("norm",), zeros_init, param_dtype)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    b, h, w, c = x.shape
-    y = x.astype(jnp.float32).reshape(b, h * w, self.num_groups, -1)
-    y -= jnp.mean(y, (1, 3), keepdims=True)
-    y *= jax.lax.rsqrt(jnp.mean(y * y, (1, 3), keepdims=True) + self.eps)
-    y = y.reshape(b, h, w, c) * self.scale[...].astype(jnp.float32)
+    y = x.astype(jnp.float32)
+    y -= self._group_mean(y)
+    scale = jax.lax.rsqrt(self._group_mean(y * y) + self.eps)
+    y = y * (scale * self.scale[...].astype(jnp.float32))
     return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+  def _group_mean(self, x):
+    """Group means, repeated for each channel: [b 1 1 c].
+
+    Means of channels first: XLA's CPU backend is slow to reduce over a
+    reshaped channel axis.
+    """
+    means = jnp.mean(x, (1, 2)).reshape(len(x), self.num_groups, -1)
+    means = jnp.broadcast_to(jnp.mean(means, -1, keepdims=True), means.shape)
+    return means.reshape(len(x), 1, 1, -1)
 
 
 def attend(
@@ -292,11 +301,13 @@ def sincos_2d(side: int, width: int, grid_side: int) -> np.ndarray:
   """2-D sine-cosine positions, float32 [side * side, width], raster order.
 
   Cells are placed at their centres on a grid of `grid_side` cells, so maps of
-  different sides share one coordinate system.
+  different sides share one coordinate system. Wavelengths run from 2 cells to
+  twice the grid: slower ones would make all cells look alike.
   """
   quarter = width // 4
   centres = (np.arange(side) + 0.5) * grid_side / side
-  frequencies = 1.0 / 100.0 ** (np.arange(quarter) / quarter)
+  steps = np.arange(quarter) / max(quarter - 1, 1)
+  frequencies = np.pi / grid_side**steps
   angles = centres[:, None] * frequencies
   axis = np.concatenate((np.sin(angles), np.cos(angles)), -1)  # [side, 2q]
   rows = np.repeat(axis[:, None], side, 1)

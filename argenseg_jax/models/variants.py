@@ -106,9 +106,10 @@ def _tiny() -> ModelConfig:
     ),
     vqvae=VQVAEConfig(
       image_side=64,
+      patch_side=4,
       scales=(1, 2, 4, 8),
       width=48,
-      width_multipliers=(1, 1, 1, 1),
+      width_multipliers=(1, 1),
       blocks_per_level=1,
       latent_channels=16,
       num_codes=num_codes,

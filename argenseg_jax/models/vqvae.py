@@ -38,11 +38,12 @@ class VQVAE(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
   ):
-    down = 2 ** (len(config.width_multipliers) - 1)
+    down = config.patch_side * 2 ** (len(config.width_multipliers) - 1)
     if config.image_side != config.scales[-1] * down:
       raise ValueError(
         f"vqvae.image_side is {config.image_side}, but the last of vqvae.scales"
         f" ({config.scales[-1]}) times the downsampling by {down} of"
+        f" vqvae.patch_side {config.patch_side} and"
         f" {len(config.width_multipliers)} vqvae.width_multipliers is"
         f" {config.scales[-1] * down}: make them agree."
       )
@@ -117,7 +118,9 @@ class Encoder(nnx.Module):
     types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
     groups = config.norm_groups
     widths = [config.width * m for m in config.width_multipliers]
-    self.conv_in = layers.Conv(3, config.width, 3, padding=1, **types)
+    self.patch_side = config.patch_side
+    channels = 3 * config.patch_side**2
+    self.conv_in = layers.Conv(channels, config.width, 3, padding=1, **types)
     self.levels = nnx.List()
     features = config.width
     for i, width in enumerate(widths):
@@ -146,7 +149,7 @@ class Encoder(nnx.Module):
   def __call__(
     self, images: Float[Array, "b h w 3"]
   ) -> Float[Array, "b h2 w2 c"]:
-    x = self.conv_in(images)
+    x = self.conv_in(_space_to_depth(images, self.patch_side))
     for level in self.levels:
       x = level(x)
       if level.resample is not None:
@@ -196,7 +199,9 @@ class Decoder(nnx.Module):
       features = width
     self.levels = nnx.List(levels[::-1])
     self.norm_out = _norm(features, groups, rngs, param_dtype)
-    self.conv_out = layers.Conv(features, 3, 3, padding=1, **types)
+    self.patch_side = config.patch_side
+    channels = 3 * config.patch_side**2
+    self.conv_out = layers.Conv(features, channels, 3, padding=1, **types)
 
   def __call__(
     self, latent: Float[Array, "b h w c"]
@@ -206,7 +211,8 @@ class Decoder(nnx.Module):
       x = level(x)
       if level.resample is not None:
         x = level.resample(_double(x))
-    return self.conv_out(jax.nn.silu(self.norm_out(x)))
+    x = self.conv_out(jax.nn.silu(self.norm_out(x)))
+    return _depth_to_space(x, self.patch_side)
 
 
 class Level(nnx.Module):
@@ -335,3 +341,17 @@ def _double(x: Array) -> Array:
 
 def _clamp(images: Array) -> Array:
   return jnp.clip(images, -1, 1)
+
+
+def _space_to_depth(x: Array, side: int) -> Array:
+  """[b h w c] -> [b h/side w/side side*side*c]."""
+  b, h, w, c = x.shape
+  x = x.reshape(b, h // side, side, w // side, side, c)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // side, w // side, -1)
+
+
+def _depth_to_space(x: Array, side: int) -> Array:
+  """The reverse of `_space_to_depth`."""
+  b, h, w, _ = x.shape
+  x = x.reshape(b, h, w, side, side, -1)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * side, w * side, -1)
