@@ -4,12 +4,15 @@ import importlib
 import os
 import sys
 
-# Command -> what `argenseg --help` says of it. The module is tools/COMMAND.py.
+# Command -> what `argenseg --help` says of it; see `module_of`.
 COMMANDS = {
   "quickstart": "from nothing to a trained model and a picture of what it does",
   "train": "train an image tokenizer or a model from a config",
   "eval": "measure a checkpoint on a data set",
   "predict": "segment a picture with a checkpoint",
+  "import": "turn PyTorch weights into a checkpoint",
+  "export": "turn a checkpoint into PyTorch weights",
+  "parity": "compare with what the authors' code computed",
 }
 
 
@@ -32,16 +35,25 @@ def main(argv: list[str] | None = None) -> int:
     )
     return 2
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  from absl import logging
+
+  logging.set_verbosity(logging.ERROR)  # Libraries' warnings are not for users.
   from argenseg_jax.checkpoint import CheckpointError
   from argenseg_jax.config import ConfigError
   from argenseg_jax.data.errors import DataError
 
-  command = importlib.import_module(f"argenseg_jax.tools.{name}")
+  command = importlib.import_module(module_of(name))
   try:
     return command.main(rest)
   except (CheckpointError, ConfigError, DataError) as error:
     print(f"argenseg {name}: {error}", file=sys.stderr)
     return 2
+
+
+def module_of(command: str) -> str:
+  """tools/COMMAND.py; `import` is a word of the language and gets a tail."""
+  name = "import_" if command == "import" else command
+  return f"argenseg_jax.tools.{name}"
 
 
 def _help() -> str:

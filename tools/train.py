@@ -46,7 +46,13 @@ def parse(values: flags.FlagValues, argv: list[str]):
     rest = values(["argenseg", *argv])
   except FileNotFoundError as error:
     raise ConfigError(f"cannot read config: {error}.") from error
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+  except (
+    flags.Error,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+  ) as error:
     message = str(error).strip().splitlines()[0].rstrip(".")
     raise ConfigError(f"{message}; configs/base.py lists every key.") from error
   if len(rest) > 1:

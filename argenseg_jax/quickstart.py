@@ -1,0 +1,174 @@
+"""From nothing to a mask: data, image tokenizer, decoder, evaluation."""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import time
+from typing import Any
+
+from flax import nnx
+
+from argenseg_jax import checkpoint, report, train
+from argenseg_jax import rows as rows_lib
+from argenseg_jax.config import RunConfig
+from argenseg_jax.data import text
+from argenseg_jax.data.ref_shapes import builder
+from argenseg_jax.evaluate import Evaluator, SplitResults, true_seg_mask
+from argenseg_jax.models import variants
+from argenseg_jax.monitor import Progress
+from argenseg_jax.predict import Predictor
+
+_SHOWN = 6  # Samples of a split in the report.
+
+
+def run(
+  config: RunConfig, workdir: pathlib.Path, *, num_train: int, num_eval: int
+) -> dict[str, Any]:
+  """Runs every stage that is not done yet, and returns `results.json`.
+
+  Args:
+    config: of the training; its `data.path` is set here.
+    workdir: gets data, checkpoints, results.json, report.html, report.png.
+    num_train, num_eval: requests in the training split and the others.
+  """
+  done = workdir / "results.json"
+  if done.exists():
+    return json.loads(done.read_text())
+  seconds = _Stopwatch(workdir / "seconds.json")
+  with seconds("data"):
+    path = builder.prepare(
+      workdir / "data",
+      num_train=num_train,
+      num_eval=num_eval,
+      seed=config.seed,
+    )
+  config = dataclasses.replace(
+    config, data=dataclasses.replace(config.data, path=str(path))
+  )
+  train.claim(config, workdir)
+  with seconds("vqvae"):
+    ceiling = train.train(config, "vqvae", workdir / "vqvae")
+  with seconds("mllm"):
+    train.train(
+      config, "mllm", workdir / "mllm", init_from=str(workdir / "vqvae")
+    )
+  with seconds("evaluation"):
+    loaded = checkpoint.load(workdir / "mllm")
+    rows = rows_lib.make_rows(
+      config.data,
+      "mllm",
+      variants.get(config.model.variant, config.model.overrides),
+      text.TextTokenizer(
+        config.data.text_tokenizer,
+        first_code=loaded.config.token_ids.first_code,
+      ),
+    )
+    graph, state = nnx.split(loaded.model)
+    evaluator = Evaluator(graph, config.eval)
+    splits = {
+      split: _evaluate(evaluator, state, rows, split, config)
+      for split in config.eval.splits
+    }
+  results = {
+    "splits": {name: split.metrics for name, split in splits.items()},
+    "tokenizer_ceiling": ceiling,
+    "parameters": count_parameters(state),
+    "seconds": seconds.read(),
+    "seed": config.seed,
+    "versions": {
+      name: importlib.metadata.version(name)
+      for name in ("argenseg_jax", "jax", "flax", "orbax-checkpoint", "grain")
+    },
+  }
+  _write_report(loaded, rows, splits, results, workdir)
+  done.write_text(json.dumps(results, indent=1))
+  return results
+
+
+def count_parameters(state: nnx.State) -> dict[str, int]:
+  """Parameters of each part of the model, and of the whole."""
+  counts: dict[str, int] = {}
+  for path, leaf in nnx.to_flat_state(state):
+    if isinstance(leaf, nnx.Param):
+      part = path[0] if path[0] in ("vision", "llm", "vqvae") else "codes"
+      counts[part] = counts.get(part, 0) + int(leaf.size)
+  return counts | {"total": sum(counts.values())}
+
+
+class _Stopwatch:
+  """Seconds of each stage, summed over interrupted calls."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+
+  def read(self) -> dict[str, float]:
+    if not self._path.exists():
+      return {}
+    return json.loads(self._path.read_text())
+
+  def __call__(self, stage: str) -> "_Stopwatch":
+    self._stage = stage
+    return self
+
+  def __enter__(self):
+    self._began = time.monotonic()
+
+  def __exit__(self, *_):
+    spent = self.read()
+    passed = time.monotonic() - self._began
+    spent[self._stage] = round(spent.get(self._stage, 0.0) + passed, 1)
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    self._path.write_text(json.dumps(spent))
+
+
+def _evaluate(evaluator, state, rows, split, config) -> SplitResults:
+  split_rows = rows_lib.of_split(rows, split)
+  bar = Progress(f"evaluate {split}", len(split_rows.source))
+  result = evaluator(
+    state,
+    split_rows,
+    num_examples=_SHOWN,
+    on_progress=lambda done, _, note: bar.update(done, note),
+  )
+  bar.close()
+  return result
+
+
+def _write_report(loaded, rows, splits, results, workdir: pathlib.Path) -> None:
+  predictor = Predictor(loaded)
+  sections = {}
+  for name, split in splits.items():
+    split_rows = rows_lib.of_split(rows, name)
+    samples = [split_rows.source[e.index] for e in split.examples]
+    images = [sample.load_image() for sample in samples]
+    requests = [sample.expressions[0] for sample in samples]
+    predictions = predictor.segment_batch(images, requests)
+    sections[name] = [
+      report.Shown(
+        image=image,
+        request=request,
+        truth=true_seg_mask(split_rows, example.index),
+        prediction=prediction.seg_mask,
+        strip=prediction.strip,
+        iou=example.iou,
+        answer=prediction.text,
+      )
+      for example, image, request, prediction in zip(
+        split.examples, images, requests, predictions, strict=True
+      )
+    ]
+  shown = [row for rows in sections.values() for row in rows[:3]]
+  report.draw_rows(shown, workdir / "report.png")
+  report.write_html(
+    workdir / "report.html",
+    title="argenseg quickstart",
+    tables={
+      "Segmentation": results["splits"],
+      "Image tokenizer (held out)": {
+        "encode, decode": results["tokenizer_ceiling"]
+      },
+      "Seconds": {"stage": results["seconds"]},
+    },
+    sections=sections,
+  )

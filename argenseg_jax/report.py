@@ -1,0 +1,159 @@
+"""Pictures of what a model does: overlays, strips, `report.png` and
+`report.html`."""
+
+import base64
+import html
+import io
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+
+
+class Shown(NamedTuple):
+  """One row of a report."""
+
+  image: np.ndarray  # uint8 [h w 3]
+  request: str
+  truth: np.ndarray  # bool [h w]
+  prediction: np.ndarray  # bool [h w]
+  strip: np.ndarray  # uint8 [scales side side 3]
+  iou: float
+  answer: str
+
+
+def overlay(image: np.ndarray, seg_mask: np.ndarray) -> np.ndarray:
+  """The picture with the mask tinted red and its outline drawn."""
+  tinted = image.astype(np.float32)
+  tinted[seg_mask] = 0.5 * tinted[seg_mask] + 0.5 * np.array([255, 30, 60])
+  padded = np.pad(seg_mask, 1)
+  inside = padded[1:-1, 1:-1]
+  for shift in ((0, 1), (2, 1), (1, 0), (1, 2)):
+    h, w = seg_mask.shape
+    inside = inside & padded[shift[0] : shift[0] + h, shift[1] : shift[1] + w]
+  tinted[seg_mask & ~inside] = (255, 255, 255)
+  return tinted.astype(np.uint8)
+
+
+def join_strip(strip: np.ndarray, height: int) -> np.ndarray:
+  """Mask images after each scale, side by side, `height` pixels high."""
+  tiles = [
+    np.asarray(Image.fromarray(tile).resize((height, height), Image.BILINEAR))
+    for tile in strip
+  ]
+  gap = np.full((height, max(height // 32, 1), 3), 128, np.uint8)
+  parts = [part for tile in tiles for part in (tile, gap)][:-1]
+  return np.concatenate(parts, axis=1)
+
+
+def draw_rows(rows: Sequence[Shown], path: pathlib.Path) -> None:
+  """Writes one PNG: request and picture, truth, answer, coarse to fine."""
+  figure, axes = plt.subplots(
+    len(rows),
+    4,
+    figsize=(11, 1.9 * len(rows) + 0.4),
+    width_ratios=(1, 1, 1, len(rows[0].strip)),
+    squeeze=False,
+  )
+  for row, (left, true, answer, strip) in zip(rows, axes, strict=True):
+    left.imshow(row.image)
+    left.set_title(_shorten(row.request), fontsize=8)
+    true.imshow(overlay(row.image, row.truth))
+    answer.imshow(overlay(row.image, row.prediction))
+    answer.set_title(f"IoU {row.iou:.2f}", fontsize=8)
+    strip.imshow(join_strip(row.strip, 96))
+  for ax in axes.flat:
+    ax.axis("off")
+  for ax, title in zip(
+    axes[0][1::2], ("truth", "the answer, scale by scale"), strict=True
+  ):
+    ax.set_title(title, fontsize=8)
+  figure.tight_layout()
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def write_html(
+  path: pathlib.Path,
+  *,
+  title: str,
+  tables: Mapping[str, Mapping[str, Mapping[str, float]]],
+  sections: Mapping[str, Sequence[Shown]],
+) -> None:
+  """Writes a self-contained page.
+
+  Args:
+    path: of the page.
+    title: its heading.
+    tables: heading -> row name -> column name -> value.
+    sections: heading -> samples.
+  """
+  parts = [f"<h1>{html.escape(title)}</h1>"]
+  for heading, rows in tables.items():
+    parts += [f"<h2>{html.escape(heading)}</h2>", _table(rows)]
+  for heading, shown in sections.items():
+    parts.append(f"<h2>{html.escape(heading)}</h2>")
+    parts += [_sample(row) for row in shown]
+  path.write_text(_PAGE.format(title=html.escape(title), body="".join(parts)))
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; max-width: 68rem;
+  margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; }}
+td, th {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd;
+  text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }}
+figure {{ margin: 1rem 0; }}
+figure img {{ height: 128px; margin-right: 6px; }}
+</style><body>{body}</body></html>
+"""
+
+
+def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
+  columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+  head = "".join(f"<th>{html.escape(c)}</th>" for c in ["", *columns])
+  body = []
+  for name, row in rows.items():
+    cells = [f"<td>{html.escape(name)}</td>"]
+    for column in columns:
+      value = row.get(column, "")
+      text = f"{value:.3f}" if isinstance(value, float) else str(value)
+      cells.append(f"<td>{html.escape(text)}</td>")
+    body.append(f"<tr>{''.join(cells)}</tr>")
+  return f"<table><tr>{head}</tr>{''.join(body)}</table>"
+
+
+def _sample(row: Shown) -> str:
+  images = (
+    row.image,
+    overlay(row.image, row.truth),
+    overlay(row.image, row.prediction),
+    join_strip(row.strip, 128),
+  )
+  tags = "".join(f'<img alt="" src="{_data_uri(image)}">' for image in images)
+  caption = (
+    f"<b>{html.escape(row.request)}</b>, IoU {row.iou:.2f}; "
+    f"answer: {html.escape(row.answer)}"
+  )
+  return f"<figure>{tags}<figcaption>{caption}</figcaption></figure>"
+
+
+def _data_uri(image: np.ndarray) -> str:
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, "PNG")
+  code = base64.b64encode(buffer.getvalue()).decode()
+  return f"data:image/png;base64,{code}"
+
+
+def _shorten(text: str, limit: int = 44) -> str:
+  return text if len(text) <= limit else text[: limit - 1] + "…"
