@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from argenseg_jax import config as config_lib
 from argenseg_jax import sharding
@@ -47,17 +48,20 @@ class Checkpoints:
   def save(
     self, step: int, model: nnx.State, optimizer: Any, meta: dict[str, Any]
   ) -> None:
-    """Starts an asynchronous save; an existing step is left as it is."""
+    """Starts an asynchronous save; an existing step is left as it is.
+
+    Without an `optimizer` (imported weights) the step is a starting point,
+    which `load` opens and `restore` does not.
+    """
     if step in self._manager.all_steps():
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        model=ocp.args.StandardSave(nnx.to_pure_dict(model)),
-        optimizer=ocp.args.StandardSave(_flat(optimizer)),
-        meta=ocp.args.JsonSave(meta | {"format": FORMAT}),
-      ),
-    )
+    items = {
+      "model": ocp.args.StandardSave(nnx.to_pure_dict(model)),
+      "meta": ocp.args.JsonSave(meta | {"format": FORMAT}),
+    }
+    if optimizer is not None:
+      items["optimizer"] = ocp.args.StandardSave(_flat(optimizer))
+    self._manager.save(step, args=ocp.args.Composite(**items))
 
   def restore(
     self, step: int, model: nnx.State, optimizer: Any
@@ -75,9 +79,8 @@ class Checkpoints:
     where = self.directory / str(step)
     wanted_model = nnx.to_pure_dict(_abstract(model))
     wanted_optimizer = _flat(_abstract(optimizer))
-    metadata = self._manager.item_metadata(step)
-    compare(wanted_model, metadata.model, where)
-    compare(wanted_optimizer, metadata.optimizer, where)
+    compare(wanted_model, _stored(where / "model"), where)
+    compare(wanted_optimizer, _stored(where / "optimizer"), where)
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -140,9 +143,11 @@ def load(
   path: str | pathlib.Path,
   *,
   mesh: Mesh | None = None,
-  dtype: jnp.dtype = jnp.float32,
+  dtype: DTypeLike = jnp.float32,
 ) -> Loaded:
   """Reads the model of a checkpoint, each variable onto its own shards.
+
+  Variables keep the dtype that they were saved in.
 
   Args:
     path: see `step_directory`.
@@ -177,8 +182,13 @@ def load(
       shardings,
     )
   )
+  found = _stored(where / "model")
+  compare(wanted, found, where)
+  saved = _by_name(found)
+  wanted = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaf.update(dtype=saved[_name(path)].dtype), wanted
+  )
   with ocp.StandardCheckpointer() as reader:
-    compare(wanted, reader.metadata(where / "model").item_metadata, where)
     values = reader.restore(where / "model", wanted)
   model = nnx.merge(graph, _with_values(abstract, values))
   return Loaded(meta["task"], config, model, meta, where)
@@ -189,8 +199,8 @@ def model_factory(
   config: ModelConfig,
   *,
   seed: int = 0,
-  dtype: jnp.dtype = jnp.float32,
-  param_dtype: jnp.dtype = jnp.float32,
+  dtype: DTypeLike = jnp.float32,
+  param_dtype: DTypeLike = jnp.float32,
 ):
   """A constructor without arguments for the module that `task` trains."""
 
@@ -212,6 +222,12 @@ def _flat(tree: Any) -> dict[str, Any]:
   }
 
 
+def _stored(item: pathlib.Path) -> Any:
+  """Shapes and dtypes of an item on disk."""
+  with ocp.StandardCheckpointer() as reader:
+    return reader.metadata(item).item_metadata.tree
+
+
 def _abstract(tree: Any) -> Any:
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
@@ -226,17 +242,7 @@ def _with_values(state: nnx.State, values: dict[str, Any]) -> nnx.State:
 
 def compare(wanted: Any, found: Any, where: pathlib.Path) -> None:
   """Raises `CheckpointError` naming the first leaf that does not fit."""
-
-  def leaves(tree):
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-      tree, is_leaf=lambda x: hasattr(x, "shape")
-    )
-    return {
-      ".".join(str(getattr(k, "key", k)) for k in path): leaf
-      for path, leaf in flat
-    }
-
-  wanted, found = leaves(wanted), leaves(found)
+  wanted, found = _by_name(wanted), _by_name(found)
   for name in wanted.keys() | found.keys():
     if name not in found:
       raise CheckpointError(
@@ -252,3 +258,15 @@ def compare(wanted: Any, found: Any, where: pathlib.Path) -> None:
         f"checkpoint {where} holds {name} of shape {tuple(found[name].shape)}, "
         f"this model needs {tuple(wanted[name].shape)}."
       )
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+  """Leaves by dotted path; Orbax turns numbers in paths into text."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(
+    tree, is_leaf=lambda x: hasattr(x, "shape")
+  )
+  return {_name(path): leaf for path, leaf in flat}
+
+
+def _name(path) -> str:
+  return ".".join(str(getattr(k, "key", k)) for k in path)

@@ -38,8 +38,8 @@ def test_mapped_roots_import():
 
 
 def test_commands_have_modules():
-  from argenseg_jax.tools.cli import COMMANDS
+  from argenseg_jax.tools.cli import COMMANDS, module_of
 
   for name in COMMANDS:
-    module = importlib.import_module(f"argenseg_jax.tools.{name}")
+    module = importlib.import_module(module_of(name))
     assert callable(module.main)

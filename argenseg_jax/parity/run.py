@@ -1,0 +1,76 @@
+"""`argenseg parity`: which kind of golden a folder is, and all its verdicts."""
+
+import importlib
+import pathlib
+from typing import Any
+
+from argenseg_jax.parity.compare import Golden, Verdict, compare
+from argenseg_jax.torch_weights.tensors import WeightsError
+
+KINDS = ("vqvae", "internvit", "internlm2", "argenseg", "preprocess")
+
+
+def kind_of(golden: Golden) -> str:
+  """From the `set` key of config.json, else from what the folder holds.
+
+  Raises:
+    WeightsError: neither tells.
+  """
+  name = str(golden.config.get("set", "")).removeprefix("set_")
+  if name in KINDS:
+    return name
+  if not (golden.path / "weights.safetensors").is_file():
+    if "conversations" in golden.config:
+      return "preprocess"
+    raise WeightsError(f"{golden.path} holds no weights.safetensors.")
+  tensors = golden.weights.tensors
+  for kind, tensor in (
+    ("argenseg", "word_embed.weight"),
+    ("vqvae", "quantize.embedding.weight"),
+    ("internvit", "vision_model.embeddings.class_embedding"),
+    ("internlm2", "model.norm.weight"),
+  ):
+    if tensor in tensors:
+      return kind
+  raise WeightsError(f"{golden.path} is no golden folder that parity knows.")
+
+
+def parity(
+  path: str | pathlib.Path,
+) -> tuple[dict[str, Verdict], dict[str, str]]:
+  """Compares every `out.*` array of a golden folder.
+
+  Returns:
+    Verdicts by array, and reasons by array that was not compared.
+
+  Raises:
+    WeightsError: the folder or its weights cannot be used.
+  """
+  golden = Golden.open(path)
+  module = importlib.import_module(f"argenseg_jax.parity.{kind_of(golden)}")
+  checks = module.checks(golden)
+  verdicts, skipped = {}, {}
+  for name, recorded in golden.recorded.items():
+    if name in checks:
+      verdicts[name] = compare(name, recorded, checks[name])
+    else:
+      skipped[name] = "parity knows no such array"
+  return verdicts, skipped
+
+
+def as_json(
+  verdicts: dict[str, Verdict], skipped: dict[str, str]
+) -> dict[str, Any]:
+  """The report as plain values; infinite errors become null."""
+  compared = {}
+  for name, verdict in verdicts.items():
+    finite = verdict.max_abs < float("inf")
+    entry = {
+      "max_abs": verdict.max_abs if finite else None,
+      "max_rel": verdict.max_rel if finite else None,
+      "ok": verdict.ok,
+    }
+    if verdict.error:
+      entry["error"] = verdict.error
+    compared[name] = entry
+  return {"compared": compared, "not_compared": skipped}

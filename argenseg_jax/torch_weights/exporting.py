@@ -1,0 +1,168 @@
+"""Checkpoints to PyTorch folders in the authors' naming and layout."""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from argenseg_jax import checkpoint
+from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
+from argenseg_jax.torch_weights.importing import (
+  KEPT,
+  KEPT_TENSORS,
+  written_whole,
+)
+from argenseg_jax.torch_weights.tensors import WeightsError
+
+Part = Literal["all", "llm", "vqvae"]
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_INNER = {"llm": ("llm.", "language_model."), "vqvae": ("vqvae.", "")}
+
+
+def export_weights(
+  source_path: str | os.PathLike,
+  target: str | os.PathLike,
+  *,
+  mesh: Mesh,
+  part: Part = "all",
+  dtype: str | None = None,
+  files_from: str | os.PathLike | None = None,
+  max_file_bytes: int = 5_000_000_000,
+) -> int:
+  """Writes a checkpoint as a Hugging Face style folder.
+
+  Args:
+    source_path: see `checkpoint.step_directory`.
+    target: the folder to be made; it must not exist.
+    mesh: the checkpoint is read onto it.
+    part: the whole model, the language model or the image tokenizer alone.
+    dtype: of all floating-point tensors; None keeps each as it is.
+    files_from: folder whose config.json, text tokenizer and code are carried
+      along; by default what import kept.
+    max_file_bytes: largest file.
+
+  Returns:
+    How many tensors were written.
+
+  Raises:
+    WeightsError: the checkpoint cannot be written so; nothing is left behind.
+  """
+  target = pathlib.Path(target)
+  loaded = checkpoint.load(source_path, mesh=mesh)
+  if part == "all" and loaded.task == "vqvae":
+    part = "vqvae"
+  if part == "llm" and loaded.task == "vqvae":
+    raise WeightsError(f"{source_path} is an image tokenizer, without llm.")
+  kept = loaded.path.parent.parent / KEPT
+  files = kept if files_from is None else pathlib.Path(files_from)
+  if files_from is not None and not files.is_dir():
+    raise WeightsError(f"{files} is not a folder.")
+  leaves = {
+    path: leaf.get_value()
+    for path, leaf in mapping.variables(nnx.state(loaded.model)).items()
+  }
+  config = loaded.config
+  prefix = ""
+  if part == "all":
+    table = _writable(rules.argenseg(config), leaves)
+  else:
+    table = getattr(rules, part)(getattr(config, part))
+    if loaded.task != "vqvae":
+      ours, prefix = f"{part}.", _INNER[part][1] or "image_tokenizer."
+      leaves = {
+        path.removeprefix(ours): leaf
+        for path, leaf in leaves.items()
+        if path.startswith(ours)
+      }
+  carried = None
+  if (kept / KEPT_TENSORS).is_file():
+    carried = _Unprefixed(tensors.SafetensorsFile(kept / KEPT_TENSORS), prefix)
+  odd = loaded.meta.get("torch_dtypes", {})
+  source = mapping.Exported(
+    table,
+    leaves,
+    dtypes={name.removeprefix(prefix): d for name, d in odd.items()},
+    carried=carried,
+  )
+  if dtype is not None:
+    source = _Cast(source, tensors.DTYPES[_DTYPES[dtype]])
+  with written_whole(target) as folder:
+    if part != "vqvae" and files.is_dir():
+      for file in files.iterdir():
+        if file.name != KEPT_TENSORS and file.is_file():
+          shutil.copyfile(file, folder / file.name)
+    values = _config(loaded.config, part, files)
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n")
+    tensors.write_folder(folder, source, max_file_bytes=max_file_bytes)
+  return len(source.tensors)
+
+
+def _writable(table: rules.Table, leaves: Mapping[str, Any]) -> rules.Table:
+  """The table, if the authors' model has a place for every variable."""
+  known = {path for rule in table.rules for path in rule.ours}
+  for path in leaves:
+    if path not in known and not path.endswith(mapping.OURS_ONLY):
+      raise WeightsError(
+        f"the authors' model has no place for {path}: this variant (aligned "
+        "positions or a convolutional stem) cannot be exported."
+      )
+  return table
+
+
+def _config(config, part: Part, files: pathlib.Path) -> dict[str, Any]:
+  """The folder's own config.json, corrected for what training changed."""
+  if part == "vqvae":
+    return hf_config.write_vqvae(config.vqvae)
+  whole = hf_config.write(config)
+  if (files / "config.json").is_file():
+    kept = hf_config.read(files)
+    ours = whole
+    whole = {k: v for k, v in ours.items() if k in ("text_vocab",)} | kept
+    whole |= {k: ours[k] for k in ("patch_nums", "vae") if k not in kept}
+    for name in ("llm_config", "llm"):
+      if name in whole:
+        whole[name] = whole[name] | {
+          "vocab_size": config.llm.vocab_size,
+          "tie_word_embeddings": config.llm.tied_head,
+        }
+  return whole if part == "all" else hf_config.group(whole, "llm")
+
+
+class _Cast:
+  """A source whose floating-point tensors get another dtype."""
+
+  def __init__(self, source: tensors.Source, dtype: np.dtype):
+    self._source = source
+    self.tensors = {
+      name: info._replace(dtype=dtype if _floating(info.dtype) else info.dtype)
+      for name, info in source.tensors.items()
+    }
+
+  def read(self, name: str) -> np.ndarray:
+    value = self._source.read(name)
+    return value.astype(self.tensors[name].dtype, copy=False)
+
+
+class _Unprefixed:
+  """The tensors of a source below a prefix, without it."""
+
+  def __init__(self, source: tensors.Source, prefix: str):
+    self._source, self._prefix = source, prefix
+    self.tensors = {
+      name.removeprefix(prefix): info for name, info in source.tensors.items()
+    }
+
+  def read(self, name: str) -> np.ndarray:
+    whole = self._prefix + name
+    return self._source.read(whole if whole in self._source.tensors else name)
+
+
+def _floating(dtype: np.dtype) -> bool:
+  return dtype.kind == "f" or dtype == tensors.DTYPES["BF16"]

@@ -1,0 +1,327 @@
+"""PyTorch folders to checkpoints that `train`, `eval` and `predict` open."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tokenizers
+from flax import nnx
+from jax.sharding import Mesh
+
+from argenseg_jax import checkpoint, sharding
+from argenseg_jax import config as config_lib
+from argenseg_jax.config import MeshConfig, ModelConfig
+from argenseg_jax.models import variants
+from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
+from argenseg_jax.torch_weights.tensors import (
+  Computed,
+  Merged,
+  Renamed,
+  Source,
+  TensorInfo,
+  WeightsError,
+)
+
+# Inside a checkpoint's work directory: what export carries back.
+KEPT = "torch"
+KEPT_TENSORS = "carried.safetensors"
+_KEPT_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
+_TOKENIZER = "image_tokenizer."
+_NEW_TOKENS = ("<mask>", "<ge_start>", "<ge_end>", "<MASK_CONTEXT>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+  """What was read, for the message to the user."""
+
+  task: str
+  config: ModelConfig
+  num_tensors: int
+  fresh_image_tokenizer: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """Everything decided before the first tensor is read."""
+
+  task: str
+  config: ModelConfig
+  table: rules.Table
+  source: Source
+  new_tokens: bool
+  fresh_image_tokenizer: bool
+
+
+def import_weights(
+  source_path: str | os.PathLike,
+  target: str | os.PathLike,
+  *,
+  mesh: Mesh,
+  vqvae_path: str | os.PathLike | None = None,
+  scales: tuple[int, ...] | None = None,
+) -> Imported:
+  """Reads a PyTorch folder or file and writes a checkpoint.
+
+  Args:
+    source_path: an ARGenSeg or InternVL2.5 folder, or VAR's image tokenizer.
+    target: the work directory to be made; it must not exist.
+    mesh: variables are born sharded over it.
+    vqvae_path: VAR's image tokenizer, for an InternVL2.5 folder.
+    scales: side lengths of the token maps, where config.json has none.
+
+  Raises:
+    WeightsError: something does not fit; nothing is left behind.
+  """
+  path, target = pathlib.Path(source_path), pathlib.Path(target)
+  plan = _plan(path, vqvae_path, scales)
+  where = str(path)
+  make = checkpoint.model_factory(plan.task, plan.config)
+  abstract = nnx.state(nnx.eval_shape(make))
+  if plan.fresh_image_tokenizer:
+    _, abstract = nnx.split_state(
+      abstract, lambda keys, leaf: keys[0] == "vqvae", ...
+    )
+  kept = mapping.check(
+    plan.table, mapping.variables(abstract), plan.source, where
+  )
+  with written_whole(target) as folder:
+    state, odd = mapping.load(plan.table, abstract, plan.source, mesh)
+    if plan.fresh_image_tokenizer:
+      state = nnx.merge_state(state, _fresh_image_tokenizer(plan.config))
+    _keep_files(path, folder, plan, kept)
+    meta = {
+      "task": plan.task,
+      "model": config_lib.to_dict(plan.config),
+      "torch_dtypes": odd,
+    }
+    checkpoints = checkpoint.Checkpoints(folder)
+    try:
+      checkpoints.save(0, state, None, meta)
+      checkpoints.wait()
+    finally:
+      checkpoints.close()
+  return Imported(
+    plan.task,
+    plan.config,
+    len(plan.source.tensors),
+    plan.fresh_image_tokenizer,
+  )
+
+
+def conversion_mesh(fsdp: int = 0) -> Mesh:
+  """`fsdp` devices that share every parameter; 0 takes all accelerators, or
+  one CPU device (several would hold copies in one memory)."""
+  devices = jax.devices()
+  count = fsdp or (1 if devices[0].platform == "cpu" else len(devices))
+  config = MeshConfig(data=1, fsdp=count, tensor=1)
+  return sharding.make_mesh(config, devices[:count])
+
+
+@contextlib.contextmanager
+def written_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder that gets its name when the block ends, and vanishes if it fails.
+
+  Raises:
+    WeightsError: `target` exists already.
+  """
+  if target.exists():
+    raise WeightsError(f"{target} exists already; name a new folder.")
+  folder = target.absolute().with_name(f".{target.name}.partial-{os.getpid()}")
+  try:
+    folder.mkdir(parents=True)
+    yield folder
+    folder.rename(target)
+  except OSError as error:
+    raise WeightsError(f"{target} cannot be written: {error}.") from error
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def whole_config(
+  config: Mapping[str, Any], source: Source, folder: pathlib.Path | None
+) -> ModelConfig:
+  """The config of a whole ARGenSeg checkpoint.
+
+  Args:
+    config: its config.json.
+    source: its tensors, in the authors' naming.
+    folder: for the ids of special tokens; None takes the known ones.
+  """
+  found = source.tensors
+  name = "language_model."
+  heads = (f"{name}output.weight", f"{name}lm_head.weight")
+  llm = hf_config.llm_config(
+    hf_config.group(config, "llm"),
+    tied_head=not any(head in found for head in heads),
+  )
+  image_tokenizer = {
+    n.removeprefix(_TOKENIZER): t
+    for n, t in found.items()
+    if n.startswith(_TOKENIZER) or n == "pos_1LC"
+  }
+  vqvae = hf_config.vqvae_config(config, image_tokenizer, "the checkpoint")
+  first_code = llm.vocab_size - vqvae.num_codes
+  return ModelConfig(
+    name="imported",
+    vision=hf_config.vision_config(config),
+    llm=llm,
+    vqvae=vqvae,
+    token_ids=hf_config.token_ids(config, first_code, folder),
+  )
+
+
+def _plan(path, vqvae_path, scales) -> _Plan:
+  source = tensors.open_file(path)
+  found = source.tensors
+  extra = {"patch_nums": list(scales)} if scales else {}
+  if "quantize.embedding.weight" in found:
+    if vqvae_path is not None:
+      raise WeightsError(f"{path} is an image tokenizer: leave --vqvae out.")
+    return _image_tokenizer_plan(path, source, extra)
+  if not path.is_dir():
+    raise WeightsError(f"{path} is no image tokenizer; give a whole folder.")
+  config = hf_config.read(path) | extra
+  if "word_embed.weight" in found:
+    if vqvae_path is not None:
+      raise WeightsError(f"{path} has an image tokenizer: leave --vqvae out.")
+    whole = whole_config(config, source, path)
+    return _Plan("mllm", whole, rules.argenseg(whole), source, False, False)
+  if "mlp1.0.weight" not in found:
+    raise WeightsError(
+      f"{path} is neither ARGenSeg, InternVL2.5 nor VAR's image tokenizer: it "
+      "has no tensor 'mlp1.0.weight' or 'quantize.embedding.weight'."
+    )
+  return _internvl_plan(path, source, config, vqvae_path)
+
+
+def _image_tokenizer_plan(path, source, extra) -> _Plan:
+  config = extra
+  if path.is_dir() and (path / "config.json").is_file():
+    config = hf_config.read(path) | extra
+  vqvae = hf_config.vqvae_config(config, source.tensors, str(path))
+  base = variants.get("argenseg_8b")
+  whole = dataclasses.replace(base, name="imported", vqvae=vqvae)
+  return _Plan("vqvae", whole, rules.vqvae(vqvae), source, False, False)
+
+
+def _internvl_plan(path, source, config, vqvae_path) -> _Plan:
+  """InternVL2.5 with new tokens, zero code embeddings, an image tokenizer."""
+  found = source.tensors
+  values = hf_config.group(config, "llm")
+  names = ("output.weight", "lm_head.weight", "model.embed_tokens.weight")
+  names = [
+    f"language_model.{n}" for n in (*names, "model.tok_embeddings.weight")
+  ]
+  tied = not any(name in found for name in names[:2])
+  llm = hf_config.llm_config(values, tied_head=tied)
+  if vqvae_path is None:
+    vqvae, parts = variants.get("argenseg_8b").vqvae, []
+    if "patch_nums" in config:
+      sides = tuple(config["patch_nums"])
+      vqvae = dataclasses.replace(
+        vqvae, scales=sides, image_side=16 * sides[-1]
+      )
+  else:
+    image_tokenizer = tensors.open_file(vqvae_path)
+    vqvae = hf_config.vqvae_config(
+      config, image_tokenizer.tensors, str(vqvae_path)
+    )
+    parts = [Renamed(image_tokenizer, _TOKENIZER)]
+  first_code = llm.vocab_size + len(_NEW_TOKENS)
+  rows = first_code + vqvae.num_codes
+  whole = ModelConfig(
+    name="imported",
+    vision=hf_config.vision_config(config),
+    llm=dataclasses.replace(llm, vocab_size=rows),
+    vqvae=vqvae,
+    token_ids=hf_config.token_ids(config, first_code, path),
+  )
+  table = rules.argenseg(whole)
+  if vqvae_path is None:
+    table = rules.Table(
+      tuple(r for r in table.rules if not r.torch.startswith(_TOKENIZER))
+    )
+  grown = {n: _grown(source, n, rows) for n in names if n in found}
+  dtype = next(iter(grown.values()))[0].dtype if grown else np.float32
+  num_codes = sum(s * s for s in vqvae.scales)
+  zeros = {
+    "word_embed.weight": (llm.width, vqvae.latent_channels),
+    "word_embed.bias": (llm.width,),
+    "pos_1LC": (1, num_codes, llm.width),
+    "lvl_embed.weight": (len(vqvae.scales), llm.width),
+  }
+  new = {n: _zeros(shape, dtype) for n, shape in zeros.items()}
+  merged = Merged(source, Computed(grown), Computed(new), *parts)
+  return _Plan("mllm", whole, table, merged, True, vqvae_path is None)
+
+
+def _zeros(shape, dtype):
+  info = TensorInfo(shape, np.dtype(dtype))
+  return info, lambda: np.zeros(shape, dtype)
+
+
+def _grown(source: Source, name: str, rows: int):
+  """A matrix with more rows: each new one the mean of the old."""
+  (old, width), dtype = source.tensors[name]
+
+  def make():
+    grown = np.empty((rows, width), dtype)
+    grown[:old] = source.read(name)
+    total = np.zeros(width, np.float64)
+    for start in range(0, old, 4096):
+      total += grown[start : min(start + 4096, old)].astype(np.float64).sum(0)
+    grown[old:] = (total / old).astype(dtype)
+    return grown
+
+  return TensorInfo((rows, width), dtype), make
+
+
+def _fresh_image_tokenizer(config: ModelConfig) -> nnx.State:
+  make = checkpoint.model_factory("vqvae", config)
+  state = jax.jit(lambda: nnx.state(make()))()
+  return nnx.State({"vqvae": state})
+
+
+def _keep_files(path, folder, plan: _Plan, kept: list[str]) -> None:
+  """Config, text tokenizer and idle buffers, for export and for prediction."""
+  beside = folder / KEPT
+  beside.mkdir()
+  if path.is_dir():
+    for pattern in _KEPT_PATTERNS:
+      for file in path.glob(pattern):
+        if not file.name.endswith(".index.json"):
+          shutil.copyfile(file, beside / file.name)
+  if kept:
+    tensors.write_file(beside / KEPT_TENSORS, plan.source, kept)
+  text_tokenizer = beside / "tokenizer.json"
+  if text_tokenizer.is_file():
+    if plan.new_tokens:
+      _add_tokens(text_tokenizer, plan.config.token_ids)
+    shutil.copyfile(text_tokenizer, folder / "tokenizer.json")
+
+
+def _add_tokens(path: pathlib.Path, ids: config_lib.TokenIds) -> None:
+  """Gives InternVL's text tokenizer the four tokens of ARGenSeg.
+
+  Raises:
+    WeightsError: they would get other ids than the rows that were added.
+  """
+  try:
+    model = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # The library raises bare Exceptions.
+    raise WeightsError(f"{path.name} cannot be read: {error}.") from error
+  model.add_special_tokens(list(_NEW_TOKENS))
+  got = [model.token_to_id(token) for token in _NEW_TOKENS]
+  want = [ids.mask, ids.ge_start, ids.ge_end, ids.mask_context]
+  if got != want:
+    raise WeightsError(
+      f"tokenizer.json gives the new tokens ids {got}, the rows added to the "
+      f"model are {want}; its vocabulary is not that of config.json."
+    )
+  model.save(str(path))
