@@ -7,19 +7,9 @@ from typing import Literal, NamedTuple
 import jax
 from jax.sharding import AxisType
 
-Implementation = Literal["reference", "xla", "tpu", "gpu"]
+Implementation = Literal["reference", "xla", "tpu"]
 
-_FILES = {
-  "reference": "reference",
-  "xla": "xla",
-  "tpu": "pallas_tpu",
-  "gpu": "pallas_gpu",
-}
-_OPS = {
-  "linear_cross_entropy": ("reference", "xla"),
-  "nearest_code": ("reference", "xla"),
-  "scale_prediction": ("reference", "xla"),
-}
+_FILES = {"reference": "reference", "xla": "xla", "tpu": "pallas_tpu"}
 
 
 class Target(NamedTuple):
@@ -41,38 +31,32 @@ def target() -> Target:
   return Target(device.platform, device.device_kind)
 
 
-def load(op: str, implementation: Implementation | None) -> ModuleType:
-  """The module of `op` that holds `implementation`; None picks by platform.
+def load(op: str, implementation: str | None) -> ModuleType:
+  """The module of package `op` that holds `implementation`.
 
-  An explicit choice is never replaced by another one: a kernel named on a
-  platform that cannot run it raises, here or when JAX lowers it.
+  None stands for the platform's own: the Pallas kernel on a TPU, the blocked
+  XLA form anywhere else, and also where XLA partitions the program over several
+  devices, which it cannot do to a kernel (the sharded forms of the ops can).
+
+  An explicit choice is never replaced by another one: "tpu" where there is no
+  TPU raises when JAX lowers the kernel.
 
   Raises:
-    ValueError: `op` has no such implementation.
+    ValueError: there is no such implementation.
   """
-  name = _automatic(op) if implementation is None else implementation
-  if name not in _OPS[op]:
+  if implementation is None:
+    on_tpu = target().platform == "tpu"
+    implementation = "tpu" if on_tpu and not _partitioned() else "xla"
+  if implementation not in _FILES:
     raise ValueError(
-      f"{op} has no implementation {name!r}; use one of "
-      f"{', '.join(_OPS[op])}, or None to pick by platform."
+      f"{op} has no implementation {implementation!r}; use one of "
+      f"{', '.join(_FILES)}, or None for the platform's own (xla on GPUs)."
     )
-  return importlib.import_module(f"argenseg_jax.kernels.{op}.{_FILES[name]}")
-
-
-def _automatic(op: str) -> Implementation:
-  platform, kind = target()
-  if _partitioned():
-    return "xla"
-  if platform == "tpu" and "tpu" in _OPS[op]:
-    return "tpu"
-  hopper = any(name in kind for name in ("H100", "H200", "GH200"))
-  if platform == "gpu" and hopper and "gpu" in _OPS[op]:
-    return "gpu"
-  return "xla"
+  file = _FILES[implementation]
+  return importlib.import_module(f"argenseg_jax.kernels.{op}.{file}")
 
 
 def _partitioned() -> bool:
-  """Whether XLA partitions the program, which it cannot do to a kernel."""
   mesh = jax.sharding.get_abstract_mesh()
   return any(
     mesh.shape[name] > 1 and kind != AxisType.Manual

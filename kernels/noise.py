@@ -13,19 +13,31 @@ from jax import lax
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def seed_words(key: jax.Array) -> jax.Array:
-  """int32 [2] from a JAX random key of any kind."""
-  return lax.bitcast_convert_type(
-    jax.random.bits(key, (2,), jnp.uint32), jnp.int32
-  )
-
-
-def gumbel(
-  seed: tuple[jax.Array, jax.Array], rows: jax.Array, columns: jax.Array
+def make_seed(
+  key: jax.Array,
+  *,
+  first_row: jax.Array | int = 0,
+  first_column: jax.Array | int = 0,
 ) -> jax.Array:
-  """Float32 standard Gumbel noise at int32 places; shapes broadcast."""
-  rows, columns = jnp.broadcast_arrays(rows, columns)
-  bits = _threefry(seed, rows, columns)
+  """int32 [4]: two words of a random key, and where a shard begins.
+
+  Args:
+    key: JAX random key of any kind.
+    first_row: what row 0 of this shard is in the whole.
+    first_column: likewise.
+  """
+  words = jax.random.bits(key, (2,), jnp.uint32)
+  place = jnp.stack([jnp.int32(first_row), jnp.int32(first_column)])
+  return jnp.concatenate([lax.bitcast_convert_type(words, jnp.int32), place])
+
+
+def gumbel(seed, rows: jax.Array, columns: jax.Array) -> jax.Array:
+  """Float32 standard Gumbel noise at int32 places; shapes broadcast.
+
+  `seed` is from `make_seed`, or a kernel's reference to it.
+  """
+  rows, columns = jnp.broadcast_arrays(rows + seed[2], columns + seed[3])
+  bits = _threefry((seed[0], seed[1]), rows, columns)
   # 23 bits, centred: never 0 or 1, exact in float32.
   uniform = (
     lax.shift_right_logical(bits, np.int32(9)).astype(jnp.float32) + 0.5

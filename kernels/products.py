@@ -23,6 +23,27 @@ def product(
   )
 
 
+def row_products(a, b) -> jax.Array:
+  """a @ b.T in float32, for arrays or kernel references [rows columns].
+
+  Adds up slices of the columns, so that a kernel's compiler needs scratch
+  memory for a slice only (it splits float32 operands into bfloat16 parts).
+  """
+  slices = column_slices(a.shape[1])
+  return sum(product(a[:, c], b[:, c], contract=(1, 1)) for c in slices)
+
+
+def column_slices(length: int) -> list[slice]:
+  """Slices of at most 512 columns that cover `length`."""
+  return [slice(i, min(i + 512, length)) for i in range(0, length, 512)]
+
+
+def at_least_eight_rows(x: jax.Array) -> jax.Array:
+  """Pads [rows ...] with zeros: TPU kernels cannot multiply a single row."""
+  missing = max(8 - x.shape[0], 0)
+  return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+
+
 def even_blocks(length: int, largest: int) -> tuple[int, int]:
   """Number and size of the fewest equal blocks of at most `largest`.
 

@@ -78,7 +78,7 @@ def scale_prediction(
     hidden.reshape(b * n, d),
     code_head,
     codebook,
-    seed=noise.seed_words(key) if temperature else None,
+    seed=noise.make_seed(key) if temperature else None,
     temperature=float(temperature),
     top_k=top_k if temperature else None,
   )

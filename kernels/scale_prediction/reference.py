@@ -14,7 +14,7 @@ def predict(
   code_head: Float[Array, "codes d"],
   codebook: Float[Array, "codes c"],
   *,
-  seed: Int[Array, "2"] | None,
+  seed: Int[Array, "4"] | None,
   temperature: float,
   top_k: int | None,
   rows: Int[Array, "r"] | None = None,
@@ -24,7 +24,7 @@ def predict(
   """Codes, latents, their logits, and the log-sum-exp of all logits.
 
   Args:
-    seed: from `noise.seed_words`; None takes the arg-max.
+    seed: from `noise.make_seed`; None takes the arg-max.
     rows: which row of the noise each row takes; 0.. by default.
   """
   logits = product(hidden, code_head, contract=(1, 1))
@@ -37,7 +37,7 @@ def predict(
     if rows is None:
       rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
     columns = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    scores += noise.gumbel((seed[0], seed[1]), rows[:, None], columns)
+    scores += noise.gumbel(seed, rows[:, None], columns)
   codes = jnp.argmax(scores, axis=1).astype(jnp.int32)
   chosen = jnp.take_along_axis(logits, codes[:, None], axis=1)[:, 0]
   log_sum_exp = jax.nn.logsumexp(logits, axis=1)

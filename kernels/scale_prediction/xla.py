@@ -14,7 +14,7 @@ def predict(
   code_head: Float[Array, "codes d"],
   codebook: Float[Array, "codes c"],
   *,
-  seed: Int[Array, "2"] | None,
+  seed: Int[Array, "4"] | None,
   temperature: float,
   top_k: int | None,
 ) -> tuple[

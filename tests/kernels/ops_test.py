@@ -4,17 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from argenseg_jax.kernels.nearest_code import nearest_code
 from argenseg_jax.kernels.scale_prediction import scale_prediction
 
-FAST = ["xla"]
+FAST = ["xla", "tpu"]
 DTYPES = ["float32", "bfloat16"]
 # Rows, width, words or codes. The long ones make several blocks of both kinds.
-LOSS_SHAPES = [(1, 8, 5), (37, 24, 203), (300, 16, 9001)]
-PREDICTION_SHAPES = [(1, 1, 8, 5), (3, 13, 24, 203), (2, 150, 16, 4096)]
-CODE_SHAPES = [(1, 4, 1), (37, 6, 203), (300, 8, 4096)]
+LOSS_SHAPES = [(1, 8, 5), (37, 24, 203), (1100, 520, 1030), (150, 8, 9001)]
+PREDICTION_SHAPES = [(1, 1, 8, 5), (3, 13, 24, 203), (2, 550, 16, 1100)]
+CODE_SHAPES = [(1, 4, 1), (37, 6, 203), (1100, 8, 1100)]
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+  """Runs TPU kernels on the CPU."""
+  with pltpu.force_tpu_interpret_mode(True):
+    yield
 
 
 def normal(seed, *shape, dtype="float32", scale=1.0):
@@ -27,7 +35,8 @@ def loss_inputs(t, d, vocab, dtype):
   targets = jnp.asarray(rng.integers(0, vocab, t), jnp.int32)
   weights = jnp.asarray(rng.uniform(0.5, 2, t), jnp.float32)
   hidden = normal(0, t, d, dtype=dtype)
-  return hidden, normal(1, vocab, d, dtype=dtype, scale=0.5), targets, weights
+  head = normal(1, vocab, d, dtype=dtype, scale=2 / d**0.5)
+  return hidden, head, targets, weights
 
 
 def loss_and_gradients(inputs, **options):

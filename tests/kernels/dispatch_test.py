@@ -1,0 +1,72 @@
+"""Which implementation runs where."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from argenseg_jax.kernels import dispatch
+from argenseg_jax.kernels.chips import blocks
+from argenseg_jax.kernels.nearest_code import nearest_code
+
+OPS = ["linear_cross_entropy", "nearest_code", "scale_prediction"]
+
+
+def described(kind, *, devices=1, axis_type=AxisType.Auto):
+  """A mesh of a chip that is not here."""
+  platform = "tpu" if kind.startswith("TPU") else "gpu"
+  return jax.sharding.use_abstract_mesh(
+    AbstractMesh(
+      (devices,),
+      ("x",),
+      axis_types=(axis_type,),
+      abstract_device=AbstractDevice(kind, None, platform),
+    )
+  )
+
+
+def name_of(module):
+  return module.__name__.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_platform_decides(op):
+  assert name_of(dispatch.load(op, None)) == "xla"
+  with described("TPU v5 lite"):
+    assert name_of(dispatch.load(op, None)) == "pallas_tpu"
+    assert name_of(dispatch.load(op, "reference")) == "reference"
+  with described("NVIDIA H100 80GB HBM3"):
+    assert name_of(dispatch.load(op, None)) == "xla"
+
+
+def test_partitioned_programs_take_xla():
+  with described("TPU v5 lite", devices=4):
+    assert name_of(dispatch.load("nearest_code", None)) == "xla"
+  with described("TPU v5 lite", devices=4, axis_type=AxisType.Manual):
+    assert name_of(dispatch.load("nearest_code", None)) == "pallas_tpu"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_unknown_implementations_raise(op):
+  with pytest.raises(ValueError, match=f"{op} has no implementation 'gpu'"):
+    dispatch.load(op, "gpu")
+
+
+def test_a_kernel_that_cannot_run_raises():
+  with pytest.raises(ValueError, match="interpret mode"):
+    nearest_code(jnp.ones((9, 4)), jnp.ones((5, 4)), implementation="tpu")
+
+
+def test_blocks_grow_with_the_chip():
+  def bytes_needed(block):
+    return 40_000 * block.tokens + 8 * 4096 * block.words
+
+  with described("TPU v5 lite"):
+    small = blocks(10_000, 10_000, bytes_needed)
+  with described("TPU v6 lite"):
+    large = blocks(10_000, 10_000, bytes_needed)
+  assert bytes_needed(small) < 16 * 2**20
+  assert small.tokens < large.tokens
+  with described("TPU v9"):
+    assert blocks(10_000, 10_000, bytes_needed) == small
+  assert blocks(70, 50, bytes_needed) == (70, 50)
