@@ -136,13 +136,12 @@ def train(
   trains = trainable_filter(stage.optimizer, variables)
   graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
   optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
-  num_codes = model_config.vqvae.num_codes if task == "vqvae" else 0
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     fixed=fixed,
     optimizer=jax.jit(optimizer.init)(params),
-    usage=jnp.zeros((num_codes,), jnp.int32),
+    usage=jnp.zeros((model_config.vqvae.num_codes,), jnp.int32),
   )
 
   checkpoints = checkpoint.Checkpoints(workdir, keep=stage.train.keep)

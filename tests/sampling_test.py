@@ -1,0 +1,153 @@
+"""Generation equals teacher forcing, and token-by-token decoding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+from flax import nnx
+
+from argenseg_jax.models.llm import KVCache
+from argenseg_jax.sampling import generate
+from argenseg_jax.types import ModelInputs
+
+IDS = tiny_model.TOKEN_IDS
+VARIANTS = {
+  "released": {},
+  "small": dict(
+    aligned_positions=True,
+    bidirectional_prompt=True,
+    full_attention_in_scale=True,
+  ),
+}
+
+
+@functools.partial(
+  jax.jit, static_argnames=("graph", "max_text", "max_masks", "start_with_mask")
+)
+def run(graph, state, inputs, guidance=None, **kwargs):
+  return generate(
+    nnx.merge(graph, state), **inputs, guidance=guidance, collect=True, **kwargs
+  )
+
+
+def prompts(rows=2):
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(10, 20, (rows, 9))
+  tokens[:, 1:6] = [IDS.img_start, *[IDS.img_context] * 4]
+  valid = np.ones((rows, 9), bool)
+  tokens[0, 1:] = tokens[0, :-1].copy()
+  tokens[0, 0], valid[0, 0] = IDS.pad, False
+  return dict(
+    tokens=jnp.asarray(tokens, jnp.int32),
+    valid=jnp.asarray(valid),
+    images=jnp.asarray(
+      rng.normal(size=(rows, 1, 16, 16, 3)), dtype=jnp.float32
+    ),
+  )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generation_equals_teacher_forcing(variant):
+  model = tiny_model.model(**VARIANTS[variant])
+  inputs = prompts()
+  out = run(
+    *nnx.split(model), inputs, max_text=3, max_masks=1, start_with_mask=True
+  )
+  np.testing.assert_array_equal(out.num_masks, 1)
+  n = model.scales.num_codes
+  answer = jnp.asarray([[IDS.ge_start] + [IDS.mask_context] * (n - 1)] * 2)
+  valid = jnp.concatenate((inputs["valid"], jnp.ones((2, n), bool)), 1)
+  hidden = model(
+    ModelInputs(
+      tokens=jnp.concatenate((inputs["tokens"], answer), 1),
+      positions=jnp.maximum(jnp.cumsum(valid, 1) - 1, 0),
+      segment_ids=valid.astype(jnp.int32),
+      is_prompt=(jnp.arange(9 + n) < 9)[None] & valid,
+      images=inputs["images"],
+      scale_inputs=model.vqvae.quantizer.scale_inputs(out.codes[:, 0])[:, None],
+    )
+  )[:, 9:]
+  np.testing.assert_allclose(out.hidden[:, 0], hidden, atol=1e-4)
+  logits = hidden @ model.code_head.T
+  np.testing.assert_array_equal(out.codes[:, 0], jnp.argmax(logits, -1))
+
+
+def test_next_scale_equals_token_by_token():
+  model = tiny_model.model()
+  inputs = prompts()
+  out = run(
+    *nnx.split(model), inputs, max_text=3, max_masks=1, start_with_mask=True
+  )
+  graph, state = nnx.split(model)
+
+  @jax.jit
+  def extend(x, cache, positions, valid):
+    model = nnx.merge(graph, state)
+    return model.llm.extend(x, cache, positions=positions, valid=valid)
+
+  @jax.jit
+  def prompt_embeddings():
+    model = nnx.merge(graph, state)
+    vision = model.vision_embeddings(inputs["images"])
+    return model.prompt_embeddings(inputs["tokens"], vision)
+
+  valid = inputs["valid"]
+  n, t = model.scales.num_codes, valid.shape[1]
+  _, cache = extend(
+    prompt_embeddings(),
+    KVCache.empty(model.config.llm, 2, t + n),
+    jnp.maximum(jnp.cumsum(valid, 1) - 1, 0),
+    valid,
+  )
+  start = jnp.sum(valid, 1)
+  codes = np.zeros((2, n), np.int32)
+  x = model.llm.embed(jnp.full((2, 1), IDS.ge_start))
+  one = jnp.ones((2, 1), bool)
+  for i in range(n):
+    if i:
+      features = model.vqvae.quantizer.scale_inputs(jnp.asarray(codes))
+      x = model.slot_embeddings(features[:, i - 1 : i], i)
+    hidden, cache = extend(x, cache, (start + i)[:, None], one)
+    codes[:, i] = jnp.argmax(hidden[:, 0] @ model.code_head.T, -1)
+  np.testing.assert_array_equal(out.codes[:, 0], codes)
+
+
+def test_positions_run_on_and_ge_end_stands_for_the_mask():
+  model = tiny_model.model()
+  inputs = prompts()
+  out = run(
+    *nnx.split(model), inputs, max_text=3, max_masks=1, start_with_mask=True
+  )
+  n = model.scales.num_codes
+  lengths = np.sum(np.asarray(inputs["valid"]), 1)
+  np.testing.assert_array_equal(
+    out.positions[:, 0], lengths[:, None] + np.arange(n)
+  )
+  np.testing.assert_array_equal(out.tokens[:, 0], IDS.ge_end)
+
+
+def test_rows_do_not_change_each_other():
+  model = tiny_model.model()
+  both = prompts()
+  kwargs = dict(max_text=4, max_masks=2, start_with_mask=False)
+  out = run(*nnx.split(model), both, **kwargs)
+  for row in range(2):
+    alone = {k: v[row : row + 1] for k, v in both.items()}
+    one = run(*nnx.split(model), alone, **kwargs)
+    np.testing.assert_array_equal(one.tokens[0], out.tokens[row])
+    np.testing.assert_array_equal(one.num_masks[0], out.num_masks[row])
+    np.testing.assert_array_equal(one.codes[0], out.codes[row])
+
+
+def test_guidance_of_equal_rows_changes_nothing():
+  model = tiny_model.model()
+  one = {k: v[1:] for k, v in prompts().items()}
+  twins = {k: jnp.concatenate((v, v)) for k, v in one.items()}
+  kwargs = dict(max_text=3, max_masks=1, start_with_mask=True)
+  plain = run(*nnx.split(model), one, **kwargs)
+  guided = run(*nnx.split(model), twins, guidance=4.0, **kwargs)
+  np.testing.assert_array_equal(guided.codes[0], plain.codes[0])
+  np.testing.assert_array_equal(guided.codes[1], plain.codes[0])
