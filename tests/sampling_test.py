@@ -25,7 +25,14 @@ VARIANTS = {
 
 
 @functools.partial(
-  jax.jit, static_argnames=("graph", "max_text", "max_masks", "start_with_mask")
+  jax.jit,
+  static_argnames=(
+    "graph",
+    "guidance",
+    "max_text",
+    "max_masks",
+    "start_with_mask",
+  ),
 )
 def run(graph, state, inputs, guidance=None, **kwargs):
   return generate(
