@@ -24,7 +24,6 @@ from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.vqvae import VQVAE
 
 FORMAT = 1
-_ITEMS = ("model", "optimizer", "meta")
 
 
 class CheckpointError(ValueError):
@@ -32,13 +31,34 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-  """The checkpoints of one work directory, newest kept."""
+  """The checkpoints of one work directory, newest kept.
 
-  def __init__(self, workdir: str | pathlib.Path, *, keep: int = 1):
+  Args:
+    workdir: holds them in `checkpoints`.
+    keep: how many.
+    concurrent_gb: most gigabytes that wait in host memory to be written; no
+      single variable may be larger.
+  """
+
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    keep: int = 1,
+    concurrent_gb: float = 96,
+  ):
     self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
     self._manager = ocp.CheckpointManager(
       self.directory,
-      item_names=_ITEMS,
+      item_handlers={
+        "model": ocp.StandardCheckpointHandler(
+          save_concurrent_gb=concurrent_gb
+        ),
+        "optimizer": ocp.StandardCheckpointHandler(
+          save_concurrent_gb=concurrent_gb
+        ),
+        "meta": ocp.JsonCheckpointHandler(),
+      },
       options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
     )
 

@@ -70,7 +70,7 @@ def export_weights(
   config = loaded.config
   prefix = ""
   if part == "all":
-    table = _writable(rules.argenseg(config), leaves)
+    table = writable(rules.argenseg(config), leaves)
   else:
     table = getattr(rules, part)(getattr(config, part))
     if loaded.task != "vqvae":
@@ -104,7 +104,7 @@ def export_weights(
   return len(source.tensors)
 
 
-def _writable(table: rules.Table, leaves: Mapping[str, Any]) -> rules.Table:
+def writable(table: rules.Table, leaves: Mapping[str, Any]) -> rules.Table:
   """The table, if the authors' model has a place for every variable."""
   known = {path for rule in table.rules for path in rule.ours}
   for path in leaves:

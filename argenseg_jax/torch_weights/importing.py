@@ -100,7 +100,11 @@ def import_weights(
       "model": config_lib.to_dict(plan.config),
       "torch_dtypes": odd,
     }
-    checkpoints = checkpoint.Checkpoints(folder)
+    # Writing copies what it writes: let it not copy the model.
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(state))
+    checkpoints = checkpoint.Checkpoints(
+      folder, concurrent_gb=max(1.0, 1.1 * largest / 1e9)
+    )
     try:
       checkpoints.save(0, state, None, meta)
       checkpoints.wait()

@@ -214,9 +214,16 @@ class Exported:
     rule, index = place.rule, place.index
     parts = (self._leaves[path] for path in rule.ours)
     parts = tuple(
-      np.asarray(part if index is None else part[index]) for part in parts
+      np.asarray(part if index is None else _layer(part, index))
+      for part in parts
     )
     return rule.transform.to_torch(parts).astype(info.dtype, copy=False)
+
+
+@jax.jit
+def _layer(stack, index):
+  """One program for all layers of a shape."""
+  return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
 
 def _layer_shape(rule: Rule, leaf: Any) -> tuple[int, ...]:

@@ -1,0 +1,282 @@
+"""Import and export of whole folders; faults leave nothing behind."""
+
+import dataclasses
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+
+from argenseg_jax import checkpoint
+from argenseg_jax.models.vqvae import VQVAE
+from argenseg_jax.tools import cli
+from argenseg_jax.torch_weights import (
+  exporting,
+  hf_config,
+  importing,
+  rules,
+  tensors,
+)
+from argenseg_jax.torch_weights.tensors import WeightsError
+
+INDEX = "model.safetensors.index.json"
+
+
+def _same(a, b):
+  assert a.tensors == b.tensors
+  for name in a.tensors:
+    assert a.read(name).tobytes() == b.read(name).tobytes(), name
+
+
+def _entries(arrays):
+  return {
+    n: (tensors.TensorInfo(a.shape, a.dtype), lambda a=a: a)
+    for n, a in arrays.items()
+  }
+
+
+def _export(tmp_path, source="checkpoint", target="back", **kwargs):
+  mesh = importing.conversion_mesh()
+  exporting.export_weights(
+    tmp_path / source, tmp_path / target, mesh=mesh, **kwargs
+  )
+  return tensors.SafetensorsFolder(tmp_path / target)
+
+
+def _import(tmp_path, source, **kwargs):
+  return importing.import_weights(
+    source,
+    tmp_path / "checkpoint",
+    mesh=importing.conversion_mesh(),
+    **kwargs,
+  )
+
+
+@pytest.mark.parametrize(
+  ("llm", "vision", "dtype"),
+  [
+    ("internlm2", "layer_norm", ml_dtypes.bfloat16),
+    ("qwen2_tied", "rms_norm", np.float32),
+  ],
+)
+def test_whole_model_round_trip(tmp_path, tiny, folder, llm, vision, dtype):
+  config = tiny.whole(llm, vision)
+  authors = folder(config, dtype)
+  (authors / "tokenizer.model").write_bytes(b"pieces")
+  (authors / "modeling_internvl_chat.py").write_text("# the authors' code\n")
+  imported = _import(tmp_path, authors)
+  assert imported.config == config
+  loaded = checkpoint.load(tmp_path / "checkpoint")
+  assert loaded.model.llm.layers.mlp.up.kernel.dtype == dtype
+  back = _export(tmp_path, max_file_bytes=20_000)
+  _same(tensors.SafetensorsFolder(authors), back)
+  for name in ("tokenizer.model", "modeling_internvl_chat.py"):
+    kept = (tmp_path / "back" / name).read_bytes()
+    assert kept == (authors / name).read_bytes()
+  values = json.loads((tmp_path / "back" / "config.json").read_text())
+  assert values == json.loads((authors / "config.json").read_text())
+
+
+def test_parts_and_dtype(tmp_path, tiny, folder):
+  authors = folder(tiny.whole())
+  _import(tmp_path, authors)
+  source = tensors.SafetensorsFolder(authors)
+  for part, prefix in (
+    ("llm", "language_model."),
+    ("vqvae", "image_tokenizer."),
+  ):
+    back = _export(tmp_path, target=part, part=part, dtype="float32")
+    wanted = {n for n in source.tensors if n.startswith(prefix)}
+    assert {prefix + n for n in back.tensors} == wanted
+    for name in back.tensors:
+      found = back.read(name)
+      assert found.dtype == np.float32
+      np.testing.assert_array_equal(
+        found, source.read(prefix + name).astype(np.float32)
+      )
+  # The image tokenizer alone comes back in through its own folder.
+  shutil.rmtree(tmp_path / "checkpoint")
+  again = _import(tmp_path, tmp_path / "vqvae")
+  assert again.task == "vqvae"
+  assert again.config.vqvae == tiny.VQVAE
+  _same(
+    tensors.SafetensorsFolder(tmp_path / "vqvae"),
+    _export(tmp_path, target="again"),
+  )
+
+
+@pytest.mark.parametrize("llm", ["internlm2", "qwen2_tied"])
+def test_internvl_gets_new_tokens_and_an_image_tokenizer(
+  tmp_path, tiny, folder, llm
+):
+  config = tiny.whole(llm)
+  old_rows = config.token_ids.first_code - 4
+  authors = folder(config, np.float32)
+  whole = tensors.SafetensorsFolder(authors)
+  plain = tmp_path / "internvl"
+  plain.mkdir()
+  vocabulary = ("tok_embeddings", "embed_tokens", "output", "lm_head")
+
+  def rows(name):
+    array = whole.read(name)
+    return array[:old_rows] if name.split(".")[-2] in vocabulary else array
+
+  kept = [n for n in whole.tensors if n.startswith(("vision", "mlp1", "lang"))]
+  made = {n: rows(n) for n in kept}
+  tensors.write_folder(
+    plain,
+    tensors.Computed(_entries(made)),
+  )
+  values = json.loads((authors / "config.json").read_text())
+  del values["vae"], values["text_vocab"], values["set"]
+  values["llm_config"]["vocab_size"] = old_rows
+  (plain / "config.json").write_text(json.dumps(values))
+  _write_tokenizer(plain / "tokenizer.json", old_rows)
+  # VAR's own file: the image tokenizer's tensors without a prefix.
+  state = tiny.abstract(lambda: VQVAE(tiny.VQVAE, rngs=nnx.Rngs(0)))
+  var = tiny.random_source(rules.vqvae(tiny.VQVAE), state)
+  tensors.write_file(tmp_path / "var.safetensors", var, var.tensors)
+
+  imported = _import(tmp_path, plain, vqvae_path=tmp_path / "var.safetensors")
+  special = imported.config.token_ids
+  assert special.mask == old_rows
+  assert special.first_code == old_rows + 4
+  assert special.img_context == 3  # From tokenizer.json.
+  back = _export(tmp_path)
+  for name in made:
+    found = back.read(name)
+    if name.split(".")[-2] in vocabulary:
+      assert len(found) == old_rows + 4 + tiny.VQVAE.num_codes
+      mean = made[name].astype(np.float64).mean(0)
+      np.testing.assert_allclose(
+        found[old_rows:], np.tile(mean, (20, 1)), atol=1e-6
+      )
+    np.testing.assert_array_equal(found[: len(made[name])], made[name])
+  for name in ("word_embed.weight", "word_embed.bias", "pos_1LC"):
+    assert not back.read(name).any()
+  for name in var.tensors:
+    np.testing.assert_array_equal(
+      back.read("image_tokenizer." + name), var.read(name)
+    )
+  tokenizer = tokenizers.Tokenizer.from_file(
+    str(tmp_path / "checkpoint" / "tokenizer.json")
+  )
+  assert tokenizer.token_to_id("<MASK_CONTEXT>") == special.mask_context
+
+
+def _write_tokenizer(path, size):
+  words = ["</s>", "<img>", "</img>", "<IMG_CONTEXT>"]
+  words += ["<|im_start|>", "<|im_end|>"]
+  words += [f"w{i}" for i in range(size - len(words))]
+  model = tokenizers.models.WordLevel(
+    {word: i for i, word in enumerate(words)}, unk_token="w0"
+  )
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.add_special_tokens(words[:6])
+  tokenizer.save(str(path))
+
+
+def _break(authors, fault):
+  """Damages a folder; returns a word of the error."""
+  index = json.loads((authors / INDEX).read_text())
+  files = sorted(set(index["weight_map"].values()))
+  name = "mlp1.1.bias"
+  path = authors / index["weight_map"][name]
+  file = tensors.SafetensorsFile(path)
+  entries = _entries({n: file.read(n) for n in file.tensors})
+  if fault == "truncated":
+    path.write_bytes(path.read_bytes()[:-5])
+    return path.name
+  if fault == "missing shard":
+    (authors / files[1]).unlink()
+    return files[1]
+  if fault == "index":
+    index["weight_map"]["more"] = "model-9.safetensors"
+    (authors / INDEX).write_text(json.dumps(index))
+    return "model-9.safetensors"
+  if fault == "shape":
+    entries |= _entries({name: np.zeros(3, np.float32)})
+  elif fault == "key too many":
+    name = "mlp1.4.bias"
+    entries |= _entries({name: np.zeros(3, np.float32)})
+    index["weight_map"][name] = path.name
+  elif fault == "missing key":
+    del entries[name], index["weight_map"][name]
+  (authors / INDEX).write_text(json.dumps(index))
+  tensors.write_file(path, tensors.Computed(entries), entries)
+  return name
+
+
+FAULTS = (
+  "truncated",
+  "shape",
+  "missing shard",
+  "key too many",
+  "missing key",
+  "index",
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_leave_nothing_behind(tmp_path, tiny, folder, capsys, fault):
+  authors = folder(tiny.whole())
+  word = _break(authors, fault)
+  before = sorted(tmp_path.iterdir())
+  target = tmp_path / "checkpoint"
+  code = cli.main(["import", "--from", str(authors), "--to", str(target)])
+  message = capsys.readouterr().err
+  assert code == 2
+  assert word in message
+  assert message.startswith("argenseg import: ")
+  assert message.count("\n") == 1
+  assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_fault_while_writing_leaves_nothing_behind(
+  tmp_path, tiny, folder, monkeypatch
+):
+  authors = folder(tiny.whole())
+  monkeypatch.setattr(
+    checkpoint.Checkpoints,
+    "save",
+    lambda *a: (_ for _ in ()).throw(OSError(28)),
+  )
+  with pytest.raises(WeightsError, match="cannot be written"):
+    _import(tmp_path, authors)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["authors"]
+
+
+def test_an_existing_target_is_left_alone(tmp_path, tiny, folder):
+  authors = folder(tiny.whole())
+  (tmp_path / "checkpoint").mkdir()
+  with pytest.raises(WeightsError, match="exists already"):
+    _import(tmp_path, authors)
+
+
+def test_unknown_language_model_is_named(tmp_path, tiny, folder):
+  authors = folder(tiny.whole())
+  values = json.loads((authors / "config.json").read_text())
+  values["llm_config"]["architectures"] = ["LlamaForCausalLM"]
+  (authors / "config.json").write_text(json.dumps(values))
+  with pytest.raises(WeightsError, match="LlamaForCausalLM"):
+    _import(tmp_path, authors)
+
+
+def test_variants_without_a_place_in_the_authors_model(tiny):
+  leaves = {"vision_pos": None, "vqvae.quantizer.assignment_cost": None}
+  table = rules.argenseg(tiny.whole())
+  with pytest.raises(WeightsError, match="vision_pos"):
+    exporting.writable(table, leaves)
+
+
+@pytest.mark.parametrize("llm", ["internlm2_bias", "qwen2"])
+def test_config_json_says_what_the_config_says(tiny, llm):
+  config = tiny.whole(llm, "rms_norm")
+  values = hf_config.write(config)
+  assert hf_config.vision_config(values) == config.vision
+  found = hf_config.llm_config(values["llm_config"], tied_head=False)
+  factor = found.rope_factor if found.rope_scaling == "none" else 2.0
+  assert found == dataclasses.replace(config.llm, rope_factor=factor)
