@@ -87,7 +87,8 @@ def llm_config(values: Mapping[str, Any], *, tied_head: bool) -> LLMConfig:
   if values.get("hidden_act", "silu") != "silu":
     raise WeightsError(f"config.json asks for {values['hidden_act']!r}: silu.")
   qwen2 = name == "Qwen2ForCausalLM"
-  scaling = values.get("rope_scaling") or {}
+  # Transformers 5 keeps what it knows of RoPE in one group.
+  scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
   kind = scaling.get("type", scaling.get("rope_type", "none"))
   if kind == "default":
     kind = "none"

@@ -1,0 +1,176 @@
+"""The decoder and the vision tower against Hugging Face's, random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from argenseg_jax.config import VisionConfig
+from argenseg_jax.models.llm import Decoder
+from argenseg_jax.models.vit import VisionEncoder
+from argenseg_jax.torch_weights import (
+  hf_config,
+  importing,
+  mapping,
+  rules,
+  tensors,
+)
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+def _source(arrays):
+  return tensors.Computed(
+    {
+      n: (tensors.TensorInfo(a.shape, a.dtype), lambda a=a: a)
+      for n, a in arrays.items()
+    }
+  )
+
+
+def _ours(make, table, source):
+  graph, state = nnx.split(nnx.eval_shape(make))
+  mapping.check(table, mapping.variables(state), source, "transformers")
+  mesh = importing.conversion_mesh()
+  state, _ = mapping.load(table, state, source, mesh)
+  return graph, state
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_qwen2(tied):
+  torch.manual_seed(0)
+  theirs = transformers.Qwen2ForCausalLM(
+    transformers.Qwen2Config(
+      vocab_size=60,
+      hidden_size=32,
+      intermediate_size=48,
+      num_hidden_layers=3,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      tie_word_embeddings=tied,
+      rope_theta=1e6,
+      attn_implementation="eager",
+    )
+  ).eval()
+  with torch.no_grad():
+    for parameter in theirs.parameters():
+      parameter.copy_(torch.randn_like(parameter) * 0.3)
+  arrays = {n: t.numpy() for n, t in theirs.state_dict().items()}
+  if tied:
+    arrays.pop("lm_head.weight", None)
+  values = theirs.config.to_dict() | {"architectures": ["Qwen2ForCausalLM"]}
+  config = hf_config.llm_config(values, tied_head=tied)
+  graph, state = _ours(
+    lambda: Decoder(config, rngs=nnx.Rngs(0)),
+    rules.llm(config),
+    _source(arrays),
+  )
+  tokens = np.random.default_rng(0).integers(0, 60, (2, 17))
+  with torch.no_grad():
+    wanted = theirs(torch.tensor(tokens)).logits.numpy()
+
+  @jax.jit
+  def run(state, tokens):
+    model = nnx.merge(graph, state)
+    hidden, _ = model(
+      model.embed(tokens),
+      positions=jnp.broadcast_to(jnp.arange(17), tokens.shape),
+      segment_ids=jnp.ones_like(tokens),
+    )
+    return hidden @ model.head.T
+
+  found = run(state, jnp.asarray(tokens, jnp.int32))
+  np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+# Transformers' own naming of InternViT -> the authors', which we read.
+_VISION_NAMES = (
+  ("embeddings.cls_token", "embeddings.class_embedding"),
+  ("embeddings.position_embeddings", "embeddings.position_embedding"),
+  ("embeddings.patch_embeddings.projection", "embeddings.patch_embedding"),
+  ("encoder.layer.", "encoder.layers."),
+  ("attention.projection_layer", "attn.proj"),
+  ("attention.q_norm", "attn.q_norm"),
+  ("attention.k_norm", "attn.k_norm"),
+  ("layernorm_before", "norm1"),
+  ("layernorm_after", "norm2"),
+  ("lambda_1", "ls1"),
+  ("lambda_2", "ls2"),
+)
+
+
+def _authors_names(state):
+  """Renames, and fuses q, k and v as the authors do."""
+  arrays = {}
+  for name, tensor in state.items():
+    for theirs, authors in _VISION_NAMES:
+      name = name.replace(theirs, authors)
+    arrays["vision_model." + name] = tensor.numpy()
+  for name in [n for n in arrays if "attention.q_proj" in n]:
+    parts = [
+      arrays.pop(name.replace("q_proj", f"{p}_proj")) for p in ("q", "k", "v")
+    ]
+    fused = name.replace("attention.q_proj", "attn.qkv")
+    arrays[fused] = np.concatenate(parts)
+  return arrays
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_internvit(norm):
+  torch.manual_seed(0)
+  qk_norm = norm == "rms_norm"
+  theirs = transformers.InternVLVisionModel(
+    transformers.InternVLVisionConfig(
+      hidden_size=32,
+      num_hidden_layers=3,
+      num_attention_heads=4,
+      intermediate_size=48,
+      image_size=[56, 56],
+      patch_size=[14, 14],
+      norm_type=norm,
+      use_qk_norm=qk_norm,
+      attention_bias=not qk_norm,
+      use_absolute_position_embeddings=True,
+      use_mean_pooling=True,
+      hidden_act="gelu",
+      attn_implementation="eager",
+    )
+  ).eval()
+  with torch.no_grad():
+    for parameter in theirs.parameters():
+      parameter.copy_(torch.randn_like(parameter) * 0.3)
+  config = VisionConfig(
+    image_side=56,
+    width=32,
+    num_layers=3,
+    num_heads=4,
+    mlp_width=48,
+    norm=norm,
+    qk_norm=qk_norm,
+    qkv_bias=not qk_norm,
+  )
+  rng = np.random.default_rng(0)
+  connector = {
+    "mlp1.0.weight": (128,),
+    "mlp1.0.bias": (128,),
+    "mlp1.1.weight": (16, 128),
+    "mlp1.1.bias": (16,),
+    "mlp1.3.weight": (16, 16),
+    "mlp1.3.bias": (16,),
+  }
+  arrays = _authors_names(theirs.state_dict()) | {
+    n: rng.normal(size=s).astype(np.float32) for n, s in connector.items()
+  }
+  graph, state = _ours(
+    lambda: VisionEncoder(config, 16, rngs=nnx.Rngs(0)),
+    rules.internvit(config),
+    _source(arrays),
+  )
+  images = rng.normal(size=(2, 56, 56, 3)).astype(np.float32)
+  with torch.no_grad():
+    pixels = torch.tensor(np.moveaxis(images, -1, 1).copy())
+    wanted = theirs(pixels).last_hidden_state.numpy()
+  found = jax.jit(lambda s, x: nnx.merge(graph, s).tower(x))(state, images)
+  np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
