@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
@@ -230,3 +231,21 @@ def test_nearest_takes_the_first_of_equals(implementation):
     normal(0, 21, 2), codebook, implementation=implementation
   )
   assert set(np.asarray(index)) <= {0, 1}
+
+
+def test_tpu_kernels_do_not_race_nor_read_uninitialized_memory():
+  # Two blocks of codes, the second one ragged.
+  strict = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+  with pltpu.force_tpu_interpret_mode(strict):
+    inputs = loss_inputs(9, 8, 1030, "float32")
+    actual = loss_and_gradients(inputs, implementation="tpu")
+    expected = loss_and_gradients(inputs, implementation="reference")
+    for a, e in zip(actual, expected, strict=True):
+      assert_close(a, e, "float32")
+    assert_same_prediction(prediction_inputs(1, 9, 8, 1030, "float32"), "tpu")
+    latent, codebook = normal(0, 9, 4), normal(1, 1030, 4)
+    np.testing.assert_array_equal(
+      nearest_code(latent, codebook, implementation="tpu"),
+      nearest_code(latent, codebook, implementation="reference"),
+    )
+  assert not interpret_pallas_call.races.races_found
