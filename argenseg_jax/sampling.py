@@ -57,6 +57,7 @@ def generate(
   guidance: float | None = None,
   stop_after_masks: bool = False,
   collect: bool = False,
+  given_codes: Int[Array, "b m n"] | None = None,
 ) -> Generated:
   """Greedy answers to left-padded prompts.
 
@@ -74,6 +75,8 @@ def generate(
       timing of the former.
     stop_after_masks: end an answer after its last possible mask.
     collect: also return inputs, hidden states and positions of all codes.
+    given_codes: taken instead of the predicted ones, for `max_masks` masks of
+      each row; with `collect`, this scores masks that are known.
   """
   config, scales = model.config, model.scales
   ids = config.token_ids
@@ -198,6 +201,10 @@ def generate(
         hidden, model.code_head.astype(hidden.dtype), quantizer.codebook[...]
       )
       code = lead(code)
+      if given_codes is not None:
+        mask = jnp.minimum(state.num_masks, max_masks - 1)
+        given = given_codes[jnp.arange(b), mask]
+        code = given[:, offset : offset + count]
       codes.append(code)
       partial = quantizer.add_scale(partial, code, k)
     place = (jnp.arange(b), jnp.where(masked, state.num_masks, max_masks))

@@ -17,6 +17,7 @@ from argenseg_jax.parity.compare import (
   gradient_checks,
   torch_gradients,
 )
+from argenseg_jax.parity.vqvae import margins
 from argenseg_jax.torch_weights import importing, rules
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, ModelInputs
 
@@ -31,10 +32,13 @@ def checks(golden: Golden) -> dict[str, Check]:
 
   # One mask or picture at a time: the same two programs serve all cases.
   @jax.jit
-  def encode_one(state, seg_mask):
+  def encode_one(state, seg_mask, codes):
+    """The choice of each code given the recorded coarser ones, how narrow it
+    was, and the next-scale inputs of the recorded codes."""
     vqvae = nnx.merge(graph, state).vqvae
-    codes = vqvae.encode(seg_mask[None])
-    return codes[0], vqvae.quantizer.scale_inputs(codes)[0]
+    latent = vqvae.encode_latent(seg_mask[None])
+    gaps, choices = margins(vqvae.quantizer, latent, codes[None])
+    return choices[0], gaps[0], vqvae.quantizer.scale_inputs(codes[None])[0]
 
   @jax.jit
   def decode_one(state, codes):
@@ -90,10 +94,12 @@ def _training(golden, case, graph, state, table, encode) -> dict[str, Check]:
   due = np.where(due == _IGNORE_LABEL, IGNORE_TARGET, due)
   targets = np.pad(due[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_TARGET)
 
+  recorded = jnp.asarray(golden[f"out.{case}.mask_token_ids"], jnp.int32)
+
   @functools.cache
   def encoded():
-    """Codes and next-scale inputs of all masks."""
-    parts = [encode(seg_mask) for seg_mask in seg_masks]
+    """Choices, margins and next-scale inputs of all masks."""
+    parts = map(encode, seg_masks, recorded)
     return tuple(map(jnp.stack, zip(*parts, strict=True)))
 
   def forward(params, rest, codes, inputs):
@@ -138,7 +144,7 @@ def _training(golden, case, graph, state, table, encode) -> dict[str, Check]:
       state, lambda path, leaf: path[0] != "vqvae", ...
     )
     run = jax.jit(jax.value_and_grad(forward, has_aux=True))
-    (loss, values), gradients = run(params, rest, *encoded())
+    (loss, values), gradients = run(params, rest, recorded, encoded()[2])
     zeros = jax.tree.map(jnp.zeros_like, rest)
     whole = nnx.merge_state(gradients, zeros)
     found = torch_gradients(table, whole)
@@ -187,8 +193,8 @@ def _training(golden, case, graph, state, table, encode) -> dict[str, Check]:
       lambda: jnp.argmax(value("logits"), -1), margin=argmax_margin
     ),
     "label_logit": Check(label_logit),
-    "mask_token_ids": Check(lambda: encoded()[0]),
-    "var_input": Check(lambda: encoded()[1]),
+    "mask_token_ids": Check(lambda: encoded()[0], margin=lambda: encoded()[1]),
+    "var_input": Check(lambda: encoded()[2]),
     "vit_embeds": Check(lambda: value("vision")),
   }
   found = {prefix + name: check for name, check in found.items()}

@@ -115,11 +115,16 @@ def compare(name: str, recorded: np.ndarray, check: Check) -> Verdict:
   try:
     return _judge(name, recorded, np.asarray(check.compute()), check)
   except Exception as error:
-    reason = str(error).strip().split("\n")[0]
-    return _failed(f"{type(error).__name__}: {reason}")
+    return failed(error)
 
 
-def _failed(reason: str) -> Verdict:
+def failed(error: Exception) -> Verdict:
+  """The verdict on what could not be computed or compared."""
+  reason = str(error).strip().split("\n")[0]
+  return _unequal(f"{type(error).__name__}: {reason}")
+
+
+def _unequal(reason: str) -> Verdict:
   return Verdict(float("inf"), float("inf"), False, reason)
 
 
@@ -128,7 +133,7 @@ def _judge(
 ) -> Verdict:
   computed = subsample(computed, recorded.shape)
   if computed.shape != recorded.shape:
-    return _failed(f"computed {computed.shape}, recorded {recorded.shape}")
+    return _unequal(f"computed {computed.shape}, recorded {recorded.shape}")
   if recorded.dtype.kind in "US":
     wrong = float(np.sum(computed != recorded))
     return Verdict(wrong, wrong, wrong == 0)

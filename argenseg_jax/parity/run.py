@@ -4,7 +4,8 @@ import importlib
 import pathlib
 from typing import Any
 
-from argenseg_jax.parity.compare import Golden, Verdict, compare
+from argenseg_jax.config import ConfigError
+from argenseg_jax.parity.compare import Golden, Verdict, compare, failed
 from argenseg_jax.torch_weights.tensors import WeightsError
 
 KINDS = ("vqvae", "internvit", "internlm2", "argenseg", "preprocess")
@@ -48,7 +49,13 @@ def parity(
   """
   golden = Golden.open(path)
   module = importlib.import_module(f"argenseg_jax.parity.{kind_of(golden)}")
-  checks = module.checks(golden)
+  try:
+    checks = module.checks(golden)
+  except (WeightsError, ConfigError):
+    raise
+  except Exception as error:  # An input is missing or of a strange shape.
+    broken = failed(error)
+    return dict.fromkeys(golden.recorded, broken), {}
   verdicts, skipped = {}, {}
   for name, recorded in golden.recorded.items():
     if name in checks:

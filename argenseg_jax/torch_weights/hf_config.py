@@ -124,6 +124,11 @@ def llm_config(values: Mapping[str, Any], *, tied_head: bool) -> LLMConfig:
 def vision_config(config: Mapping[str, Any]) -> VisionConfig:
   """The vision tower's and connector's config."""
   values = group(config, "vision")
+  if config.get("ps_version", "v2") != "v2":
+    raise WeightsError(
+      f"config.json asks for pixel shuffle {config['ps_version']!r}; only 'v2' "
+      "is supported."
+    )
   return VisionConfig(
     image_side=values.get("image_size", 448),
     patch_side=values.get("patch_size", 14),
@@ -174,6 +179,8 @@ def vqvae_config(
   ]
   num_codes, channels = shape("quantize.embedding.weight")
   vae = config.get("vae") or {}
+  if vae.get("using_znorm"):
+    raise WeightsError(f"{where} needs using_znorm, which is not supported.")
   sides = config.get("patch_nums") or _known_scales(tensors)
   return VQVAEConfig(
     image_side=sides[-1] * 2 ** (len(widths) - 1),
