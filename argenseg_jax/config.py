@@ -74,6 +74,7 @@ class LLMConfig:
   out_bias: bool = False
   qk_norm: bool = False
   tied_head: bool = False
+  embedding_std: float = 0.02  # Of the word embedding's start.
   pad_id: int | None = None  # This row of the word embedding gets no gradient.
   # Head 0 of each layer starts with equal query and key projections, so that a
   # position first attends to positions that look like it.
@@ -134,6 +135,9 @@ class DataConfig:
   cache: bool = False  # Keep resized pictures and masks in memory.
   # Tokenise every mask once before the decoder trains, not in every step.
   cache_codes: bool = False
+  # An easier split (of ref_shapes) that the first steps are drawn from.
+  warmup_split: str = ""
+  warmup_steps: int = 0
   max_bad_share: float = 0.1  # Training stops when more records are bad.
 
 
@@ -312,9 +316,11 @@ class TokenizerTrainingConfig:
   kmeans_seg_masks: int  # Masks whose latents the start and the prior see.
   revive_every: int  # Steps between revivals of dead codes; 0 never.
   revive_until: int  # No revival after this step.
-  # Entropy constraint: codes cost -weight * log(frequency in their scale).
+  # Entropy constraint: codes cost -weight * log(frequency in their scale),
+  # counted anew every so many steps from a step on, and once at the end.
   entropy_weight: float
-  entropy_iterations: int
+  entropy_from: int
+  entropy_every: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,11 +96,15 @@ def tokenize(
   return np.concatenate(parts)[:total]
 
 
-def of_split(rows: pipeline.RowMaker, split: str) -> pipeline.RowMaker:
-  """The same rows of another split, in order to be evaluated."""
-  data = dataclasses.replace(rows.config, split=split, cache=False)
+def of_split(
+  rows: pipeline.RowMaker, split: str, *, evaluation: bool = True
+) -> pipeline.RowMaker:
+  """The same rows of another split, to be evaluated or trained on."""
+  data = dataclasses.replace(rows.config, split=split)
+  if evaluation:
+    data = dataclasses.replace(data, cache=False)
   return pipeline.RowMaker(
-    pipeline.open_source(data, evaluation=True),
+    pipeline.open_source(data, evaluation=evaluation),
     data,
     tokenizer=rows.tokenizer,
     image_tokens=rows.image_tokens,
@@ -108,11 +112,17 @@ def of_split(rows: pipeline.RowMaker, split: str) -> pipeline.RowMaker:
   )
 
 
-def sample_seg_masks(rows: pipeline.RowMaker, count: int) -> jax.Array:
-  """The first masks of a source in [-1, 1], [b h w 3]."""
+def sample_seg_masks(
+  rows: pipeline.RowMaker, count: int, *, first: int = 0
+) -> jax.Array:
+  """Masks of the records from `first` on (around the end), in [-1, 1].
+
+  Returns:
+    [b h w 3] with b = `count`, or fewer where the source is smaller.
+  """
   found = []
-  for index in range(len(rows.source)):
-    row = rows(index).fields
+  for index in range(first, first + len(rows.source)):
+    row = rows(index % len(rows.source)).fields
     found.extend(row.seg_masks[row.mask_valid])
     if len(found) >= count:
       break

@@ -78,11 +78,11 @@ def constrain_entropy(
   images: Float[Array, "b h w 3"],
   *,
   weight: float,
-  iterations: int,
 ) -> None:
   """Adds -weight * log(frequency in its scale) to each code's distance.
 
-  Codes that carry little are given up for frequent ones near by, which makes
+  Frequencies are counted under the present costs, one round a call. Codes that
+  carry little are given up for frequent ones near by, which makes
   them easier to predict at almost no loss of quality. The costs stay in the
   model's `assignment_cost`.
 
@@ -90,17 +90,11 @@ def constrain_entropy(
     model: its costs are replaced in place.
     images: a few hundred images in [-1, 1].
     weight: squared latent units per nat.
-    iterations: rounds of counting and coding again.
   """
   quantizer = model.quantizer
-  latent = _latents(model, images)
-  encode = jax.jit(_count)
-  graph, state = nnx.split(quantizer)
-  for _ in range(iterations):
-    counts = encode(graph, state, latent).astype(jnp.float32)
-    chance = (counts + 0.5) / jnp.sum(counts + 0.5, -1, keepdims=True)
-    quantizer.assignment_cost[...] = -weight * jnp.log(chance)
-    state = nnx.state(quantizer)
+  counts = quantizer.count_codes(quantizer.encode(_latents(model, images)))
+  chance = (counts + 0.5) / jnp.sum(counts + 0.5, -1, keepdims=True)
+  quantizer.assignment_cost[...] = -weight * jnp.log(chance)
 
 
 def usage_and_perplexity(
@@ -110,11 +104,6 @@ def usage_and_perplexity(
   chance = counts / jnp.maximum(jnp.sum(counts, -1, keepdims=True), 1)
   entropy = -jnp.sum(chance * jnp.log(jnp.maximum(chance, 1e-10)), -1)
   return jnp.sum(jnp.sum(counts, 0) > 0), jnp.exp(entropy)
-
-
-def _count(graph, state, latent):
-  quantizer = nnx.merge(graph, state)
-  return quantizer.count_codes(quantizer.encode(latent))
 
 
 def _latents(model: VQVAE, images: Array, batch: int = 64) -> Array:

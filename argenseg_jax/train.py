@@ -18,9 +18,9 @@ from argenseg_jax import config as config_lib
 from argenseg_jax import rows as rows_lib
 from argenseg_jax.config import ConfigError, RunConfig
 from argenseg_jax.data import pipeline, text
+from argenseg_jax.data.curriculum import Curriculum
 from argenseg_jax.evaluate import Evaluator, tokenizer_ceiling
 from argenseg_jax.models import variants
-from argenseg_jax.models.argenseg import normalize_seg_masks
 from argenseg_jax.monitor import MetricsWriter, Progress
 from argenseg_jax.optimizer import make_optimizer, trainable_filter
 from argenseg_jax.train_step import TrainState, make_train_step
@@ -116,23 +116,14 @@ def train(
   )
   if init_from is not None:
     variables = _start_from(variables, init_from, task, mesh)
-  if task == "mllm" and config.data.cache_codes:
+  if config.data.cache_codes and task == "mllm":
     if "vqvae" not in stage.optimizer.frozen:
       raise ConfigError(
         "config key 'data.cache_codes' needs a frozen image tokenizer; add "
         "'vqvae' to mllm.optimizer.frozen."
       )
-    rows = rows_lib.tokenized(
-      rows, nnx.merge(graph, variables).vqvae, workdir / "codes.npy"
-    )
-  bad_records = workdir / "bad_records.jsonl"
-  batches = pipeline.TrainIterator(
-    rows,
-    stage.train.global_batch_size,
-    host_index=jax.process_index(),
-    host_count=jax.process_count(),
-    on_bad_record=lambda index, why: _note_bad(bad_records, index, why),
-  )
+  vqvae = nnx.merge(graph, variables).vqvae if task == "mllm" else None
+  batches = _batches(config, rows, vqvae, workdir)
   trains = trainable_filter(stage.optimizer, variables)
   graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
   optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
@@ -185,10 +176,10 @@ def train(
   with _stop_on_sigterm() as told_to_stop, contextlib.closing(batches):
     while step < stage.train.steps:
       batch = sharding.put_batch(next(batches), mesh)
-      if task == "vqvae":
-        state = _maintain(config, graph, state, step, rows, batch)
       state, metrics = make_step[step >= warm](state, batch)
       step += 1
+      if task == "vqvae":
+        state = _maintain(config, graph, state, step, rows)
       if pending is not None:
         values = _as_floats(jax.device_get(pending))
         values["steps_per_second"] = (step - 1 - began_step) / (
@@ -210,8 +201,6 @@ def train(
         writer.write(step, {f"{split}/{k}": v for k, v in values.items()})
         bar.update(step, f"{split} cIoU {values['ciou']:.3f}")
       if step % stage.train.save_every == 0 or last or told_to_stop():
-        if last and task == "vqvae":
-          state = _constrain_entropy(config, graph, state, rows)
         save()
       if told_to_stop() and not last:
         checkpoints.wait()
@@ -238,6 +227,32 @@ def train(
   writer.close()
   done.write_text(json.dumps(results, indent=1))
   return results
+
+
+def _batches(config, rows, vqvae, workdir: pathlib.Path):
+  """Training batches of this host. The decoder's (those with a `vqvae`) may
+  hold codes instead of masks and begin with an easier split."""
+  task = "mllm" if vqvae else "vqvae"
+
+  def iterate(rows, name):
+    if vqvae and config.data.cache_codes:
+      rows = rows_lib.tokenized(rows, vqvae, workdir / f"codes_{name}.npy")
+    return pipeline.TrainIterator(
+      rows,
+      config.stage(task).train.global_batch_size,
+      host_index=jax.process_index(),
+      host_count=jax.process_count(),
+      on_bad_record=lambda index, why: _note_bad(
+        workdir / "bad_records.jsonl", index, why
+      ),
+    )
+
+  main = iterate(rows, "main")
+  steps = config.data.warmup_steps
+  if not (vqvae and steps):
+    return main
+  easy = rows_lib.of_split(rows, config.data.warmup_split, evaluation=False)
+  return Curriculum(iterate(easy, "warmup"), main, steps)
 
 
 def _start_from(variables, path: str, task: str, mesh):
@@ -279,9 +294,11 @@ def _restore(checkpoints, step, state):
   ), meta["data"]
 
 
-def _maintain(config, graph, state, step, rows, batch):
-  """Starts the codebook on the data, and revives dead codes."""
+def _maintain(config, graph, state, step, rows):
+  """What an image tokenizer needs between steps: a codebook that starts on the
+  data, revival of dead codes, costs that follow the codes' frequencies."""
   settings = config.tokenizer_training
+  last = config.vqvae.train.steps
   starts = settings.kmeans_iterations and step == settings.warm_start_steps
   quantized = step - settings.warm_start_steps
   revives = (
@@ -290,35 +307,31 @@ def _maintain(config, graph, state, step, rows, batch):
     and quantized % settings.revive_every == 0
     and step <= settings.revive_until
   )
-  if not (starts or revives):
+  counts = settings.entropy_weight and (
+    step == last
+    or (
+      step >= max(settings.entropy_from, 1)
+      and step % settings.entropy_every == 0
+    )
+  )
+  if not (starts or revives or counts):
     return state
   model = nnx.merge(graph, state.params, state.fixed)
   key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
+  images = rows_lib.sample_seg_masks(
+    rows, settings.kmeans_seg_masks, first=step * settings.kmeans_seg_masks
+  )
   if starts:
     tokenizer_training.start_codebook(
-      model,
-      rows_lib.sample_seg_masks(rows, settings.kmeans_seg_masks),
-      key=key,
-      iterations=settings.kmeans_iterations,
+      model, images, key=key, iterations=settings.kmeans_iterations
     )
-  else:
-    images = normalize_seg_masks(batch.seg_masks)
-    images = images.reshape(-1, *images.shape[2:])
-    tokenizer_training.revive_codes(model, images, state.usage, key)
-  return _with_model(state, model)._replace(usage=jnp.zeros_like(state.usage))
-
-
-def _constrain_entropy(config, graph, state, rows):
-  settings = config.tokenizer_training
-  if not settings.entropy_weight:
-    return state
-  model = nnx.merge(graph, state.params, state.fixed)
-  tokenizer_training.constrain_entropy(
-    model,
-    rows_lib.sample_seg_masks(rows, settings.kmeans_seg_masks),
-    weight=settings.entropy_weight,
-    iterations=settings.entropy_iterations,
-  )
+  if revives:
+    tokenizer_training.revive_codes(model, images[:64], state.usage, key)
+    state = state._replace(usage=jnp.zeros_like(state.usage))
+  if counts:
+    tokenizer_training.constrain_entropy(
+      model, images, weight=settings.entropy_weight
+    )
   return _with_model(state, model)
 
 

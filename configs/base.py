@@ -50,6 +50,9 @@ def get_config() -> ConfigDict:
   c.data.cache = False  # Keep resized pictures and masks in memory.
   # Tokenise every mask once before the decoder trains, not in every step.
   c.data.cache_codes = False
+  # An easier split (of ref_shapes) that the decoder's first steps draw from.
+  c.data.warmup_split = ""
+  c.data.warmup_steps = 0
   c.data.max_bad_share = 0.1  # Training stops when more records are bad.
 
   c.vqvae = _stage(learning_rate=1e-4, steps=100_000, batch=256)
@@ -74,7 +77,8 @@ def get_config() -> ConfigDict:
   c.tokenizer_training.revive_every = 0  # Steps between revivals; 0 never.
   c.tokenizer_training.revive_until = 0
   c.tokenizer_training.entropy_weight = 0.0  # 0: plain nearest codes.
-  c.tokenizer_training.entropy_iterations = 10
+  c.tokenizer_training.entropy_from = 0  # Counted from this step on,
+  c.tokenizer_training.entropy_every = 100  # every so many steps.
 
   c.mesh = ConfigDict()  # Devices along each axis; one may be -1: the rest.
   c.mesh.data = 1

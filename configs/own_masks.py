@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
   c.data.source = "jsonl"
   c.data.sequence_length = 256
   c.data.resize = "pillow"
+  c.data.warmup_steps = 0
   c.vqvae.train.steps = 1500
   c.mllm.train.steps = 2500
   c.mllm.train.eval_every = 500

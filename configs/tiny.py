@@ -26,6 +26,8 @@ def get_config() -> ConfigDict:
   c.data.cache = True
   c.data.cache_codes = True
   c.data.threads = 1
+  c.data.warmup_split = "single"
+  c.data.warmup_steps = 250
 
   for stage in (c.vqvae, c.mllm):
     stage.train.compute_dtype = "float32"
@@ -34,15 +36,16 @@ def get_config() -> ConfigDict:
     stage.optimizer.b2 = 0.98
 
   c.vqvae.optimizer.learning_rate = 2e-3
-  c.vqvae.train.steps = 800
-  c.vqvae.train.global_batch_size = 64
+  c.vqvae.train.steps = 1000
+  c.vqvae.train.global_batch_size = 32
   c.tokenizer_training.reconstruction = "bce_dice"
-  c.tokenizer_training.warm_start_steps = 100
+  c.tokenizer_training.warm_start_steps = 80
   c.tokenizer_training.kmeans_iterations = 10
   c.tokenizer_training.kmeans_seg_masks = 512
   c.tokenizer_training.revive_every = 20
   c.tokenizer_training.revive_until = 600
-  c.tokenizer_training.entropy_weight = 0.02
+  c.tokenizer_training.entropy_weight = 1.5
+  c.tokenizer_training.entropy_from = 300
 
   c.mllm.optimizer.learning_rate = 2e-3
   c.mllm.optimizer.warmup_steps = 100

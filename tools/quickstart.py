@@ -58,7 +58,11 @@ def scaled_config(seed: int, scale: float) -> ConfigDict:
   scaled = (
     (config.vqvae.train, ("steps", "save_every")),
     (config.mllm.train, ("steps", "save_every", "eval_every")),
-    (config.tokenizer_training, ("warm_start_steps", "revive_until")),
+    (
+      config.tokenizer_training,
+      ("warm_start_steps", "revive_until", "entropy_from", "entropy_every"),
+    ),
+    (config.data, ("warmup_steps",)),
     (config.vqvae.optimizer, ("warmup_steps",)),
     (config.mllm.optimizer, ("warmup_steps",)),
   )

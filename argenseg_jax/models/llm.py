@@ -170,9 +170,14 @@ class Decoder(nnx.Module):
     self.config = config
     self.dtype = dtype
     table = (config.vocab_size, config.width)
-    init = nnx.initializers.normal(config.width**-0.5)
     axes = ("vocab", "embed")
-    self.embedding = layers.param(rngs, table, axes, init, param_dtype)
+    self.embedding = layers.param(
+      rngs,
+      table,
+      axes,
+      nnx.initializers.normal(config.embedding_std),
+      param_dtype,
+    )
     self.layers = layers.stack(
       lambda rngs: DecoderLayer(
         config, rngs=rngs, dtype=dtype, param_dtype=param_dtype
@@ -186,7 +191,13 @@ class Decoder(nnx.Module):
     self.untied_head = (
       None
       if config.tied_head
-      else layers.param(rngs, table, axes, init, param_dtype)
+      else layers.param(
+        rngs,
+        table,
+        axes,
+        nnx.initializers.normal(config.width**-0.5),
+        param_dtype,
+      )
     )
 
   def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:

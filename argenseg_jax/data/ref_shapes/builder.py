@@ -59,7 +59,7 @@ class RefShapes(tfds.core.GeneratorBasedBuilder):
   ):
     self._parameters = parameters(num_train, num_eval, seed, image_side)
     self._counts = {
-      split: num_train if split == "train" else num_eval
+      split: {"train": num_train, "single": num_train // 6}.get(split, num_eval)
       for split in requests.SPLITS
     }
     self._seed = seed
@@ -128,7 +128,7 @@ def prepare(
 
   Args:
     data_dir: created when absent.
-    num_train: requests of the train split.
+    num_train: requests of the train split; "single" gets a sixth of them.
     num_eval: requests of each of val, testA and testB.
     seed: the same seed gives the same bytes.
     image_side: side of the pictures in pixels.

@@ -1,0 +1,42 @@
+"""Easy batches first, then the whole data."""
+
+from typing import Any
+
+from argenseg_jax.data.pipeline import TrainIterator
+from argenseg_jax.types import Batch
+
+
+class Curriculum:
+  """Yields `steps` batches of one iterator, then those of another.
+
+  It is itself an iterator like `TrainIterator`, resumed by its own state.
+  """
+
+  def __init__(self, easy: TrainIterator, main: TrainIterator, steps: int):
+    self._parts = {"easy": easy, "main": main}
+    self._steps = steps
+
+  @property
+  def num_bad_records(self) -> int:
+    return sum(part.num_bad_records for part in self._parts.values())
+
+  def __iter__(self) -> "Curriculum":
+    return self
+
+  def __next__(self) -> Batch:
+    easy = self._parts["easy"]
+    if easy.step < self._steps:
+      return next(easy)
+    easy.close()
+    return next(self._parts["main"])
+
+  def state(self) -> dict[str, Any]:
+    return {name: part.state() for name, part in self._parts.items()}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    for name, part in self._parts.items():
+      part.set_state(state[name])
+
+  def close(self) -> None:
+    for part in self._parts.values():
+      part.close()

@@ -1,0 +1,83 @@
+"""Configs: strict keys, and every file of configs/ resolves."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from argenseg_jax import config as config_lib
+from argenseg_jax.config import ConfigError, LLMConfig, ModelConfig, run_config
+from argenseg_jax.configs import base, tiny
+from argenseg_jax.models import variants
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+@pytest.mark.parametrize(
+  "name", sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem != "__init__")
+)
+def test_config_resolves(name):
+  values = importlib.import_module(f"argenseg_jax.configs.{name}").get_config()
+  values.data.path = "somewhere"
+  config = run_config(values)
+  variants.get(config.model.variant, config.model.overrides)
+  assert set(config_lib.to_dict(config)) == set(base.get_config())
+
+
+def test_unknown_key_is_named_with_a_suggestion():
+  values = tiny.get_config().to_dict()
+  values["mllm"]["optimizer"]["learning_rat"] = 1.0
+  with pytest.raises(ConfigError, match=r"learning_rat.*learning_rate"):
+    run_config(values)
+
+
+def test_missing_key_is_named():
+  values = tiny.get_config().to_dict()
+  del values["mllm"]["train"]["steps"]
+  values["data"]["path"] = "x"
+  with pytest.raises(
+    ConfigError, match=r"missing config key .mllm\.train\.steps."
+  ):
+    run_config(values)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("steps", "many", "must be int"),
+    ("remat", "some", "use 'none', 'full', 'dots'"),
+    ("keep", True, "must be int"),
+  ],
+)
+def test_wrong_type_is_named(key, value, message):
+  values = tiny.get_config().to_dict()
+  values["data"]["path"] = "x"
+  values["mllm"]["train"][key] = value
+  with pytest.raises(ConfigError, match=f"mllm.train.{key}.*{message}"):
+    run_config(values)
+
+
+def test_no_data_is_named():
+  with pytest.raises(ConfigError, match=r"data\.path"):
+    run_config(tiny.get_config())
+
+
+def test_replace_takes_dotted_keys_and_refuses_unknown_ones():
+  model = variants.get("tiny", {"llm.num_layers": 5})
+  assert model.llm.num_layers == 5
+  with pytest.raises(ConfigError, match=r"llm\.depth"):
+    variants.get("tiny", {"llm.depth": 5})
+  with pytest.raises(ConfigError, match="unknown model variant 'huge'"):
+    variants.get("huge")
+
+
+def test_round_trip_through_json_shapes():
+  model = variants.get("argenseg_8b")
+  values = config_lib.to_dict(model)
+  assert config_lib.from_mapping(ModelConfig, values) == model
+  assert isinstance(values["vqvae"]["scales"], list)
+
+
+def test_integers_pass_for_floats():
+  llm = config_lib.to_dict(variants.get("tiny").llm) | {"rope_theta": 10000}
+  assert config_lib.from_mapping(LLMConfig, llm).rope_theta == 10000.0
