@@ -1,0 +1,73 @@
+"""Mesh, the axis table, parameters born sharded, equal results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from argenseg_jax import sharding
+from argenseg_jax.config import ConfigError, MeshConfig
+from argenseg_jax.models.argenseg import ARGenSeg
+
+
+def mesh(data, fsdp, tensor):
+  return sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+def test_one_size_may_be_left_open():
+  assert dict(mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+  "sizes", [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (0, 8, 1)]
+)
+def test_impossible_mesh_is_one_sentence(sizes):
+  with pytest.raises(ConfigError, match=r"mesh \(data=.*\)"):
+    mesh(*sizes)
+
+
+def test_indivisible_dimension_names_parameter_and_mesh():
+  state = nnx.state(
+    nnx.eval_shape(lambda: ARGenSeg(tiny_model.config(), rngs=nnx.Rngs(0)).llm)
+  )
+  with pytest.raises(ConfigError, match=r"embedding.*'vocab' of 31.*tensor"):
+    sharding.state_shardings(state, mesh(1, 1, 8))
+
+
+def test_parameters_are_born_sharded_and_equal():
+  from argenseg_jax.config import replace
+  from argenseg_jax.models.llm import Decoder
+
+  config = replace(tiny_model.config(), {"llm.vocab_size": 32}).llm
+
+  def make():
+    return Decoder(config, rngs=nnx.Rngs(0))
+
+  whole_graph, whole = sharding.create_sharded(make, mesh(8, 1, 1))
+  graph, state = sharding.create_sharded(make, mesh(2, 2, 2))
+  kernel = state["layers"]["mlp"]["gate"]["kernel"][...]
+  assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+  assert kernel.addressable_shards[0].data.shape == (2, 8, 12)
+  tokens = jnp.arange(24).reshape(8, 3)
+
+  def loss(state, graph):
+    model = nnx.merge(graph, state)
+    hidden, _ = model(
+      model.embed(tokens),
+      positions=jnp.broadcast_to(jnp.arange(3), (8, 3)),
+      segment_ids=jnp.ones((8, 3), jnp.int32),
+    )
+    return jnp.mean((hidden @ model.head.T) ** 2)
+
+  run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+  expected, expected_grads = run(whole, whole_graph)
+  value, grads = run(state, graph)
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    grads,
+    expected_grads,
+  )
