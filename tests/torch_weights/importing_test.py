@@ -4,13 +4,15 @@ import dataclasses
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
 
-from argenseg_jax import checkpoint
+from argenseg_jax import checkpoint, sampling
 from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.tools import cli
 from argenseg_jax.torch_weights import (
@@ -280,3 +282,33 @@ def test_config_json_says_what_the_config_says(tiny, llm):
   found = hf_config.llm_config(values["llm_config"], tied_head=False)
   factor = found.rope_factor if found.rope_scaling == "none" else 2.0
   assert found == dataclasses.replace(config.llm, rope_factor=factor)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_imported_bf16_model_answers(tmp_path, tiny, folder, dtype):
+  _import(tmp_path, folder(tiny.whole()))
+  loaded = checkpoint.load(
+    tmp_path / "checkpoint",
+    mesh=importing.conversion_mesh(),
+    dtype=jnp.dtype(dtype),
+  )
+  ids = loaded.config.token_ids
+  prompt = [ids.bos, ids.img_start, ids.img_context, ids.img_end, 5]
+  graph, state = nnx.split(loaded.model)
+
+  @jax.jit
+  def answer(state):
+    model = nnx.merge(graph, state)
+    out = sampling.generate(
+      model,
+      tokens=jnp.array([prompt], jnp.int32),
+      valid=jnp.ones((1, 5), bool),
+      images=jnp.zeros((1, 1, 28, 28, 3)),
+      max_text=3,
+      start_with_mask=True,
+    )
+    return out.num_masks, model.vqvae.decode(out.codes[:, 0])
+
+  count, picture = answer(state)
+  assert count[0] == 1
+  assert np.isfinite(picture).all()

@@ -174,3 +174,19 @@ def test_internvit(norm):
     wanted = theirs(pixels).last_hidden_state.numpy()
   found = jax.jit(lambda s, x: nnx.merge(graph, s).tower(x))(state, images)
   np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_pickles_of_tensors_are_read_and_others_refused(tmp_path):
+  path = tmp_path / "x.pth"
+  wanted = {
+    "a": torch.arange(6.0).reshape(2, 3).T,
+    "b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+  }
+  torch.save(wanted, path)
+  source = tensors.open_file(path)
+  np.testing.assert_array_equal(source.read("a"), wanted["a"].numpy())
+  assert source.tensors["b"].dtype == tensors.DTYPES["BF16"]
+  np.testing.assert_array_equal(source.read("b").astype(np.float32), [1.5, -2])
+  torch.save({"a": print}, path)
+  with pytest.raises(tensors.WeightsError, match="refused"):
+    tensors.open_file(path)
