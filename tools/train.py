@@ -24,8 +24,14 @@ def main(argv: list[str]) -> int:
   if not argv or "--help" in argv or "-h" in argv:
     print(HELP)
     return 0
+  for argument in argv:
+    name, _, path = argument.partition("=")
+    if name == "--config" and not pathlib.Path(path).is_file():
+      raise ConfigError(f"config file {path} does not exist.")
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", None, flag_values=values)
+  config_flags.DEFINE_config_file(
+    "config", None, flag_values=values, sys_argv=["argenseg", *argv]
+  )
   flags.DEFINE_string("workdir", None, "", flag_values=values)
   config = parse(values, argv)
   if not values.workdir:
@@ -44,8 +50,6 @@ def parse(values: flags.FlagValues, argv: list[str]):
   """Parses flags into a `RunConfig`; one sentence for what is wrong."""
   try:
     rest = values(["argenseg", *argv])
-  except FileNotFoundError as error:
-    raise ConfigError(f"cannot read config: {error}.") from error
   except (
     flags.Error,
     AttributeError,
