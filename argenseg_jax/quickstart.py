@@ -37,12 +37,7 @@ def run(
     return json.loads(done.read_text())
   seconds = _Stopwatch(workdir / "seconds.json")
   with seconds("data"):
-    path = builder.prepare(
-      workdir / "data",
-      num_train=num_train,
-      num_eval=num_eval,
-      seed=config.seed,
-    )
+    path = _build(workdir / "data", num_train, num_eval, config.seed)
   config = dataclasses.replace(
     config, data=dataclasses.replace(config.data, path=str(path))
   )
@@ -84,6 +79,24 @@ def run(
   _write_report(loaded, rows, splits, results, workdir)
   done.write_text(json.dumps(results, indent=1))
   return results
+
+
+def _build(
+  data: pathlib.Path, num_train: int, num_eval: int, seed: int
+) -> pathlib.Path:
+  bars = []  # Made once the number of records is known.
+
+  def show(done: int, total: int) -> None:
+    if not bars:
+      bars.append(Progress("draw ref_shapes", total))
+    bars[0].update(done)
+
+  path = builder.prepare(
+    data, num_train=num_train, num_eval=num_eval, seed=seed, on_progress=show
+  )
+  for bar in bars:
+    bar.close()
+  return path
 
 
 def count_parameters(state: nnx.State) -> dict[str, int]:

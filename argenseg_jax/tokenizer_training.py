@@ -2,6 +2,8 @@
 loss: a codebook that starts on the data, revival of dead codes, and costs that
 make rare codes rarer (entropy-constrained quantisation)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,8 @@ def start_codebook(
   """
   quantizer = model.quantizer
   scales = quantizer.scales
-  latent = _latents(model, images)
+  split = nnx.split(model)
+  latent = jnp.concatenate([_encode(*split, x) for x in _chunks(images)])
   num_codes = quantizer.codebook.shape[0]
   ends = np.cumsum(scales.sides) * num_codes // sum(scales.sides)
   starts = (0, *ends[:-1])
@@ -64,7 +67,7 @@ def revive_codes(
     usage: how often each code was used since the last revival.
     key: picks the vectors.
   """
-  vectors = model.quantizer(model.encode_latent(images)).vectors
+  vectors = _vectors(*nnx.split(model), images)
   points = vectors.reshape(-1, vectors.shape[-1])
   picks = jax.random.choice(key, points.shape[0], (usage.shape[0],))
   codebook = model.quantizer.codebook
@@ -91,10 +94,10 @@ def constrain_entropy(
     images: a few hundred images in [-1, 1].
     weight: squared latent units per nat.
   """
-  quantizer = model.quantizer
-  counts = quantizer.count_codes(quantizer.encode(_latents(model, images)))
+  split = nnx.split(model)
+  counts = sum(_counts(*split, chunk) for chunk in _chunks(images))
   chance = (counts + 0.5) / jnp.sum(counts + 0.5, -1, keepdims=True)
-  quantizer.assignment_cost[...] = -weight * jnp.log(chance)
+  model.quantizer.assignment_cost[...] = -weight * jnp.log(chance)
 
 
 def usage_and_perplexity(
@@ -106,18 +109,25 @@ def usage_and_perplexity(
   return jnp.sum(jnp.sum(counts, 0) > 0), jnp.exp(entropy)
 
 
-def _latents(model: VQVAE, images: Array, batch: int = 64) -> Array:
-  graph, state = nnx.split(model)
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph, state, images):
+  return nnx.merge(graph, state).encode_latent(images)
 
-  @jax.jit
-  def encode(state, images):
-    return nnx.merge(graph, state).encode_latent(images)
 
-  parts = [
-    encode(state, images[i : i + batch])
-    for i in range(0, images.shape[0], batch)
-  ]
-  return jnp.concatenate(parts)
+@functools.partial(jax.jit, static_argnums=0)
+def _vectors(graph, state, images):
+  model = nnx.merge(graph, state)
+  return model.quantizer(model.encode_latent(images)).vectors
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _counts(graph, state, images):
+  model = nnx.merge(graph, state)
+  return model.quantizer.count_codes(model.encode(images))
+
+
+def _chunks(images: Array, size: int = 64) -> list[Array]:
+  return [images[i : i + size] for i in range(0, images.shape[0], size)]
 
 
 def _kmeans(points: Array, count: int, key: Array, iterations: int) -> Array:

@@ -116,12 +116,12 @@ def train(
   )
   if init_from is not None:
     variables = _start_from(variables, init_from, task, mesh)
-  if config.data.cache_codes and task == "mllm":
-    if "vqvae" not in stage.optimizer.frozen:
-      raise ConfigError(
-        "config key 'data.cache_codes' needs a frozen image tokenizer; add "
-        "'vqvae' to mllm.optimizer.frozen."
-      )
+  thaws = task == "mllm" and "vqvae" not in stage.optimizer.frozen
+  if config.data.cache_codes and thaws:
+    raise ConfigError(
+      "config key 'data.cache_codes' needs a frozen image tokenizer; add "
+      "'vqvae' to mllm.optimizer.frozen."
+    )
   vqvae = nnx.merge(graph, variables).vqvae if task == "mllm" else None
   batches = _batches(config, rows, vqvae, workdir)
   trains = trainable_filter(stage.optimizer, variables)
@@ -318,9 +318,8 @@ def _maintain(config, graph, state, step, rows):
     return state
   model = nnx.merge(graph, state.params, state.fixed)
   key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
-  images = rows_lib.sample_seg_masks(
-    rows, settings.kmeans_seg_masks, first=step * settings.kmeans_seg_masks
-  )
+  count = settings.kmeans_seg_masks if starts or counts else 64
+  images = rows_lib.sample_seg_masks(rows, count, first=step * 64)
   if starts:
     tokenizer_training.start_codebook(
       model, images, key=key, iterations=settings.kmeans_iterations

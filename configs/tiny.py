@@ -36,16 +36,16 @@ def get_config() -> ConfigDict:
     stage.optimizer.b2 = 0.98
 
   c.vqvae.optimizer.learning_rate = 2e-3
-  c.vqvae.train.steps = 1000
+  c.vqvae.train.steps = 800
   c.vqvae.train.global_batch_size = 32
   c.tokenizer_training.reconstruction = "bce_dice"
   c.tokenizer_training.warm_start_steps = 80
   c.tokenizer_training.kmeans_iterations = 10
   c.tokenizer_training.kmeans_seg_masks = 512
   c.tokenizer_training.revive_every = 20
-  c.tokenizer_training.revive_until = 600
+  c.tokenizer_training.revive_until = 500
   c.tokenizer_training.entropy_weight = 1.5
-  c.tokenizer_training.entropy_from = 300
+  c.tokenizer_training.entropy_from = 240
 
   c.mllm.optimizer.learning_rate = 2e-3
   c.mllm.optimizer.warmup_steps = 100
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
   c.mllm.train.global_batch_size = 16
   c.mllm.train.eval_every = 500
   c.loss.code_average = "scale"
-  c.loss.drop_scale_inputs = 0.5
+  c.loss.drop_scale_inputs = 0.4
 
   c.mesh.data = -1
   c.mesh.fsdp = 1

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from argenseg_jax.config import ModelConfig
@@ -53,8 +54,8 @@ class ARGenSeg(nnx.Module):
     config: ModelConfig,
     *,
     rngs: nnx.Rngs,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
   ):
     self.config = config
     self.scales = Scales(config.vqvae.scales, config.vqvae.num_phis)

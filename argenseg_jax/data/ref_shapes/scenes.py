@@ -22,9 +22,9 @@ COLOURS = {
 }
 # Smallest and largest radius of each size; the gaps keep the words apart.
 SIZES = {
-  "small": (0.115, 0.135),
-  "medium": (0.16, 0.185),
-  "large": (0.21, 0.25),
+  "small": (0.14, 0.16),
+  "medium": (0.2, 0.225),
+  "large": (0.28, 0.31),
 }
 # Grounds have little saturation, so that no shape's colour occurs in them.
 GROUND_COLOURS = (
