@@ -1,0 +1,166 @@
+"""The loop: both tasks learn, resume is exact, bad directories are refused."""
+
+import dataclasses
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from argenseg_jax import checkpoint, train
+from argenseg_jax.config import ConfigError, RunConfig, run_config
+from argenseg_jax.configs import tiny
+from argenseg_jax.data.ref_shapes import builder
+from argenseg_jax.data.text import TextTokenizer
+from argenseg_jax.predict import Predictor
+
+OVERRIDES = {
+  "vision.width": 16,
+  "llm.width": 16,
+  "llm.num_layers": 1,
+  "llm.head_dim": 8,
+  "llm.mlp_width": 16,
+  "vqvae.width": 8,
+  "vqvae.scales": (1, 4),
+  "vqvae.patch_side": 8,
+  "vqvae.num_codes": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> RunConfig:
+  path = builder.prepare(
+    tmp_path_factory.mktemp("data"), num_train=48, num_eval=8, seed=0
+  )
+  c = tiny.get_config()
+  c.data.path = str(path)
+  c.data.warmup_steps = 2
+  c.data.sequence_length = 128
+  vocab_size = TextTokenizer().token_ids.first_code + 16
+  c.model.overrides = OVERRIDES | {"llm.vocab_size": vocab_size}
+  for stage in (c.vqvae, c.mllm):
+    stage.train.steps = 6
+    stage.train.global_batch_size = 8
+    stage.train.log_every = 1
+    stage.train.save_every = 3
+    stage.train.keep = 3
+    stage.optimizer.warmup_steps = 1
+  c.mllm.train.eval_every = 0
+  c.tokenizer_training.warm_start_steps = 2
+  c.tokenizer_training.kmeans_seg_masks = 16
+  c.tokenizer_training.kmeans_iterations = 2
+  c.tokenizer_training.revive_every = 2
+  c.tokenizer_training.entropy_from = 4
+  c.tokenizer_training.entropy_every = 2
+  c.eval.max_samples = 8
+  return run_config(c)
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+  """Both tasks trained without interruption."""
+  path = tmp_path_factory.mktemp("whole")
+  train.run(config, path)
+  return path
+
+
+def losses(path):
+  lines = (path / "metrics.jsonl").read_text().splitlines()
+  values = [json.loads(line) for line in lines]
+  return {v["step"]: v["loss"] for v in values if "loss" in v}
+
+
+def variables(path):
+  return nnx.to_pure_dict(nnx.state(checkpoint.load(path).model))
+
+
+@pytest.mark.parametrize("task", ["vqvae", "mllm"])
+def test_resume_is_exact(task, config, workdir, tmp_path):
+  init_from = str(workdir / "vqvae") if task == "mllm" else None
+  stopped = tmp_path / task
+  original = signal.getsignal(signal.SIGTERM)
+
+  def stop_at_three(self, step, values):
+    if step == 2:
+      signal.raise_signal(signal.SIGTERM)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.MetricsWriter, "write", stop_at_three)
+    with pytest.raises(train.Interrupted):
+      train.train(config, task, stopped, init_from=init_from)
+  assert signal.getsignal(signal.SIGTERM) == original
+  assert not (stopped / "results.json").exists()
+  train.train(config, task, stopped, init_from=init_from)
+  whole, resumed = losses(workdir / task), losses(stopped)
+  assert resumed
+  for step, loss in resumed.items():
+    assert loss == whole[step]
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    variables(workdir / task),
+    variables(stopped),
+  )
+
+
+def test_loss_falls_and_the_frozen_part_stays(workdir):
+  for task in ("vqvae", "mllm"):
+    curve = losses(workdir / task)
+    assert curve[max(curve)] < curve[1]
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    variables(workdir / "vqvae"),
+    variables(workdir / "mllm")["vqvae"],
+  )
+
+
+def test_a_finished_run_is_not_repeated(config, workdir):
+  before = (workdir / "mllm" / "metrics.jsonl").read_text()
+  train.run(config, workdir)
+  assert (workdir / "mllm" / "metrics.jsonl").read_text() == before
+
+
+def test_directory_of_another_config_is_refused(config, workdir):
+  other = dataclasses.replace(config, seed=1)
+  with pytest.raises(ConfigError, match=r"belongs to another config.*seed"):
+    train.run(other, workdir)
+
+
+def test_image_tokenizer_does_not_predict(workdir):
+  loaded = checkpoint.load(workdir / "vqvae")
+  with pytest.raises(checkpoint.CheckpointError, match="image tokenizer only"):
+    Predictor(loaded)
+
+
+def test_predictions_have_the_size_of_the_picture(workdir):
+  predictor = Predictor.from_checkpoint(workdir / "mllm")
+  image = np.full((40, 60, 3), 90, np.uint8)
+  prediction = predictor.segment(image, "the red circle")
+  assert prediction.seg_mask.shape == (40, 60)
+  assert prediction.strip.shape == (2, 64, 64, 3)
+  assert prediction.has_mask or not prediction.seg_mask.any()
+
+
+@pytest.mark.parametrize(
+  ("path", "message"),
+  [("absent", "does not exist"), (".", "holds no checkpoint")],
+)
+def test_missing_checkpoint_is_named(path, message, tmp_path):
+  with pytest.raises(checkpoint.CheckpointError, match=message):
+    checkpoint.load(tmp_path / path)
+
+
+def test_checkpoint_of_another_variant_names_the_leaf(workdir, tmp_path):
+  copy = tmp_path / "copy"
+  step = checkpoint.step_directory(workdir / "vqvae")
+  shutil.copytree(step, copy)
+  meta_path = copy / "meta" / "metadata"
+  meta = json.loads(meta_path.read_text())
+  meta["model"]["vqvae"]["num_codes"] = 17
+  meta_path.write_text(json.dumps(meta))
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"\(16, 16\).*\(17, 16\)"
+  ):
+    checkpoint.load(copy)
