@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
   c.data.request = "free"
   c.data.protocol = "per_expression"
   c.data.answer = "<mask>"
-  c.data.sequence_length = 192
+  c.data.sequence_length = 168
   c.data.image_side = 64
   c.data.mask_side = 64
   c.data.mask_intermediate_side = 0
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     stage.optimizer.b2 = 0.98
 
   c.vqvae.optimizer.learning_rate = 2e-3
-  c.vqvae.train.steps = 800
+  c.vqvae.train.steps = 850
   c.vqvae.train.global_batch_size = 32
   c.tokenizer_training.reconstruction = "bce_dice"
   c.tokenizer_training.warm_start_steps = 80
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
   c.mllm.optimizer.warmup_steps = 100
   c.mllm.optimizer.weight_decay = 0.05
   c.mllm.optimizer.frozen = ("vqvae",)
-  c.mllm.train.steps = 4000
+  c.mllm.train.steps = 3000
   c.mllm.train.global_batch_size = 16
   c.mllm.train.eval_every = 500
   c.loss.code_average = "scale"

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
   workdir = pathlib.Path(args.workdir).absolute()
   config = scaled_config(args.seed, args.minutes / FULL_MINUTES)
   config.data.path = str(workdir / "data")
-  num_train = max(min(int(24_000 * args.minutes / FULL_MINUTES), 60_000), 256)
+  num_train = max(min(int(18_000 * args.minutes / FULL_MINUTES), 60_000), 256)
   num_eval = max(min(int(500 * args.minutes / FULL_MINUTES), 500), 32)
   try:
     results = quickstart.run(
