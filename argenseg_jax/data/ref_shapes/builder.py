@@ -8,6 +8,7 @@ import contextlib
 import json
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -155,6 +156,12 @@ def prepare(
     )
   for left_over in folder.parent.glob(f"{folder.name}.incomplete*"):
     shutil.rmtree(left_over)
+  shown = sys.stdout  # TFDS talks of a download; only progress may be seen.
+
+  def report(done: int, total: int) -> None:
+    with contextlib.redirect_stdout(shown):
+      on_progress(done, total)
+
   builder = RefShapes(
     data_dir=str(data_dir),
     num_train=num_train,
@@ -162,9 +169,9 @@ def prepare(
     seed=seed,
     image_side=image_side,
     workers=workers,
-    on_progress=on_progress,
+    on_progress=report if on_progress else None,
   )
   tfds.disable_progress_bar()
-  with contextlib.redirect_stdout(None):  # TFDS talks of a download.
+  with contextlib.redirect_stdout(None):
     builder.download_and_prepare()
   return folder
