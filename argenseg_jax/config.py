@@ -5,6 +5,7 @@
 key is an error that names it.
 """
 
+import ast
 import dataclasses
 import difflib
 import types
@@ -275,7 +276,22 @@ class ModelChoice:
   """A named variant and changes to it."""
 
   variant: str
-  overrides: Any = None  # {"llm.num_layers": 2}: dotted keys of ModelConfig.
+  overrides: tuple[str, ...] = ()  # Keys of ModelConfig: "llm.num_layers=2".
+
+  def changes(self) -> dict[str, Any]:
+    """The overrides by dotted key, values as Python literals or plain text."""
+    found = {}
+    for override in self.overrides:
+      key, equals, text = override.partition("=")
+      if not equals:
+        raise ConfigError(
+          f"config key 'model.overrides' holds {override!r}; write KEY=VALUE."
+        )
+      try:
+        found[key] = ast.literal_eval(text)
+      except (SyntaxError, ValueError):
+        found[key] = text
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from argenseg_jax.config import EvalConfig
-from argenseg_jax.data import pipeline
+from argenseg_jax import checkpoint
+from argenseg_jax import rows as rows_lib
+from argenseg_jax.config import EvalConfig, RunConfig
+from argenseg_jax.data import pipeline, text
 from argenseg_jax.metrics import SegmentationSums, score
 from argenseg_jax.models.argenseg import normalize_seg_masks
+from argenseg_jax.monitor import Progress
 from argenseg_jax.predict import (
   answer_batch,
   left_pad,
@@ -121,6 +124,37 @@ class Evaluator:
       metrics["code_loss"] = float(true / batches)
       metrics["grounding_gap"] = float((wrong - true) / batches)
     return SplitResults(metrics, examples)
+
+
+def evaluate_checkpoint(
+  config: RunConfig, loaded: checkpoint.Loaded, *, num_examples: int = 0
+) -> dict[str, SplitResults]:
+  """Scores a run's model on every split of its config, with progress.
+
+  Args:
+    config: the run.
+    loaded: its checkpoint.
+    num_examples: how many examples each split returns.
+  """
+  tokenizer = text.TextTokenizer(
+    config.data.text_tokenizer, first_code=loaded.config.token_ids.first_code
+  )
+  rows = rows_lib.make_rows(config.data, "mllm", loaded.config, tokenizer)
+  graph, state = nnx.split(loaded.model)
+  evaluator = Evaluator(graph, config.eval)
+  results = {}
+  for split in config.eval.splits:
+    split_rows = rows_lib.of_split(rows, split)
+    limit = config.eval.max_samples or len(split_rows.source)
+    bar = Progress(f"evaluate {split}", min(limit, len(split_rows.source)))
+    results[split] = evaluator(
+      state,
+      split_rows,
+      num_examples=num_examples,
+      on_progress=lambda done, _, note, bar=bar: bar.update(done, note),
+    )
+    bar.close()
+  return results
 
 
 def tokenizer_ceiling(

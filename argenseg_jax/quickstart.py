@@ -12,10 +12,8 @@ from flax import nnx
 from argenseg_jax import checkpoint, report, train
 from argenseg_jax import rows as rows_lib
 from argenseg_jax.config import RunConfig
-from argenseg_jax.data import text
 from argenseg_jax.data.ref_shapes import builder
-from argenseg_jax.evaluate import Evaluator, SplitResults, true_seg_mask
-from argenseg_jax.models import variants
+from argenseg_jax.evaluate import evaluate_checkpoint, true_seg_mask
 from argenseg_jax.monitor import Progress
 from argenseg_jax.predict import Predictor
 
@@ -50,25 +48,11 @@ def run(
     )
   with seconds("evaluation"):
     loaded = checkpoint.load(workdir / "mllm")
-    rows = rows_lib.make_rows(
-      config.data,
-      "mllm",
-      variants.get(config.model.variant, config.model.overrides),
-      text.TextTokenizer(
-        config.data.text_tokenizer,
-        first_code=loaded.config.token_ids.first_code,
-      ),
-    )
-    graph, state = nnx.split(loaded.model)
-    evaluator = Evaluator(graph, config.eval)
-    splits = {
-      split: _evaluate(evaluator, state, rows, split, config)
-      for split in config.eval.splits
-    }
+    splits = evaluate_checkpoint(config, loaded, num_examples=_SHOWN)
   results = {
     "splits": {name: split.metrics for name, split in splits.items()},
     "tokenizer_ceiling": ceiling,
-    "parameters": count_parameters(state),
+    "parameters": count_parameters(nnx.state(loaded.model)),
     "seconds": seconds.read(),
     "seed": config.seed,
     "versions": {
@@ -76,7 +60,7 @@ def run(
       for name in ("argenseg_jax", "jax", "flax", "orbax-checkpoint", "grain")
     },
   }
-  _write_report(loaded, rows, splits, results, workdir)
+  _write_report(config, loaded, splits, results, workdir)
   done.write_text(json.dumps(results, indent=1))
   return results
 
@@ -135,21 +119,11 @@ class _Stopwatch:
     self._path.write_text(json.dumps(spent))
 
 
-def _evaluate(evaluator, state, rows, split, config) -> SplitResults:
-  split_rows = rows_lib.of_split(rows, split)
-  bar = Progress(f"evaluate {split}", len(split_rows.source))
-  result = evaluator(
-    state,
-    split_rows,
-    num_examples=_SHOWN,
-    on_progress=lambda done, _, note: bar.update(done, note),
-  )
-  bar.close()
-  return result
-
-
-def _write_report(loaded, rows, splits, results, workdir: pathlib.Path) -> None:
+def _write_report(config, loaded, splits, results, workdir) -> None:
   predictor = Predictor(loaded)
+  rows = rows_lib.make_rows(
+    config.data, "mllm", loaded.config, predictor.tokenizer
+  )
   sections = {}
   for name, split in splits.items():
     split_rows = rows_lib.of_split(rows, name)

@@ -19,7 +19,11 @@ from argenseg_jax import rows as rows_lib
 from argenseg_jax.config import ConfigError, RunConfig
 from argenseg_jax.data import pipeline, text
 from argenseg_jax.data.curriculum import Curriculum
-from argenseg_jax.evaluate import Evaluator, tokenizer_ceiling
+from argenseg_jax.evaluate import (
+  Evaluator,
+  evaluate_checkpoint,
+  tokenizer_ceiling,
+)
 from argenseg_jax.models import variants
 from argenseg_jax.monitor import MetricsWriter, Progress
 from argenseg_jax.optimizer import make_optimizer, trainable_filter
@@ -37,7 +41,8 @@ def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
 
   Args:
     config: the run.
-    workdir: gets `config.json` and a folder for each task.
+    workdir: gets `config.json`, a folder for each task and, once the decoder
+      has trained, `results.json` with its metrics on every split.
 
   Returns:
     The final metrics of each task.
@@ -52,6 +57,14 @@ def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
   for task in config.tasks:
     results[task] = train(config, task, workdir / task, init_from=init_from)
     init_from = str(workdir / task)
+  scores = workdir / "results.json"
+  if "mllm" in config.tasks and not scores.exists():
+    loaded = checkpoint.load(workdir / "mllm")
+    splits = evaluate_checkpoint(config, loaded)
+    metrics = {split: result.metrics for split, result in splits.items()}
+    scores.write_text(json.dumps(metrics, indent=1))
+    for split, values in metrics.items():
+      print(f"{split}: cIoU {values['ciou']:.3f} gIoU {values['giou']:.3f}")
   return results
 
 
@@ -79,7 +92,7 @@ def train(
   *,
   init_from: str | None = None,
 ) -> dict[str, float]:
-  """Trains one task to its last step and evaluates it.
+  """Trains one task to its last step; measures an image tokenizer's ceiling.
 
   Args:
     config: the run.
@@ -96,7 +109,7 @@ def train(
     return json.loads(done.read_text())
   workdir.mkdir(parents=True, exist_ok=True)
   stage = config.stage(task)
-  model_config = variants.get(config.model.variant, config.model.overrides)
+  model_config = variants.get(config.model.variant, config.model.changes())
   mesh = sharding.make_mesh(config.mesh)
 
   tokenizer = text.TextTokenizer(
@@ -127,12 +140,19 @@ def train(
   trains = trainable_filter(stage.optimizer, variables)
   graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
   optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
+
+  def everywhere(x):
+    return jax.device_put(x, sharding.replicated(mesh))
+
   state = TrainState(
-    step=jnp.zeros((), jnp.int32),
+    step=everywhere(jnp.zeros((), jnp.int32)),
     params=params,
     fixed=fixed,
-    optimizer=jax.jit(optimizer.init)(params),
-    usage=jnp.zeros((model_config.vqvae.num_codes,), jnp.int32),
+    # Moments take the shardings of their parameters; counters have none.
+    optimizer=jax.tree.map(
+      lambda x: x if x.ndim else everywhere(x), optimizer.init(params)
+    ),
+    usage=everywhere(jnp.zeros((model_config.vqvae.num_codes,), jnp.int32)),
   )
 
   checkpoints = checkpoint.Checkpoints(workdir, keep=stage.train.keep)

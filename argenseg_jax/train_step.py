@@ -196,7 +196,7 @@ def make_train_step(
     usage = state.usage
     if "counts" in metrics:
       usage = usage + jnp.sum(metrics.pop("counts"), 0, dtype=usage.dtype)
-    metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     return TrainState(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),

@@ -17,8 +17,8 @@ def get_config() -> ConfigDict:
 
   c.model = ConfigDict()
   c.model.variant = "argenseg_8b"  # See argenseg_jax/models/variants.py.
-  # Dotted keys of that variant to change: {"llm.num_layers": 2}.
-  c.model.overrides = ConfigDict(convert_dict=False)
+  # Keys of that variant to change: ("llm.num_layers=2",).
+  c.model.overrides = ()
 
   c.data = ConfigDict()
   c.data.source = "jsonl"  # Or "ref_shapes", the procedural data set.

@@ -6,7 +6,13 @@ import pathlib
 import pytest
 
 from argenseg_jax import config as config_lib
-from argenseg_jax.config import ConfigError, LLMConfig, ModelConfig, run_config
+from argenseg_jax.config import (
+  ConfigError,
+  LLMConfig,
+  ModelChoice,
+  ModelConfig,
+  run_config,
+)
 from argenseg_jax.configs import base, tiny
 from argenseg_jax.models import variants
 
@@ -20,7 +26,7 @@ def test_config_resolves(name):
   values = importlib.import_module(f"argenseg_jax.configs.{name}").get_config()
   values.data.path = "somewhere"
   config = run_config(values)
-  variants.get(config.model.variant, config.model.overrides)
+  variants.get(config.model.variant, config.model.changes())
   assert set(config_lib.to_dict(config)) == set(base.get_config())
 
 
@@ -69,6 +75,14 @@ def test_replace_takes_dotted_keys_and_refuses_unknown_ones():
     variants.get("tiny", {"llm.depth": 5})
   with pytest.raises(ConfigError, match="unknown model variant 'huge'"):
     variants.get("huge")
+
+
+def test_overrides_are_literals_or_text():
+  choice = ModelChoice("tiny", ("llm.num_layers=2", "vision.stem=patch"))
+  model = variants.get(choice.variant, choice.changes())
+  assert (model.llm.num_layers, model.vision.stem) == (2, "patch")
+  with pytest.raises(ConfigError, match="KEY=VALUE"):
+    ModelChoice("tiny", ("llm.num_layers",)).changes()
 
 
 def test_round_trip_through_json_shapes():
