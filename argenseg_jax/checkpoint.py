@@ -263,7 +263,7 @@ def _with_values(state: nnx.State, values: dict[str, Any]) -> nnx.State:
 def compare(wanted: Any, found: Any, where: pathlib.Path) -> None:
   """Raises `CheckpointError` naming the first leaf that does not fit."""
   wanted, found = _by_name(wanted), _by_name(found)
-  for name in wanted.keys() | found.keys():
+  for name in sorted(wanted.keys() | found.keys()):
     if name not in found:
       raise CheckpointError(
         f"checkpoint {where} lacks {name}; it is of another model variant."

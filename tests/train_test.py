@@ -167,6 +167,6 @@ def test_checkpoint_of_another_variant_names_the_leaf(workdir, tmp_path):
   meta["model"]["vqvae"]["num_codes"] = 17
   meta_path.write_text(json.dumps(meta))
   with pytest.raises(
-    checkpoint.CheckpointError, match=r"\(16, 16\).*\(17, 16\)"
+    checkpoint.CheckpointError, match=r"cost.*\(2, 16\).*\(2, 17\)"
   ):
     checkpoint.load(copy)
