@@ -137,7 +137,8 @@ def evaluate_checkpoint(
     num_examples: how many examples each split returns.
   """
   tokenizer = text.TextTokenizer(
-    config.data.text_tokenizer, first_code=loaded.config.token_ids.first_code
+    checkpoint.text_tokenizer_path(loaded.path),
+    first_code=loaded.config.token_ids.first_code,
   )
   rows = rows_lib.make_rows(config.data, "mllm", loaded.config, tokenizer)
   graph, state = nnx.split(loaded.model)
