@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
   c.data.sequence_length = 256
   c.data.resize = "pillow"
   c.data.warmup_steps = 0
-  c.vqvae.train.steps = 1500
-  c.mllm.train.steps = 2500
-  c.mllm.train.eval_every = 500
+  c.vqvae.train.steps = 600
+  c.mllm.train.steps = 1000
+  c.mllm.train.eval_every = 250
   c.eval.splits = ("train",)
   return c
