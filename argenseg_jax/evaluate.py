@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,6 +18,7 @@ from argenseg_jax.predict import (
   answer_batch,
   left_pad,
   seg_mask_at_size,
+  to_uint8,
 )
 from argenseg_jax.train_step import grounding_gap
 from argenseg_jax.types import Batch
@@ -183,7 +183,7 @@ def tokenizer_ceiling(
     model = nnx.merge(graph, state)
     codes = model.encode(normalize_seg_masks(seg_masks))
     decoded = model.decode(codes)
-    return codes, ((decoded + 1) / 2 * 255).astype(jnp.uint8)
+    return codes, to_uint8(decoded)
 
   sums = SegmentationSums()
   used: set[int] = set()

@@ -81,7 +81,7 @@ def answer_batch(
     tokens=generated.tokens,
     num_masks=generated.num_masks,
     codes=generated.codes,
-    images=_to_uint8(decoded).reshape(b, m, *decoded.shape[1:]),
+    images=to_uint8(decoded).reshape(b, m, *decoded.shape[1:]),
   )
 
 
@@ -141,7 +141,7 @@ class Predictor:
     @jax.jit
     def strips(state, codes):
       prefixes = nnx.merge(graph, state).vqvae.decode_prefixes(codes)
-      return _to_uint8(prefixes)
+      return to_uint8(prefixes)
 
     self._answer = answer
     self._strips = strips
@@ -221,6 +221,6 @@ def answer_tokens(tokens: np.ndarray) -> np.ndarray:
   return tokens[: used[-1] + 1] if used.size else tokens[:0]
 
 
-def _to_uint8(x: Array) -> Array:
+def to_uint8(x: Array) -> Array:
   """Pictures leave the image tokenizer by truncation."""
   return ((x + 1) / 2 * 255).astype(jnp.uint8)

@@ -298,17 +298,10 @@ def _restore(checkpoints, step, state):
   variables = nnx.merge_state(state.params, state.fixed)
   counters = (state.step, state.optimizer, state.usage)
   variables, counters, meta = checkpoints.restore(step, variables, counters)
-  flat = dict(nnx.to_flat_state(variables))
-
-  def pick(part):
-    return nnx.from_flat_state(
-      [(path, flat[path]) for path, _ in nnx.to_flat_state(part)]
-    )
-
   return TrainState(
     step=counters[0],
-    params=pick(state.params),
-    fixed=pick(state.fixed),
+    params=_part_of(variables, state.params),
+    fixed=_part_of(variables, state.fixed),
     optimizer=counters[1],
     usage=counters[2],
   ), meta["data"]
@@ -355,14 +348,19 @@ def _maintain(config, graph, state, step, rows):
 
 
 def _with_model(state: TrainState, model: nnx.Module) -> TrainState:
-  flat = dict(nnx.to_flat_state(nnx.state(model)))
+  variables = nnx.state(model)
+  return state._replace(
+    params=_part_of(variables, state.params),
+    fixed=_part_of(variables, state.fixed),
+  )
 
-  def pick(part):
-    return nnx.from_flat_state(
-      [(path, flat[path]) for path, _ in nnx.to_flat_state(part)]
-    )
 
-  return state._replace(params=pick(state.params), fixed=pick(state.fixed))
+def _part_of(variables: nnx.State, part: nnx.State) -> nnx.State:
+  """The variables that stand at the paths of `part`."""
+  flat = dict(nnx.to_flat_state(variables))
+  return nnx.from_flat_state(
+    [(path, flat[path]) for path, _ in nnx.to_flat_state(part)]
+  )
 
 
 @contextlib.contextmanager
