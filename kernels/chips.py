@@ -1,28 +1,46 @@
-"""Per-generation facts of TPU chips, and the block sizes that follow."""
+"""Published facts of accelerators, and the block sizes that follow."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from argenseg_jax.kernels import dispatch
 
-_MIB = 2**20
+_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 
 
 class Chip(NamedTuple):
-  """What the kernels need to know of a TPU generation."""
+  """An accelerator; all rates and sizes are those of a whole chip."""
 
-  topology: str  # The smallest one that the TPU compiler accepts.
-  vmem: int  # Bytes a kernel may use by default.
+  platform: Literal["tpu", "gpu"]
+  topology: str  # The smallest one that the compiler accepts.
+  scratch: int  # Bytes a kernel may use by default: VMEM or shared memory.
+  flops: float  # Dense bfloat16 FLOP/s.
+  hbm: int  # Bytes.
+  bandwidth: float  # Bytes/s from and to HBM.
+  links: float  # Bytes/s to other chips, both directions (ICI or NVLink).
+  devices: int = 1  # JAX devices a chip; they share all of the above.
 
 
+# TPUs: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, "System architecture";
+# memory in GiB, ICI in both directions, as those pages have it since 2026.
+# `scratch` is the compiler's own limit, found by compiling.
+# GPUs: NVIDIA's data sheets of the SXM boards. They print 1,979 TFLOP/s with
+# sparsity, which is twice the dense rate. A thread block may use 227 KiB.
 CHIPS = {
-  "v5e": Chip("v5e:2x2", 16 * _MIB),
-  "v5p": Chip("v5p:2x2x1", 16 * _MIB),
-  "v6e": Chip("v6e:2x2", 32 * _MIB),
-  "tpu7x": Chip("tpu7x:2x2x1", 32 * _MIB),
+  "v5e": Chip("tpu", "v5e:2x2", 16 * _MIB, 197e12, 16 * _GIB, 819e9, 400e9),
+  "v5p": Chip("tpu", "v5p:2x2x1", 16 * _MIB, 459e12, 95 * _GIB, 2765e9, 1200e9),
+  "v6e": Chip("tpu", "v6e:2x2", 32 * _MIB, 918e12, 32 * _GIB, 1638e9, 800e9),
+  "tpu7x": Chip(
+    "tpu", "tpu7x:2x2x1", 32 * _MIB, 2307e12, 192 * _GIB, 7380e9, 1200e9, 2
+  ),
+  "h100": Chip("gpu", "1x1x1", 227 * _KIB, 989.5e12, 80 * 10**9, 3350e9, 900e9),
+  "h200": Chip(
+    "gpu", "1x1x1", 227 * _KIB, 989.5e12, 141 * 10**9, 4800e9, 900e9
+  ),
 }
+TPUS = {name: chip for name, chip in CHIPS.items() if chip.platform == "tpu"}
 
-# JAX's `device_kind` of each chip.
+# JAX's `device_kind` of each; other boards of a GPU differ in their rates.
 _KINDS = {
   "TPU v5 lite": "v5e",
   "TPU v5e": "v5e",
@@ -31,7 +49,14 @@ _KINDS = {
   "TPU v6 lite": "v6e",
   "TPU v6e": "v6e",
   "TPU7x": "tpu7x",
+  "NVIDIA H100 80GB HBM3": "h100",
+  "NVIDIA H200": "h200",
 }
+
+
+def name_of(device_kind: str) -> str | None:
+  """Key of `CHIPS` for JAX's `device_kind`; None for any other device."""
+  return _KINDS.get(device_kind)
 
 
 class Blocks(NamedTuple):
@@ -56,8 +81,8 @@ def blocks(
   that is shorter; words may go down to 32 where nothing else fits. Unknown
   chips are taken for the smallest one. The compiler keeps a share of VMEM.
   """
-  kind = dispatch.target().kind
-  budget = 0.85 * CHIPS[_KINDS.get(kind, "v5e")].vmem
+  chip = TPUS.get(name_of(dispatch.target().kind) or "", TPUS["v5e"])
+  budget = 0.85 * chip.scratch
 
   def value(block):
     side = getattr(block, outer)

@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from argenseg_jax.kernels.chips import CHIPS
+from argenseg_jax.kernels.chips import TPUS
 from argenseg_jax.kernels.linear_cross_entropy import (
   linear_cross_entropy,
 )
@@ -117,7 +117,7 @@ def compile_case(case: Case, chip: str) -> jax.stages.Compiled:
   """Compiles for one core of `chip`; raises what the compiler raises."""
   os.environ.update(_ENVIRONMENT)
   topology = topologies.get_topology_desc(
-    platform="tpu", topology_name=CHIPS[chip].topology
+    platform="tpu", topology_name=TPUS[chip].topology
   )
   mesh = Mesh(np.asarray(topology.devices[:1]), ("device",))
   sharding = NamedSharding(mesh, PartitionSpec())
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument(
     "--chips",
-    default=",".join(CHIPS),
+    default=",".join(TPUS),
     help="comma-separated; default: %(default)s",
   )
   parser.add_argument(
@@ -150,9 +150,9 @@ def main(argv: list[str] | None = None) -> int:
   )
   options = parser.parse_args(argv)
   chips = options.chips.split(",")
-  unknown = sorted(set(chips) - set(CHIPS))
+  unknown = sorted(set(chips) - set(TPUS))
   if unknown:
-    parser.error(f"unknown chip {unknown[0]!r}; use {', '.join(CHIPS)}")
+    parser.error(f"unknown chip {unknown[0]!r}; use {', '.join(TPUS)}")
   if not has_compiler():
     parser.error(
       "the TPU compiler is missing; install it with: "

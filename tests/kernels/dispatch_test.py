@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from argenseg_jax.kernels import dispatch
-from argenseg_jax.kernels.chips import blocks
+from argenseg_jax.kernels.chips import CHIPS, blocks, name_of
 from argenseg_jax.kernels.nearest_code import nearest_code
 
 OPS = ["linear_cross_entropy", "nearest_code", "scale_prediction"]
@@ -25,25 +25,25 @@ def described(kind, *, devices=1, axis_type=AxisType.Auto):
   )
 
 
-def name_of(module):
+def file_of(module):
   return module.__name__.rpartition(".")[2]
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_platform_decides(op):
-  assert name_of(dispatch.load(op, None)) == "xla"
+  assert file_of(dispatch.load(op, None)) == "xla"
   with described("TPU v5 lite"):
-    assert name_of(dispatch.load(op, None)) == "pallas_tpu"
-    assert name_of(dispatch.load(op, "reference")) == "reference"
+    assert file_of(dispatch.load(op, None)) == "pallas_tpu"
+    assert file_of(dispatch.load(op, "reference")) == "reference"
   with described("NVIDIA H100 80GB HBM3"):
-    assert name_of(dispatch.load(op, None)) == "xla"
+    assert file_of(dispatch.load(op, None)) == "xla"
 
 
 def test_partitioned_programs_take_xla():
   with described("TPU v5 lite", devices=4):
-    assert name_of(dispatch.load("nearest_code", None)) == "xla"
+    assert file_of(dispatch.load("nearest_code", None)) == "xla"
   with described("TPU v5 lite", devices=4, axis_type=AxisType.Manual):
-    assert name_of(dispatch.load("nearest_code", None)) == "pallas_tpu"
+    assert file_of(dispatch.load("nearest_code", None)) == "pallas_tpu"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -70,3 +70,13 @@ def test_blocks_grow_with_the_chip():
   with described("TPU v9"):
     assert blocks(10_000, 10_000, bytes_needed) == small
   assert blocks(70, 50, bytes_needed) == (70, 50)
+
+
+def test_chips_are_known_by_their_kind():
+  assert name_of("TPU v5 lite") == "v5e"
+  assert name_of("TPU v5") == "v5p"
+  assert name_of("NVIDIA H100 80GB HBM3") == "h100"
+  assert name_of("NVIDIA H100 PCIe") is None
+  for chip in CHIPS.values():
+    # FLOPs per byte of all of them; a slipped digit would show.
+    assert 100 < chip.flops / chip.bandwidth < 600

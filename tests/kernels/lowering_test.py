@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from argenseg_jax.kernels.chips import CHIPS
+from argenseg_jax.kernels.chips import TPUS
 from argenseg_jax.tools import compile_kernels
 
 CASES = {case.name: case for case in compile_kernels.cases()}
@@ -25,7 +25,7 @@ def test_lowers_for_tpu(name):
 @pytest.mark.skipif(
   not compile_kernels.has_compiler(), reason="libtpu is not installed"
 )
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", TPUS)
 @pytest.mark.parametrize("name", SMALLEST)
 def test_compiles_for_tpu(name, chip):
   compiled = compile_kernels.compile_case(CASES[name], chip)
