@@ -39,6 +39,7 @@ class VisionConfig:
   # "patch" cuts the image into patches with one convolution; "conv" reaches the
   # same grid by stride-2 3x3 convolutions, which small data learns better.
   stem: Literal["patch", "conv"] = "patch"
+  stem_blocks: int = 0  # Residual 3x3 convolutions that follow a "conv" stem.
 
   @property
   def grid_side(self) -> int:
@@ -117,6 +118,7 @@ class DataConfig:
   request: Literal["referring", "semantic", "reasoning", "free"] = "referring"
   join: Literal["training", "evaluation"] = "training"
   protocol: Literal["merged", "per_expression"] = "merged"
+  # "{description}" stands for what the source calls the target.
   answer: str = "Sure, the segmentation result: <mask>."
   absent_answer: str = "There is no such thing."
   system_message: str = ""  # Empty: no system block.

@@ -33,6 +33,9 @@ from argenseg_jax.types import Batch
 # Called once for each bad record with its index and what is wrong with it.
 OnBadRecord = Callable[[int, str], None]
 
+# In an answer: what the source calls the target.
+DESCRIPTION = "{description}"
+
 # Settings that do not change what batches hold.
 _SPEED_KEYS = ("workers", "threads", "prefetch", "cache", "max_bad_share")
 
@@ -142,13 +145,20 @@ class RowMaker:
       number = 0 if rng is None else rng.integers(len(chosen))
       chosen = (chosen[number],)
     request = text.request_text(self.config.request, chosen, self.config.join)
-    answer = (
-      self.config.answer if sample.seg_masks else self.config.absent_answer
-    )
     return (
       {"from": "human", "value": request},
-      {"from": "gpt", "value": answer},
+      {"from": "gpt", "value": self._answer(sample)},
     )
+
+  def _answer(self, sample: Sample) -> str:
+    if not sample.seg_masks:
+      return self.config.absent_answer
+    if DESCRIPTION in self.config.answer and not sample.description:
+      raise DataError(
+        f"{sample.where} holds no description, which config key 'data.answer' "
+        f"puts in place of {DESCRIPTION}."
+      )
+    return self.config.answer.replace(DESCRIPTION, sample.description)
 
   def _make(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
     config = self.config

@@ -34,6 +34,8 @@ class Sample:
     expressions: wordings of one request; the pipeline puts them into a request
       template. Empty when `conversation` is given.
     conversation: the turns themselves.
+    description: names the target in full, for answers that say what they
+      segment; empty where the source holds none.
     kind: what sort of request this is, for metrics; "absent" has no target.
     image_keys: one for each picture; equal keys mean equal pictures.
     where: file and line, for messages.
@@ -45,6 +47,7 @@ class Sample:
   seg_masks: tuple[Any, ...]
   expressions: tuple[str, ...] = ()
   conversation: tuple[Turn, ...] = ()
+  description: str = ""
   kind: str = "attribute"
   image_keys: tuple[Any, ...] = ()
   where: str = ""
@@ -122,6 +125,7 @@ class RefShapesSource:
       images=(record["image"],),
       seg_masks=() if kind == "absent" else (record["seg_mask"],),
       expressions=tuple(_text(e) for e in record["expressions"]),
+      description=_text(record["description"]),
       kind=kind,
       image_keys=(int(record["scene_id"]),),
       where=f"{self.path} {self.split} record {index}",

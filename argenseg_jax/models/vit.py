@@ -111,7 +111,7 @@ class VisionTower(nnx.Module):
       np.linspace(0, config.drop_path, config.num_layers).tolist()
     )
     if config.stem == "conv":
-      self.patch_embedding = ConvStem(side, width, **types)
+      self.patch_embedding = ConvStem(side, width, config.stem_blocks, **types)
     else:
       self.patch_embedding = layers.Conv(3, width, side, stride=side, **types)
     self.class_embedding = layers.param(
@@ -196,12 +196,14 @@ class VisionTower(nnx.Module):
 
 
 class ConvStem(nnx.Module):
-  """Stride-2 3x3 convolutions with GELU between, widths doubling."""
+  """Stride-2 3x3 convolutions with GELU between, widths doubling, then
+  residual 3x3 convolutions, each of which sees one patch further around."""
 
   def __init__(
     self,
     patch_side: int,
     width: int,
+    num_blocks: int = 0,
     *,
     rngs: nnx.Rngs,
     dtype: DTypeLike = jnp.float32,
@@ -220,10 +222,20 @@ class ConvStem(nnx.Module):
       layers.Conv(i, o, 3, stride=2, padding=1, **types)
       for i, o in zip([3, *widths[:-1]], widths, strict=True)
     )
+    self.norms = nnx.List(
+      layers.RMSNorm(width, rngs=rngs, eps=1e-6, param_dtype=param_dtype)
+      for _ in range(num_blocks)
+    )
+    self.blocks = nnx.List(
+      layers.Conv(width, width, 3, padding=1, **types)
+      for _ in range(num_blocks)
+    )
 
   def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 d"]:
     for i, conv in enumerate(self.convs):
       x = conv(_gelu(x) if i else x)
+    for norm, conv in zip(self.norms, self.blocks, strict=True):
+      x = x + conv(_gelu(norm(x)))
     return x
 
 

@@ -219,6 +219,19 @@ def test_evaluation_asks_for_each_expression(config):
   assert len(pipeline.open_source(merged, evaluation=True)) == 10
 
 
+def test_answers_describe_the_target(config):
+  rows = _rows(config, split="val", answer="the {description}<mask>")
+  batch = next(pipeline.eval_batches(rows, 10))
+  for i in range(10):
+    sample = rows.source[i]
+    said = TOKENIZER.decode(batch.tokens[i])
+    assert bool(sample.description) == bool(sample.seg_masks)
+    assert (f"\nthe {sample.description}\n" in said) == bool(sample.seg_masks)
+  undescribed = dataclasses.replace(rows.source[0], description="")
+  rows.source = [undescribed]
+  assert "data.answer" in rows(0).error
+
+
 def test_masks_alone_for_the_image_tokenizer(config):
   rows = _rows(config, sequence_length=0, max_images=0)
   (batch,) = _take(pipeline.TrainIterator(rows, 8), 1)

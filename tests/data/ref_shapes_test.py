@@ -108,6 +108,10 @@ def test_splits_ask_for_what_they_promise():
     for record in records:
       assert 1 <= len(record["expressions"]) <= 3
       assert len(set(record["expressions"])) == len(record["expressions"])
+      if record["kind"] == "attribute":
+        words = {w for e in record["expressions"] for w in e.split()}
+        words -= {"the", "one", "shape", "that", "is"}
+        assert words <= set(record["description"].split())
       pixels = cv2.imdecode(
         np.frombuffer(record["seg_mask"], np.uint8), cv2.IMREAD_UNCHANGED
       )
@@ -161,7 +165,7 @@ def test_a_finished_folder_is_found_and_another_one_refused(tmp_path):
 
 
 def test_what_a_killed_build_left_is_removed(tmp_path):
-  left = tmp_path / "ref_shapes" / "1.0.0.incompleteABC"
+  left = tmp_path / "ref_shapes" / f"{builder.RefShapes.VERSION}.incompleteABC"
   left.mkdir(parents=True)
   builder.prepare(tmp_path, num_train=12, num_eval=6, image_side=32)
   assert not left.exists()

@@ -229,6 +229,24 @@ def test_conv_stem_reaches_the_same_grid(num_layers):
     assert not moved[:, 5:].any()
 
 
+def test_stem_blocks_look_further():
+  """The gradient of one embedding reaches one more patch a block."""
+  reach = []
+  for blocks in (0, 1, 2):
+    config = dataclasses.replace(
+      CONFIG, stem="conv", stem_blocks=blocks, num_layers=0, pixel_shuffle=1
+    )
+    stem = build(VisionTower, config).patch_embedding
+    side = config.image_side
+    grads = jax.grad(lambda x, stem=stem: jnp.sum(stem(x)[0, 0, 0]))(
+      jnp.ones((1, side, side, 3))
+    )
+    reach.append(int(jnp.sum(jnp.any(grads[0] != 0, (1, 2)))))
+  patch = CONFIG.patch_side
+  assert reach[1] - reach[0] == patch
+  assert reach[2] - reach[1] == patch
+
+
 def test_every_parameter_names_its_axes():
   encoder = build(VisionEncoder, CONFIG, 6)
   for path, leaf in nnx.to_flat_state(nnx.state(encoder, nnx.Param)):

@@ -44,7 +44,7 @@ class RefShapes(tfds.core.GeneratorBasedBuilder):
   to draw in. The records do not depend on `workers`.
   """
 
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version("1.1.0")
   name = "ref_shapes"
 
   def __init__(
@@ -84,6 +84,7 @@ class RefShapes(tfds.core.GeneratorBasedBuilder):
             shape=(side, side, 1), encoding_format="png"
           ),
           "expressions": tfds.features.Sequence(tfds.features.Text()),
+          "description": tfds.features.Text(),
           "kind": tfds.features.Text(),
           "scene_id": tfds.features.Scalar(np.int64),
           "num_objects": tfds.features.Scalar(np.int64),

@@ -63,7 +63,8 @@ def draw_requests(
   Returns:
     Up to `REQUESTS_PER_SCENE` records: "image" JPEG bytes, "seg_mask" PNG
     bytes of 0 and 255 (all 0 for kind "absent"), "expressions" (one to three
-    wordings of one request), "kind", "scene_id", "num_objects".
+    wordings of one request), "description" of the target ("small red star";
+    empty for kind "absent"), "kind", "scene_id", "num_objects".
   """
   plan = SPLITS[split]
   scene, drawing = scenes.draw_scene(
@@ -88,13 +89,17 @@ def draw_requests(
       continue
     if kind == "absent":
       seg_mask = np.zeros((image_side, image_side), np.uint8)
+      description = ""
     else:
+      thing = scene.things[target]
+      description = f"{thing.size} {thing.colour} {thing.shape}"
       seg_mask = drawing.visible[target].astype(np.uint8) * 255
     records.append(
       {
         "image": picture,
         "seg_mask": _encode(".png", seg_mask),
         "expressions": _wordings(rng, queries),
+        "description": description,
         "kind": kind,
         "scene_id": scene_id,
         "num_objects": len(scene.things),
