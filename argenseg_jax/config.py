@@ -298,9 +298,12 @@ class ModelChoice:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW with a schedule, clipping, freezing and optional averaging."""
+  """AdamW with a schedule, clipping and freezing; Muon for matrices."""
 
   learning_rate: float
+  # Peak learning rate of the hidden matrices under Muon, in AdamW's scale;
+  # 0 leaves them to AdamW.
+  muon_learning_rate: float
   schedule: Literal["cosine", "linear", "constant"]
   warmup_steps: int
   end_fraction: float  # Last learning rate as a share of the peak.

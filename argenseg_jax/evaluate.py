@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from argenseg_jax import checkpoint
+from argenseg_jax import checkpoint, sharding
 from argenseg_jax import rows as rows_lib
 from argenseg_jax.config import EvalConfig, RunConfig
 from argenseg_jax.data import pipeline, text
@@ -95,10 +95,11 @@ class Evaluator:
       prompts = [
         t[p] for t, p in zip(batch.tokens, batch.is_prompt, strict=True)
       ]
-      tokens, valid = left_pad(prompts, rows.tokenizer.token_ids.pad)
-      answers = jax.device_get(self._answer(state, tokens, valid, batch.images))
+      inputs = left_pad(prompts, rows.tokenizer.token_ids.pad)
+      inputs = sharding.put_like((*inputs, batch.images), state)
+      answers = jax.device_get(self._answer(state, *inputs))
       if batches < 4 and np.all(batch.sample_weight > 0):
-        pair = jax.device_get(self._gap(state, batch))
+        pair = jax.device_get(self._gap(state, sharding.put_like(batch, state)))
         true, wrong, batches = true + pair[0], wrong + pair[1], batches + 1
       for i in np.flatnonzero(batch.sample_weight):
         has_mask = bool(answers.num_masks[i])
@@ -189,7 +190,8 @@ def tokenizer_ceiling(
   used: set[int] = set()
   total = min(max_samples or len(rows.source), len(rows.source))
   for batch in _batches(rows, batch_size, total):
-    codes, decoded = jax.device_get(round_trip(state, batch.seg_masks[:, 0]))
+    seg_masks = sharding.put_like(batch.seg_masks[:, 0], state)
+    codes, decoded = jax.device_get(round_trip(state, seg_masks))
     for i in np.flatnonzero(batch.mask_valid[:, 0]):
       one, _ = _score_answer(rows, int(batch.sample_id[i]), decoded[i], True)
       sums += one

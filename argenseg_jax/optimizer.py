@@ -1,4 +1,4 @@
-"""AdamW, schedules, clipping and freezing, built from `OptimizerConfig`."""
+"""AdamW, Muon, schedules, clipping, freezing, built from `OptimizerConfig`."""
 
 import jax
 import optax
@@ -7,9 +7,17 @@ from flax import nnx
 from argenseg_jax.config import ConfigError, OptimizerConfig
 
 
-def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Learning rate by step: linear warm-up, then the configured descent."""
-  peak = config.learning_rate
+def schedule(
+  config: OptimizerConfig, steps: int, *, peak: float | None = None
+) -> optax.Schedule:
+  """Learning rate by step: linear warm-up, then the configured descent.
+
+  Args:
+    config: of the optimizer.
+    steps: of the whole run.
+    peak: another highest rate than the config's.
+  """
+  peak = config.learning_rate if peak is None else peak
   warmup = min(config.warmup_steps, steps)
   rest = max(steps - warmup, 1)
   match config.schedule:
@@ -44,18 +52,62 @@ def decay_mask(params: nnx.State):
 def make_optimizer(
   config: OptimizerConfig, steps: int, params: nnx.State
 ) -> optax.GradientTransformation:
-  """Clip the global norm, then AdamW with decay on matrices only."""
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(
+  """Clip the global norm, then AdamW with decay on matrices only.
+
+  With `muon_learning_rate`, Muon updates the hidden matrices instead: its steps
+  are orthogonal, scaled to the size that AdamW's would have.
+  """
+  clip = optax.clip_by_global_norm(config.clip_norm)
+
+  def adamw(mask):
+    return optax.adamw(
       schedule(config, steps),
       b1=config.b1,
       b2=config.b2,
       eps=config.eps,
       weight_decay=config.weight_decay,
-      mask=decay_mask(params),
+      mask=mask,
+    )
+
+  if not config.muon_learning_rate:
+    return optax.chain(clip, adamw(decay_mask(params)))
+  muon = optax.contrib.muon(
+    schedule(config, steps, peak=config.muon_learning_rate),
+    weight_decay=config.weight_decay,
+    muon_weight_dimension_numbers=_last_two_axes,
+    consistent_rms=0.2,
+  )
+  hidden = hidden_matrices(params)
+  return optax.chain(
+    clip,
+    optax.masked(muon, hidden),
+    optax.masked(
+      adamw(decay_mask), jax.tree.map(lambda is_hidden: not is_hidden, hidden)
     ),
   )
+
+
+def hidden_matrices(params: nnx.State):
+  """True for matrices between hidden widths: no tables of words, no kernels of
+  convolutions; the layer axis of stacked parameters does not count."""
+
+  def is_hidden(variable):
+    axes = [a for a in variable.get_metadata("axes") if a != "layers"]
+    named = all(a not in (None, "vocab") for a in axes)
+    return variable.replace(len(axes) == 2 and named)
+
+  return jax.tree.map(
+    is_hidden, params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+  )
+
+
+def _last_two_axes(params):
+  """Muon's matrices are the last two axes; layers are independent."""
+
+  def dimensions(x):
+    return optax.contrib.MuonDimensionNumbers((x.ndim - 2,), (x.ndim - 1,))
+
+  return jax.tree.map(dimensions, params)
 
 
 def trainable_filter(config: OptimizerConfig, state: nnx.State):

@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import nnx
 
-from argenseg_jax import checkpoint, report, train
+from argenseg_jax import checkpoint, cpu, report, train
 from argenseg_jax import rows as rows_lib
 from argenseg_jax.config import RunConfig
 from argenseg_jax.data.ref_shapes import builder
@@ -76,7 +76,12 @@ def _build(
     bars[0].update(done)
 
   path = builder.prepare(
-    data, num_train=num_train, num_eval=num_eval, seed=seed, on_progress=show
+    data,
+    num_train=num_train,
+    num_eval=num_eval,
+    seed=seed,
+    workers=cpu.num_cores(),
+    on_progress=show,
   )
   for bar in bars:
     bar.close()

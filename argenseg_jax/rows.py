@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from argenseg_jax import sharding
 from argenseg_jax.config import ConfigError, DataConfig, ModelConfig
 from argenseg_jax.data import pipeline, text
 from argenseg_jax.models.argenseg import normalize_seg_masks
@@ -88,7 +89,8 @@ def tokenize(
   parts = []
   for batch in pipeline.eval_batches(reader, batch_size):
     b, m, *shape = batch.seg_masks.shape
-    codes = encode(state, batch.seg_masks.reshape(b * m, *shape))
+    seg_masks = batch.seg_masks.reshape(b * m, *shape)
+    codes = encode(state, sharding.put_like(seg_masks, state))
     codes = np.asarray(codes).reshape(b, m, -1)
     parts.append(np.where(batch.mask_valid[:, :, None], codes, 0))
     bar.update(min(len(parts) * batch_size, total))

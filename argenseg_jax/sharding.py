@@ -134,3 +134,22 @@ def put_batch(batch, mesh: Mesh):
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x), batch
   )
+
+
+def put_like(batch, state):
+  """A batch onto the mesh that `state` lives on, rows split where they divide.
+
+  Left as it is where `state` lives on no mesh.
+  """
+  mesh = getattr(jax.tree.leaves(state)[0].sharding, "mesh", None)
+  if mesh is None:
+    return batch
+  parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+  def put(x):
+    whole = len(x) % parts
+    return jax.device_put(
+      x, replicated(mesh) if whole else batch_sharding(mesh)
+    )
+
+  return jax.tree.map(put, batch)

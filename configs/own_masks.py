@@ -13,6 +13,7 @@ from argenseg_jax.configs import tiny
 def get_config() -> ConfigDict:
   c = tiny.get_config()
   c.data.source = "jsonl"
+  c.data.answer = "<mask>"
   c.data.sequence_length = 256
   c.data.resize = "pillow"
   c.data.warmup_steps = 0

@@ -17,8 +17,8 @@ def get_config() -> ConfigDict:
   c.data.source = "ref_shapes"
   c.data.request = "free"
   c.data.protocol = "per_expression"
-  c.data.answer = "<mask>"
-  c.data.sequence_length = 168
+  c.data.answer = "the {description}<mask>"
+  c.data.sequence_length = 180
   c.data.image_side = 64
   c.data.mask_side = 64
   c.data.mask_intermediate_side = 0
@@ -48,10 +48,11 @@ def get_config() -> ConfigDict:
   c.tokenizer_training.entropy_from = 240
 
   c.mllm.optimizer.learning_rate = 2e-3
+  c.mllm.optimizer.muon_learning_rate = 6e-3
   c.mllm.optimizer.warmup_steps = 100
   c.mllm.optimizer.weight_decay = 0.05
   c.mllm.optimizer.frozen = ("vqvae",)
-  c.mllm.train.steps = 3000
+  c.mllm.train.steps = 3500
   c.mllm.train.global_batch_size = 16
   c.mllm.train.eval_every = 500
   c.loss.code_average = "scale"

@@ -13,7 +13,7 @@ LAYERS = [
   ("argenseg_jax.kernels",),
   ("argenseg_jax.version", "argenseg_jax.scales", "argenseg_jax.types"),
   ("argenseg_jax.config",),
-  ("argenseg_jax.sharding",),
+  ("argenseg_jax.cpu", "argenseg_jax.sharding"),
   ("argenseg_jax.data",),
   ("argenseg_jax.models",),
   (

@@ -19,6 +19,7 @@ from argenseg_jax.optimizer import (
 def config(**changes) -> OptimizerConfig:
   values = dict(
     learning_rate=1.0,
+    muon_learning_rate=0.0,
     schedule="cosine",
     warmup_steps=4,
     end_fraction=0.1,
@@ -79,3 +80,33 @@ def test_first_update_is_the_clipped_sign():
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
   for leaf in jax.tree.leaves(updates):
     np.testing.assert_allclose(leaf, -1.0, rtol=1e-4)
+
+
+def test_muon_steps_are_orthogonal_and_spare_other_parameters():
+  params = nnx.state(tiny_model.model().llm, nnx.Param)
+  key = jax.random.key(0)
+  grads = jax.tree.map(
+    lambda x: jax.random.normal(jax.random.fold_in(key, x.size), x.shape),
+    params,
+  )
+  plain = dict(warmup_steps=0, schedule="constant", weight_decay=0.0)
+  updates = {}
+  with jax.numpy_dtype_promotion("standard"):
+    for rate in (0.0, 0.5):
+      optimizer = make_optimizer(
+        config(muon_learning_rate=rate, **plain), 10, params
+      )
+      found, _ = optimizer.update(grads, optimizer.init(params), params)
+      updates[rate] = nnx.to_pure_dict(found)
+  for name in ("embedding", "norm"):
+    jax.tree.map(
+      np.testing.assert_array_equal, updates[0.0][name], updates[0.5][name]
+    )
+  step = updates[0.5]["layers"]["mlp"]["gate"]["kernel"]
+  assert step.ndim == 3
+  for matrix in step:
+    values = np.linalg.svd(matrix, compute_uv=False)
+    scale = 0.5 * 0.2 * np.sqrt(max(matrix.shape))
+    # Newton-Schulz brings singular values near 1, not to it.
+    assert (values > 0.6 * scale).all()
+    assert (values < 1.3 * scale).all()

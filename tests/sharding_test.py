@@ -71,3 +71,15 @@ def test_parameters_are_born_sharded_and_equal():
     grads,
     expected_grads,
   )
+
+
+def test_batches_follow_the_state():
+  whole = sharding.replicated(mesh(8, 1, 1))
+  state = {"w": jax.device_put(jnp.ones(3), whole)}
+  batch = {"rows": np.arange(16).reshape(16, 1), "odd": np.arange(3)}
+  put = sharding.put_like(batch, state)
+  jax.tree.map(np.testing.assert_array_equal, put, batch)
+  assert put["rows"].addressable_shards[0].data.shape == (2, 1)
+  assert put["odd"].sharding.is_fully_replicated
+  lone = {"w": jnp.ones(3)}
+  assert sharding.put_like(batch, lone) is batch

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     help="about how long training may take; fewer give a worse model",
   )
   args = parser.parse_args(argv)
-  from argenseg_jax import quickstart, train
+  from argenseg_jax import cpu, quickstart, train
   from argenseg_jax.config import ConfigError, run_config
 
   if args.minutes <= 0:
@@ -36,11 +36,13 @@ def main(argv: list[str]) -> int:
   workdir = pathlib.Path(args.workdir).absolute()
   config = scaled_config(args.seed, args.minutes / FULL_MINUTES)
   config.data.path = str(workdir / "data")
-  num_train = max(min(int(18_000 * args.minutes / FULL_MINUTES), 60_000), 256)
+  num_train = max(min(int(30_000 * args.minutes / FULL_MINUTES), 60_000), 256)
   num_eval = max(min(int(500 * args.minutes / FULL_MINUTES), 500), 32)
+  run = run_config(config)
+  cpu.use_all_cores(run)
   try:
     results = quickstart.run(
-      run_config(config), workdir, num_train=num_train, num_eval=num_eval
+      run, workdir, num_train=num_train, num_eval=num_eval
     )
   except train.Interrupted as stopped:
     print(f"argenseg quickstart: {stopped}", file=sys.stderr)

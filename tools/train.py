@@ -36,8 +36,9 @@ def main(argv: list[str]) -> int:
   config = parse(values, argv)
   if not values.workdir:
     raise ConfigError("give a work directory: --workdir=DIR.")
-  from argenseg_jax import train
+  from argenseg_jax import cpu, train
 
+  cpu.use_all_cores(config)
   try:
     train.run(config, pathlib.Path(values.workdir))
   except train.Interrupted as stopped:

@@ -84,12 +84,14 @@ def _tiny() -> ModelConfig:
     name="tiny",
     vision=VisionConfig(
       image_side=64,
-      patch_side=4,
-      width=64,
+      patch_side=8,
+      width=96,
       num_layers=0,
       num_heads=2,
-      mlp_width=128,
+      mlp_width=192,
+      pixel_shuffle=1,
       stem="conv",
+      stem_blocks=3,
     ),
     llm=LLMConfig(
       vocab_size=token_ids.first_code + num_codes,

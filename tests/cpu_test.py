@@ -1,0 +1,24 @@
+import os
+
+import pytest
+
+from argenseg_jax import cpu
+
+
+@pytest.mark.parametrize(
+  ("cores", "batches", "devices"),
+  [
+    (1, (16,), 1),
+    (2, (16, 32), 2),
+    (3, (16,), 2),
+    (6, (16,), 4),
+    (64, (16,), 8),
+    (8, (12,), 4),
+    (8, (16, 5), 1),
+  ],
+)
+def test_devices_divide_every_batch(monkeypatch, cores, batches, devices):
+  monkeypatch.setattr(
+    os, "sched_getaffinity", lambda _: range(cores), raising=False
+  )
+  assert cpu.num_devices(*batches) == devices
