@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from argenseg_jax import sharding
 from argenseg_jax.models.vqvae import VQVAE
 
 
@@ -34,7 +35,9 @@ def start_codebook(
   quantizer = model.quantizer
   scales = quantizer.scales
   split = nnx.split(model)
-  latent = jnp.concatenate([_encode(*split, x) for x in _chunks(images)])
+  latent = jnp.concatenate(
+    [_encode(*split, x) for x in _chunks(images, split[1])]
+  )
   num_codes = quantizer.codebook.shape[0]
   ends = np.cumsum(scales.sides) * num_codes // sum(scales.sides)
   starts = (0, *ends[:-1])
@@ -67,7 +70,8 @@ def revive_codes(
     usage: how often each code was used since the last revival.
     key: picks the vectors.
   """
-  vectors = _vectors(*nnx.split(model), images)
+  split = nnx.split(model)
+  vectors = _vectors(*split, sharding.put_like(images, split[1]))
   points = vectors.reshape(-1, vectors.shape[-1])
   picks = jax.random.choice(key, points.shape[0], (usage.shape[0],))
   codebook = model.quantizer.codebook
@@ -95,7 +99,7 @@ def constrain_entropy(
     weight: squared latent units per nat.
   """
   split = nnx.split(model)
-  counts = sum(_counts(*split, chunk) for chunk in _chunks(images))
+  counts = sum(_counts(*split, x) for x in _chunks(images, split[1]))
   chance = (counts + 0.5) / jnp.sum(counts + 0.5, -1, keepdims=True)
   model.quantizer.assignment_cost[...] = -weight * jnp.log(chance)
 
@@ -126,8 +130,10 @@ def _counts(graph, state, images):
   return model.quantizer.count_codes(model.encode(images))
 
 
-def _chunks(images: Array, size: int = 64) -> list[Array]:
-  return [images[i : i + size] for i in range(0, images.shape[0], size)]
+def _chunks(images: Array, state: nnx.State, size: int = 64) -> list[Array]:
+  """Parts of a few images, each split over the mesh of `state`."""
+  starts = range(0, images.shape[0], size)
+  return [sharding.put_like(images[i : i + size], state) for i in starts]
 
 
 def _kmeans(points: Array, count: int, key: Array, iterations: int) -> Array:

@@ -331,14 +331,15 @@ def _maintain(config, graph, state, step, rows):
     return state
   model = nnx.merge(graph, state.params, state.fixed)
   key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
-  count = settings.kmeans_seg_masks if starts or counts else 64
+  few = 32  # Masks whose vectors dead codes move to.
+  count = settings.kmeans_seg_masks if starts or counts else few
   images = rows_lib.sample_seg_masks(rows, count, first=step * 64)
   if starts:
     tokenizer_training.start_codebook(
       model, images, key=key, iterations=settings.kmeans_iterations
     )
   if revives:
-    tokenizer_training.revive_codes(model, images[:64], state.usage, key)
+    tokenizer_training.revive_codes(model, images[:few], state.usage, key)
     state = state._replace(usage=jnp.zeros_like(state.usage))
   if counts:
     tokenizer_training.constrain_entropy(

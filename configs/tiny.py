@@ -41,10 +41,10 @@ def get_config() -> ConfigDict:
   c.tokenizer_training.reconstruction = "bce_dice"
   c.tokenizer_training.warm_start_steps = 80
   c.tokenizer_training.kmeans_iterations = 10
-  c.tokenizer_training.kmeans_seg_masks = 512
+  c.tokenizer_training.kmeans_seg_masks = 256
   c.tokenizer_training.revive_every = 20
   c.tokenizer_training.revive_until = 500
-  c.tokenizer_training.entropy_weight = 1.5
+  c.tokenizer_training.entropy_weight = 0.5
   c.tokenizer_training.entropy_from = 240
 
   c.mllm.optimizer.learning_rate = 2e-3
