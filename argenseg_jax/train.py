@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from argenseg_jax import checkpoint, sharding, tokenizer_training
 from argenseg_jax import config as config_lib
@@ -148,9 +149,10 @@ def train(
     step=everywhere(jnp.zeros((), jnp.int32)),
     params=params,
     fixed=fixed,
-    # Moments take the shardings of their parameters; counters have none.
+    # Moments take the shardings of their parameters; other leaves have none.
     optimizer=jax.tree.map(
-      lambda x: x if x.ndim else everywhere(x), optimizer.init(params)
+      lambda x: x if isinstance(x.sharding, NamedSharding) else everywhere(x),
+      optimizer.init(params),
     ),
     usage=everywhere(jnp.zeros((model_config.vqvae.num_codes,), jnp.int32)),
   )
