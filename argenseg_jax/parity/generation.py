@@ -110,6 +110,10 @@ def checks(golden: Golden, case: str, graph, state, decode) -> dict[str, Check]:
     top = jax.lax.top_k(guided_logits(mask), 2)[0]
     return top[..., 0] - top[..., 1]
 
+  def recorded_margin(mask):
+    name = f"out.{case}.mask{mask}.margin"
+    return golden[name] if name in golden else margin(mask)
+
   def latents(mask):
     """[scales 1 c h w]."""
     return jnp.moveaxis(pictures(mask)[0], -1, 1)[:, None]
@@ -124,7 +128,7 @@ def checks(golden: Golden, case: str, graph, state, decode) -> dict[str, Check]:
     return {
       "idx": Check(
         lambda: choices(mask),
-        margin=lambda: golden[f"out.{case}.mask{mask}.margin"],
+        margin=lambda: recorded_margin(mask),
       ),
       "position_ids": Check(lambda: generated()[0].positions[:, mask]),
       "first_input": Check(lambda: inputs()[:, :1]),
@@ -132,13 +136,10 @@ def checks(golden: Golden, case: str, graph, state, decode) -> dict[str, Check]:
       "f_hat": Check(lambda: latents(mask)),
       "f_hat_final": Check(lambda: latents(mask)[-1]),
       "llm_inputs": Check(inputs),
-      "llm_inputs_every16": Check(lambda: inputs()[:, ::16]),
       "raw_visual_logits": Check(lambda: raw(mask)),
-      "raw_logits_every64": Check(lambda: raw(mask)[:, ::64]),
+      "raw_logits": Check(lambda: raw(mask)),
       "guided_logits": Check(lambda: guided_logits(mask)),
-      "guided_logits_every64": Check(lambda: guided_logits(mask)[:, ::64]),
       "image_float": Check(lambda: image(mask)),
-      "image_float_sub4": Check(lambda: image(mask)[..., ::4, ::4]),
       "image_uint8": Check(lambda: transforms.to_uint8(pictures(mask)[1][-1])),
       "multi_uint8": Check(lambda: transforms.to_uint8(pictures(mask)[1])),
     }

@@ -20,7 +20,7 @@ from argenseg_jax.torch_weights import hf_config, rules
 def checks(golden: Golden) -> dict[str, Check]:
   """One check for every array that this kind of folder may hold."""
   config = hf_config.vision_config(golden.config)
-  width = hf_config.group(golden.config, "llm")["hidden_size"]
+  width = golden.weights.tensors["mlp1.3.bias"].shape[0]
   table = rules.internvit(config)
   graph, state = golden.load(
     lambda: vit.VisionEncoder(config, width, rngs=nnx.Rngs(0)), table

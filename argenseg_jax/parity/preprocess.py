@@ -80,7 +80,8 @@ def _sample_checks(golden: Golden) -> dict[str, Check]:
       (golden[f"in.gen{i}"], golden[f"in.mask{i}"])
       for i in range(len(golden.config.get("sizes", ())))
     ]
-    pairs.append((golden["in.gen_empty"], golden["in.gt_empty"]))
+    if "in.gt_empty" in golden:
+      pairs.append((golden["in.gen_empty"], golden["in.gt_empty"]))
     return [
       (
         transforms.binary_mask(transforms.grey_at_size(made, truth.shape)),

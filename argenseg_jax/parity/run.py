@@ -1,11 +1,22 @@
 """`argenseg parity`: which kind of golden a folder is, and all its verdicts."""
 
+import dataclasses
 import importlib
 import pathlib
+import re
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from argenseg_jax.config import ConfigError
-from argenseg_jax.parity.compare import Golden, Verdict, compare, failed
+from argenseg_jax.parity.compare import (
+  Check,
+  Golden,
+  Verdict,
+  compare,
+  failed,
+)
 from argenseg_jax.torch_weights.tensors import WeightsError
 
 KINDS = ("vqvae", "internvit", "internlm2", "argenseg", "preprocess")
@@ -58,11 +69,28 @@ def parity(
     return dict.fromkeys(golden.recorded, broken), {}
   verdicts, skipped = {}, {}
   for name, recorded in golden.recorded.items():
-    if name in checks:
-      verdicts[name] = compare(name, recorded, checks[name])
+    check = checks.get(name) or thinned(name, checks)
+    if check is not None:
+      verdicts[name] = compare(name, recorded, check)
     else:
       skipped[name] = "parity knows no such array"
   return verdicts, skipped
+
+
+def thinned(name: str, checks: Mapping[str, Check]) -> Check | None:
+  """The check of an array that a recorder thinned out.
+
+  `X_every16` is X at each 16th position (axis 1), `X_sub4` each 4th row and
+  column (the last two axes).
+  """
+  match = re.fullmatch(r"(.+)_(every|sub)([1-9]\d*)", name)
+  if match is None or match[1] not in checks:
+    return None
+  whole, step = checks[match[1]], slice(None, None, int(match[3]))
+  index = (slice(None), step) if match[2] == "every" else (..., step, step)
+  return dataclasses.replace(
+    whole, compute=lambda: np.asarray(whole.compute())[index]
+  )
 
 
 def as_json(

@@ -85,6 +85,17 @@ def test_tolerances():
   assert not _verdict("out.idx", codes, codes + 1, margin=lambda: margins).ok
 
 
+def test_thinned_arrays_follow_from_whole_ones():
+  whole = np.arange(2 * 20 * 6).reshape(2, 20, 6)
+  checks = {"out.x": Check(lambda: whole)}
+  every = run.thinned("out.x_every8", checks)
+  np.testing.assert_array_equal(every.compute(), whole[:, ::8])
+  sub = run.thinned("out.x_sub3", checks)
+  np.testing.assert_array_equal(sub.compute(), whole[:, ::3, ::3])
+  for name in ("out.x_every0", "out.y_sub3", "out.x_third3"):
+    assert run.thinned(name, checks) is None
+
+
 def test_an_exception_is_a_verdict():
   def fails():
     raise ValueError("broken\nin two lines")
