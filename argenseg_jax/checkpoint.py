@@ -20,10 +20,12 @@ from jax.typing import DTypeLike
 from argenseg_jax import config as config_lib
 from argenseg_jax import sharding
 from argenseg_jax.config import MeshConfig, ModelConfig
+from argenseg_jax.data import text
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.vqvae import VQVAE
 
 FORMAT = 1
+KEPT = "torch"  # In a work directory: files of a PyTorch folder, for export.
 
 
 class CheckpointError(ValueError):
@@ -122,14 +124,20 @@ class Checkpoints:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-  """A model read for evaluation, prediction or as a starting point."""
+class Description:
+  """What a step says of itself; `path` is its directory."""
 
   task: str
   config: ModelConfig
-  model: nnx.Module
   meta: dict[str, Any]
   path: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded(Description):
+  """A model read for evaluation, prediction or as a starting point."""
+
+  model: nnx.Module
 
 
 def step_directory(path: str | pathlib.Path) -> pathlib.Path:
@@ -159,6 +167,55 @@ def text_tokenizer_path(step: pathlib.Path) -> pathlib.Path:
   return step.parent.parent / "tokenizer.json"
 
 
+def kept_files(step: pathlib.Path) -> pathlib.Path:
+  """Where import keeps the files of a PyTorch folder; it may be absent."""
+  return step.parent.parent / KEPT
+
+
+def text_tokenizer(found: Description) -> text.TextTokenizer:
+  """The text tokenizer of a whole model.
+
+  Raises:
+    CheckpointError: there is none beside the checkpoint.
+    DataError: it is of another model.
+  """
+  path = text_tokenizer_path(found.path)
+  if not path.is_file():
+    raise CheckpointError(
+      f"checkpoint {found.path} has no text tokenizer; import it again with "
+      f"--tokenizer FILE, or put the model's own at {path}."
+    )
+  tokenizer = text.TextTokenizer(
+    path, first_code=found.config.token_ids.first_code
+  )
+  tokenizer.require(found.config.token_ids)
+  return tokenizer
+
+
+def describe(path: str | pathlib.Path) -> Description:
+  """Reads the meta data of a checkpoint; see `step_directory` for `path`.
+
+  Raises:
+    CheckpointError: no checkpoint there, or none of this format.
+  """
+  where = step_directory(path)
+  meta_path = where / "meta" / "metadata"
+  try:
+    meta = json.loads(meta_path.read_text())
+    config = config_lib.from_mapping(ModelConfig, meta["model"])
+    task = meta["task"]
+  except (OSError, ValueError, KeyError) as error:
+    raise CheckpointError(
+      f"checkpoint {where} has unreadable meta data ({error})."
+    ) from error
+  if meta.get("format") != FORMAT:
+    raise CheckpointError(
+      f"checkpoint {where} has format {meta.get('format')}, this version reads "
+      f"{FORMAT}."
+    )
+  return Description(task, config, meta, where)
+
+
 def load(
   path: str | pathlib.Path,
   *,
@@ -177,22 +234,9 @@ def load(
   Raises:
     CheckpointError: no checkpoint there, or a leaf that does not fit.
   """
-  where = step_directory(path)
-  meta_path = where / "meta" / "metadata"
-  try:
-    meta = json.loads(meta_path.read_text())
-    config = config_lib.from_mapping(ModelConfig, meta["model"])
-  except (OSError, ValueError, KeyError) as error:
-    raise CheckpointError(
-      f"checkpoint {where} has unreadable meta data ({error})."
-    ) from error
-  if meta.get("format") != FORMAT:
-    raise CheckpointError(
-      f"checkpoint {where} has format {meta.get('format')}, this version reads "
-      f"{FORMAT}."
-    )
+  found = describe(path)
   mesh = mesh or sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
-  make = model_factory(meta["task"], config, dtype=dtype)
+  make = model_factory(found.task, found.config, dtype=dtype)
   graph, abstract = nnx.split(nnx.eval_shape(make))
   shardings = sharding.state_shardings(abstract, mesh)
   wanted = nnx.to_pure_dict(
@@ -202,16 +246,16 @@ def load(
       shardings,
     )
   )
-  found = _stored(where / "model")
-  compare(wanted, found, where)
-  saved = _by_name(found)
+  stored = _stored(found.path / "model")
+  compare(wanted, stored, found.path)
+  saved = _by_name(stored)
   wanted = jax.tree_util.tree_map_with_path(
     lambda path, leaf: leaf.update(dtype=saved[_name(path)].dtype), wanted
   )
   with ocp.StandardCheckpointer() as reader:
-    values = reader.restore(where / "model", wanted)
+    values = reader.restore(found.path / "model", wanted)
   model = nnx.merge(graph, _with_values(abstract, values))
-  return Loaded(meta["task"], config, model, meta, where)
+  return Loaded(found.task, found.config, found.meta, found.path, model)
 
 
 def model_factory(

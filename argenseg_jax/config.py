@@ -111,7 +111,8 @@ class DataConfig:
   source: Literal["ref_shapes", "jsonl"] = "ref_shapes"
   split: str = "train"  # Of ref_shapes.
   root: str | None = None  # Of jsonl: what its paths are relative to.
-  text_tokenizer: str | None = None  # A tokenizer.json; None: the shipped one.
+  # A tokenizer.json; None: that of the start's model, else the shipped one.
+  text_tokenizer: str | None = None
   # Request template, how expressions are joined in it, and whether a request
   # holds all expressions of an object or one of them (in training any, drawn
   # from the seed; in evaluation the first).
@@ -275,7 +276,7 @@ def replace(config: Any, changes: Mapping[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ModelChoice:
-  """A named variant and changes to it."""
+  """A named variant (or "": the start's model) and changes to it."""
 
   variant: str
   overrides: tuple[str, ...] = ()  # Keys of ModelConfig: "llm.num_layers=2".

@@ -10,7 +10,7 @@ from flax import nnx
 from argenseg_jax import checkpoint, sharding
 from argenseg_jax import rows as rows_lib
 from argenseg_jax.config import EvalConfig, RunConfig
-from argenseg_jax.data import pipeline, text
+from argenseg_jax.data import pipeline
 from argenseg_jax.metrics import SegmentationSums, score
 from argenseg_jax.models.argenseg import normalize_seg_masks
 from argenseg_jax.monitor import Progress
@@ -137,10 +137,7 @@ def evaluate_checkpoint(
     loaded: its checkpoint.
     num_examples: how many examples each split returns.
   """
-  tokenizer = text.TextTokenizer(
-    checkpoint.text_tokenizer_path(loaded.path),
-    first_code=loaded.config.token_ids.first_code,
-  )
+  tokenizer = checkpoint.text_tokenizer(loaded)
   rows = rows_lib.make_rows(config.data, "mllm", loaded.config, tokenizer)
   graph, state = nnx.split(loaded.model)
   evaluator = Evaluator(graph, config.eval)

@@ -127,10 +127,7 @@ class Predictor:
     self.data = config_lib.from_mapping(DataConfig, loaded.meta["run"]["data"])
     stored = config_lib.from_mapping(EvalConfig, loaded.meta["run"]["eval"])
     self.settings = settings or stored
-    self.tokenizer = text.TextTokenizer(
-      checkpoint.text_tokenizer_path(loaded.path),
-      first_code=loaded.config.token_ids.first_code,
-    )
+    self.tokenizer = checkpoint.text_tokenizer(loaded)
     graph, self._state = nnx.split(loaded.model)
 
     @functools.partial(jax.jit, static_argnames="config")

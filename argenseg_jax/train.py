@@ -14,18 +14,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from argenseg_jax import checkpoint, sharding, tokenizer_training
+from argenseg_jax import checkpoint, sharding, starting, tokenizer_training
 from argenseg_jax import config as config_lib
 from argenseg_jax import rows as rows_lib
 from argenseg_jax.config import ConfigError, RunConfig
-from argenseg_jax.data import pipeline, text
+from argenseg_jax.data import pipeline
 from argenseg_jax.data.curriculum import Curriculum
 from argenseg_jax.evaluate import (
   Evaluator,
   evaluate_checkpoint,
   tokenizer_ceiling,
 )
-from argenseg_jax.models import variants
 from argenseg_jax.monitor import MetricsWriter, Progress
 from argenseg_jax.optimizer import make_optimizer, trainable_filter
 from argenseg_jax.train_step import TrainState, make_train_step
@@ -110,12 +109,10 @@ def train(
     return json.loads(done.read_text())
   workdir.mkdir(parents=True, exist_ok=True)
   stage = config.stage(task)
-  model_config = variants.get(config.model.variant, config.model.changes())
+  model_config = starting.model_config(config, init_from)
   mesh = sharding.make_mesh(config.mesh)
 
-  tokenizer = text.TextTokenizer(
-    config.data.text_tokenizer, first_code=model_config.token_ids.first_code
-  )
+  tokenizer = starting.text_tokenizer(config, model_config, init_from)
   shutil.copyfile(tokenizer.name, workdir / "tokenizer.json")
   rows = rows_lib.make_rows(config.data, task, model_config, tokenizer)
   graph, variables = sharding.create_sharded(
@@ -129,7 +126,8 @@ def train(
     mesh,
   )
   if init_from is not None:
-    variables = _start_from(variables, init_from, task, mesh)
+    variables = starting.fill(variables, init_from, task, mesh)
+    starting.keep_files(init_from, workdir)
   thaws = task == "mllm" and "vqvae" not in stage.optimizer.frozen
   if config.data.cache_codes and thaws:
     raise ConfigError(
@@ -275,25 +273,6 @@ def _batches(config, rows, vqvae, workdir: pathlib.Path):
     return main
   easy = rows_lib.of_split(rows, config.data.warmup_split, evaluation=False)
   return Curriculum(iterate(easy, "warmup"), main, steps)
-
-
-def _start_from(variables, path: str, task: str, mesh):
-  """Puts a checkpoint's variables in: a whole model's, or the image
-  tokenizer's into its part."""
-  loaded = checkpoint.load(path, mesh=mesh)
-  values = nnx.to_pure_dict(nnx.state(loaded.model))
-  if loaded.task == "vqvae" and task == "mllm":
-    values = {"vqvae": values}
-  target = nnx.to_pure_dict(variables)
-  checkpoint.compare(
-    {k: target[k] for k in values if k in target}, values, loaded.path
-  )
-  values = {
-    k: jax.tree.map(lambda v, t: v.astype(t.dtype), v, target[k])
-    for k, v in values.items()
-  }
-  nnx.replace_by_pure_dict(variables, target | values)
-  return variables
 
 
 def _restore(checkpoints, step, state):

@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
   c.init_from = ""
 
   c.model = ConfigDict()
-  c.model.variant = "argenseg_8b"  # See argenseg_jax/models/variants.py.
+  # See argenseg_jax/models/variants.py; "" takes the model of `init_from`.
+  c.model.variant = "argenseg_8b"
   # Keys of that variant to change: ("llm.num_layers=2",).
   c.model.overrides = ()
 
@@ -25,7 +26,9 @@ def get_config() -> ConfigDict:
   c.data.path = ""  # The jsonl file, or the folder of ref_shapes.
   c.data.root = ""  # What paths in the jsonl are relative to; "": its folder.
   c.data.split = "train"  # Of ref_shapes.
-  c.data.text_tokenizer = ""  # A tokenizer.json; "": the shipped small one.
+  # A tokenizer.json; "": that of a whole model in `init_from`, else the shipped
+  # small one.
+  c.data.text_tokenizer = ""
   c.data.request = (
     "referring"  # Template: referring, semantic, reasoning, free.
   )

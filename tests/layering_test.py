@@ -25,7 +25,7 @@ LAYERS = [
     "argenseg_jax.tokenizer_training",
   ),
   ("argenseg_jax.checkpoint",),
-  ("argenseg_jax.torch_weights",),
+  ("argenseg_jax.starting", "argenseg_jax.torch_weights"),
   ("argenseg_jax.parity",),
   ("argenseg_jax.predict", "argenseg_jax.rows", "argenseg_jax.train_step"),
   ("argenseg_jax.evaluate", "argenseg_jax.report"),

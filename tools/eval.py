@@ -16,7 +16,9 @@ def main(argv: list[str]) -> int:
   )
   parser.add_argument("--checkpoint", required=True)
   parser.add_argument("--split", default="", help="of the checkpoint's data")
-  parser.add_argument("--data", default="", help="a jsonl file instead")
+  parser.add_argument(
+    "--data", default="", help="a jsonl file or a ref_shapes folder instead"
+  )
   parser.add_argument(
     "--protocol", choices=("merged", "per_expression"), default=None
   )
@@ -38,7 +40,13 @@ def main(argv: list[str]) -> int:
   predictor = Predictor(loaded)  # Knows the data settings and the tokenizer.
   data = predictor.data
   if args.data:
-    data = dataclasses.replace(data, source="jsonl", path=args.data, root=None)
+    source = "ref_shapes" if pathlib.Path(args.data).is_dir() else "jsonl"
+    data = dataclasses.replace(data, source=source, path=args.data, root=None)
+  if not data.path:
+    raise ConfigError(
+      f"checkpoint {args.checkpoint} was not trained here and names no data; "
+      "give --data=FILE.jsonl."
+    )
   if args.protocol:
     data = dataclasses.replace(data, protocol=args.protocol)
   made = rows.make_rows(data, "mllm", loaded.config, predictor.tokenizer)

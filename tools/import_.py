@@ -31,6 +31,11 @@ def main(argv: list[str]) -> int:
   )
   add("--vqvae", metavar="FILE", help="VAR's image tokenizer, for InternVL2.5")
   add(
+    "--tokenizer",
+    metavar="FILE",
+    help="text tokenizer (default: the folder's tokenizer.json)",
+  )
+  add(
     "--scales",
     metavar="1,2,3",
     help="side lengths of the token maps, where config.json has none",
@@ -60,12 +65,19 @@ def main(argv: list[str]) -> int:
     mesh=conversion_mesh(args.fsdp),
     vqvae_path=args.vqvae,
     scales=scales,
+    text_tokenizer=args.tokenizer,
   )
   print(f"{args.target}: {imported.num_tensors} tensors ({imported.task}).")
   if imported.fresh_image_tokenizer:
     print(
       "The image tokenizer is freshly initialised; give --vqvae FILE to take "
       "VAR's.",
+      file=sys.stderr,
+    )
+  if imported.task == "mllm" and not imported.text_tokenizer:
+    print(
+      "No text tokenizer: train, eval and predict need a tokenizer.json; give "
+      "--tokenizer FILE (docs/weights.md says how to make one).",
       file=sys.stderr,
     )
   return 0

@@ -141,6 +141,21 @@ class TextTokenizer:
     # Requests repeat; a dictionary look-up is quicker than BPE.
     self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
 
+  def require(self, ids: TokenIds) -> None:
+    """Raises DataError where a model has other ids for the special tokens."""
+    for field, text in SPECIAL_TOKENS.items():
+      mine, wanted = getattr(self.token_ids, field), getattr(ids, field)
+      if mine != wanted:
+        raise DataError(
+          f"text tokenizer {self.name} gives {text} the id {mine}, the model "
+          f"has it at {wanted}; give the tokenizer.json of this model."
+        )
+    if self.token_ids.bos != ids.bos:
+      raise DataError(
+        f"text tokenizer {self.name} puts {self.token_ids.bos} before a text, "
+        f"the model was made for {ids.bos}; correct its post_processor."
+      )
+
   def __getstate__(self):
     return (self._model.to_str(), self.name, self._first_code)
 

@@ -12,10 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint
+from argenseg_jax.config import ModelConfig
 from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
 from argenseg_jax.torch_weights.importing import (
-  KEPT,
   KEPT_TENSORS,
+  copy_files,
   written_whole,
 )
 from argenseg_jax.torch_weights.tensors import WeightsError
@@ -44,7 +45,8 @@ def export_weights(
     part: the whole model, the language model or the image tokenizer alone.
     dtype: of all floating-point tensors; None keeps each as it is.
     files_from: folder whose config.json, text tokenizer and code are carried
-      along; by default what import kept.
+      along; by default what import kept, handed on by training. A checkpoint
+      without either gives its tokenizer.json.
     max_file_bytes: largest file.
 
   Returns:
@@ -59,7 +61,8 @@ def export_weights(
     part = "vqvae"
   if part == "llm" and loaded.task == "vqvae":
     raise WeightsError(f"{source_path} is an image tokenizer, without llm.")
-  kept = loaded.path.parent.parent / KEPT
+  refuse_variants(loaded.config, part)
+  kept = checkpoint.kept_files(loaded.path)
   files = kept if files_from is None else pathlib.Path(files_from)
   if files_from is not None and not files.is_dir():
     raise WeightsError(f"{files} is not a folder.")
@@ -93,10 +96,11 @@ def export_weights(
   if dtype is not None:
     source = _Cast(source, tensors.DTYPES[_DTYPES[dtype]])
   with written_whole(target) as folder:
-    if part != "vqvae" and files.is_dir():
-      for file in files.iterdir():
-        if file.name != KEPT_TENSORS and file.is_file():
-          shutil.copyfile(file, folder / file.name)
+    if part != "vqvae":
+      copy_files(files, folder)
+      text_tokenizer = checkpoint.text_tokenizer_path(loaded.path)
+      if files_from is None and text_tokenizer.is_file():
+        shutil.copyfile(text_tokenizer, folder / text_tokenizer.name)
     values = _config(loaded.config, part, files)
     text = json.dumps(values, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n")
@@ -116,23 +120,67 @@ def writable(table: rules.Table, leaves: Mapping[str, Any]) -> rules.Table:
   return table
 
 
+def refuse_variants(config: ModelConfig, part: Part) -> None:
+  """Names a setting that the authors' code does not have.
+
+  Settings with variables of their own are left to `writable`.
+  """
+  vqvae, llm = config.vqvae, config.llm
+  found = {}
+  if part != "llm":
+    found["vqvae.patch_side"] = vqvae.patch_side != 1
+    found["vqvae.norm_groups"] = vqvae.norm_groups != 32
+  if part != "vqvae":
+    found["llm.rope_fraction"] = llm.rope_fraction != 1
+    odd = llm.head_dim * llm.num_heads != llm.width
+    found["llm.head_dim"] = (
+      odd and rules.architecture(llm) == "InternLM2ForCausalLM"
+    )
+    found["llm.qk_norm"] = llm.qk_norm
+  if part == "all":
+    found["full_attention_in_scale"] = config.full_attention_in_scale
+    found["bidirectional_prompt"] = config.bidirectional_prompt
+  for key, differs in found.items():
+    if differs:
+      raise WeightsError(
+        f"the authors' code has no place for this model's {key!r}: this "
+        "variant cannot be exported."
+      )
+
+
 def _config(config, part: Part, files: pathlib.Path) -> dict[str, Any]:
-  """The folder's own config.json, corrected for what training changed."""
+  """The folder's own config.json, with the numbers of this model."""
   if part == "vqvae":
     return hf_config.write_vqvae(config.vqvae)
   whole = hf_config.write(config)
   if (files / "config.json").is_file():
-    kept = hf_config.read(files)
-    ours = whole
-    whole = {k: v for k, v in ours.items() if k in ("text_vocab",)} | kept
-    whole |= {k: ours[k] for k in ("patch_nums", "vae") if k not in kept}
-    for name in ("llm_config", "llm"):
-      if name in whole:
-        whole[name] = whole[name] | {
-          "vocab_size": config.llm.vocab_size,
-          "tie_word_embeddings": config.llm.tied_head,
-        }
+    whole = _corrected(hf_config.read(files), whole)
   return whole if part == "all" else hf_config.group(whole, "llm")
+
+
+def _corrected(kept: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+  """`kept` with the numbers of `ours` that it names, and with what only a
+  whole ARGenSeg has."""
+
+  def numbers(kept, ours):
+    return kept | {
+      k: v
+      for k, v in ours.items()
+      if k in kept and isinstance(v, (int, float)) and kept[k] != v
+    }
+
+  whole = {"text_vocab": ours["text_vocab"]} | numbers(kept, ours)
+  for name in ("llm", "vision"):
+    mine = ours[f"{name}_config"]
+    key = f"{name}_config" if f"{name}_config" in kept else name
+    whole[key] = numbers(hf_config.group(kept, name), mine)
+    if name == "llm":
+      added = ("vocab_size", "tie_word_embeddings")
+      whole[key] |= {k: mine[k] for k in added}
+  whole["patch_nums"] = ours["patch_nums"]
+  vae = kept.get("vae")
+  whole["vae"] = ours["vae"] if vae is None else numbers(vae, ours["vae"])
+  return whole
 
 
 class _Cast:
@@ -141,7 +189,9 @@ class _Cast:
   def __init__(self, source: tensors.Source, dtype: np.dtype):
     self._source = source
     self.tensors = {
-      name: info._replace(dtype=dtype if _floating(info.dtype) else info.dtype)
+      name: info._replace(
+        dtype=dtype if tensors.is_floating(info.dtype) else info.dtype
+      )
       for name, info in source.tensors.items()
     }
 
@@ -162,7 +212,3 @@ class _Unprefixed:
   def read(self, name: str) -> np.ndarray:
     whole = self._prefix + name
     return self._source.read(whole if whole in self._source.tensors else name)
-
-
-def _floating(dtype: np.dtype) -> bool:
-  return dtype.kind == "f" or dtype == tensors.DTYPES["BF16"]

@@ -98,13 +98,19 @@ def llm_config(values: Mapping[str, Any], *, tied_head: bool) -> LLMConfig:
     )
   width = _get(values, "hidden_size")
   heads = _get(values, "num_attention_heads")
+  kv_heads = values.get("num_key_value_heads") or heads
   biased = bool(values.get("bias", False))
+  if (not values.get("head_dim") and width % heads) or heads % kv_heads:
+    raise WeightsError(
+      f"config.json has hidden_size {width}, num_attention_heads {heads}, "
+      f"num_key_value_heads {kv_heads}; each must be a multiple of the next."
+    )
   return LLMConfig(
     vocab_size=_get(values, "vocab_size"),
     width=width,
     num_layers=_get(values, "num_hidden_layers"),
     num_heads=heads,
-    num_kv_heads=values.get("num_key_value_heads") or heads,
+    num_kv_heads=kv_heads,
     head_dim=values.get("head_dim") or width // heads,
     mlp_width=_get(values, "intermediate_size"),
     norm_eps=float(values.get("rms_norm_eps", 1e-6)),
@@ -129,21 +135,40 @@ def vision_config(config: Mapping[str, Any]) -> VisionConfig:
       f"config.json asks for pixel shuffle {config['ps_version']!r}; only 'v2' "
       "is supported."
     )
+  norm = values.get("norm_type", "rms_norm")
+  if norm not in ("layer_norm", "rms_norm"):
+    raise WeightsError(
+      f"config.json asks for norm_type {norm!r}; use layer_norm or rms_norm."
+    )
+  side, patch = values.get("image_size", 448), values.get("patch_size", 14)
+  shuffle = round(1 / config.get("downsample_ratio", 0.5))
+  if side % (patch * shuffle):
+    raise WeightsError(
+      f"config.json has image_size {side}, which is no multiple of {shuffle} "
+      f"patches of {patch}."
+    )
+  width = _get(values, "hidden_size")
+  heads = _get(values, "num_attention_heads")
+  if width % heads:
+    raise WeightsError(
+      f"config.json has a vision tower {width} wide, which {heads} heads do "
+      "not divide."
+    )
   return VisionConfig(
-    image_side=values.get("image_size", 448),
-    patch_side=values.get("patch_size", 14),
-    width=_get(values, "hidden_size"),
+    image_side=side,
+    patch_side=patch,
+    width=width,
     num_layers=_get(values, "num_hidden_layers"),
-    num_heads=_get(values, "num_attention_heads"),
+    num_heads=heads,
     mlp_width=_get(values, "intermediate_size"),
-    norm=values.get("norm_type", "rms_norm"),
+    norm=norm,
     norm_eps=float(values.get("layer_norm_eps", 1e-6)),
     qkv_bias=bool(values.get("qkv_bias", False)),
     qk_norm=bool(values.get("qk_normalization", True)),
     layer_scale_init=float(values.get("initializer_factor", 0.1)),
     drop_path=float(values.get("drop_path_rate", 0.0)),
     select_layer=config.get("select_layer", -1),
-    pixel_shuffle=round(1 / config.get("downsample_ratio", 0.5)),
+    pixel_shuffle=shuffle,
   )
 
 
@@ -182,6 +207,12 @@ def vqvae_config(
   if vae.get("using_znorm"):
     raise WeightsError(f"{where} needs using_znorm, which is not supported.")
   sides = config.get("patch_nums") or _known_scales(tensors)
+  try:
+    sides = Scales(tuple(sides)).sides
+  except (TypeError, ValueError) as error:
+    raise WeightsError(
+      f"config.json has patch_nums {sides!r}; rising side lengths are needed."
+    ) from error
   return VQVAEConfig(
     image_side=sides[-1] * 2 ** (len(widths) - 1),
     scales=tuple(sides),
@@ -204,9 +235,13 @@ def _known_scales(tensors: Tensors) -> tuple[int, ...]:
 
 
 def token_ids(
-  config: Mapping[str, Any], first_code: int, folder: pathlib.Path | None
+  config: Mapping[str, Any],
+  first_code: int,
+  folder: pathlib.Path | None,
+  text_tokenizer: pathlib.Path | None = None,
 ) -> TokenIds:
-  """Special tokens: from the folder's text tokenizer, else as released.
+  """Special tokens: from `text_tokenizer` or the files of a text tokenizer in
+  `folder`, else as released.
 
   The four tokens that ARGenSeg adds stand right before the codes.
   """
@@ -223,7 +258,7 @@ def token_ids(
   else:
     name = (group(config, "llm").get("architectures") or ["?"])[0]
     special = dict(_RELEASED_IDS.get(name, {}))
-    special |= _tokenizer_ids(folder) if folder else {}
+  special |= _tokenizer_ids(folder, text_tokenizer)
   new = {t: first_code - 4 + i for i, t in enumerate(_NEW_TOKENS)}
   special |= {t: i for t, i in new.items() if t not in special}
   return TokenIds(
@@ -242,21 +277,27 @@ def token_ids(
   )
 
 
-def _tokenizer_ids(folder: pathlib.Path) -> dict[str, int]:
-  """Added tokens of a text tokenizer's files, by text."""
-
-  def load(name):
-    path = folder / name
+def _tokenizer_ids(
+  folder: pathlib.Path | None, text_tokenizer: pathlib.Path | None
+) -> dict[str, int]:
+  """Added tokens of a text tokenizer's files, by text; the last named win."""
+  ids: dict[str, int] = {}
+  beside = ("tokenizer_config.json", "added_tokens.json") if folder else ()
+  for path in (*(folder / name for name in beside), text_tokenizer):
+    if path is None or not path.is_file():
+      continue
     try:
-      return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-      raise WeightsError(f"{path} is no JSON: {error}.") from error
-
-  decoder = load("tokenizer_config.json").get("added_tokens_decoder", {})
-  ids = {entry["content"]: int(i) for i, entry in decoder.items()}
-  ids |= load("added_tokens.json")
-  for entry in load("tokenizer.json").get("added_tokens", []):
-    ids[entry["content"]] = entry["id"]
+      values = json.loads(path.read_text())
+      decoder = values.get("added_tokens_decoder", {})
+      ids |= {entry["content"]: int(i) for i, entry in decoder.items()}
+      if path.name == "added_tokens.json":
+        ids |= {text: int(i) for text, i in values.items()}
+      for entry in values.get("added_tokens", []):
+        ids[entry["content"]] = int(entry["id"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise WeightsError(
+        f"{path} is no file of a text tokenizer ({error!r})."
+      ) from error
   return ids
 
 
@@ -296,6 +337,8 @@ def write_llm(config: LLMConfig) -> dict[str, Any]:
     }
   if name == "InternLM2ForCausalLM":
     values["bias"] = config.out_bias
+  elif config.head_dim * config.num_heads != config.width:
+    values["head_dim"] = config.head_dim
   return values
 
 

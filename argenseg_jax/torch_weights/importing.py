@@ -16,7 +16,13 @@ from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint, sharding
 from argenseg_jax import config as config_lib
-from argenseg_jax.config import MeshConfig, ModelConfig
+from argenseg_jax.config import (
+  DataConfig,
+  EvalConfig,
+  MeshConfig,
+  ModelConfig,
+)
+from argenseg_jax.data import text
 from argenseg_jax.models import variants
 from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
 from argenseg_jax.torch_weights.tensors import (
@@ -28,8 +34,7 @@ from argenseg_jax.torch_weights.tensors import (
   WeightsError,
 )
 
-# Inside a checkpoint's work directory: what export carries back.
-KEPT = "torch"
+# Among the kept files: tensors that compute nothing.
 KEPT_TENSORS = "carried.safetensors"
 _KEPT_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 _TOKENIZER = "image_tokenizer."
@@ -44,6 +49,7 @@ class Imported:
   config: ModelConfig
   num_tensors: int
   fresh_image_tokenizer: bool
+  text_tokenizer: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,7 @@ class _Plan:
   source: Source
   new_tokens: bool
   fresh_image_tokenizer: bool
+  text_tokenizer: pathlib.Path | None = None
 
 
 def import_weights(
@@ -65,6 +72,7 @@ def import_weights(
   mesh: Mesh,
   vqvae_path: str | os.PathLike | None = None,
   scales: tuple[int, ...] | None = None,
+  text_tokenizer: str | os.PathLike | None = None,
 ) -> Imported:
   """Reads a PyTorch folder or file and writes a checkpoint.
 
@@ -74,12 +82,13 @@ def import_weights(
     mesh: variables are born sharded over it.
     vqvae_path: VAR's image tokenizer, for an InternVL2.5 folder.
     scales: side lengths of the token maps, where config.json has none.
+    text_tokenizer: a tokenizer.json; that of the folder by default.
 
   Raises:
     WeightsError: something does not fit; nothing is left behind.
   """
   path, target = pathlib.Path(source_path), pathlib.Path(target)
-  plan = _plan(path, vqvae_path, scales)
+  plan = _plan(path, vqvae_path, scales, _tokenizer_file(path, text_tokenizer))
   where = str(path)
   make = checkpoint.model_factory(plan.task, plan.config)
   abstract = nnx.state(nnx.eval_shape(make))
@@ -91,15 +100,17 @@ def import_weights(
     plan.table, mapping.variables(abstract), plan.source, where
   )
   with written_whole(target) as folder:
+    _keep_files(path, folder, plan, kept)
     state, odd = mapping.load(plan.table, abstract, plan.source, mesh)
     if plan.fresh_image_tokenizer:
       state = nnx.merge_state(state, _fresh_image_tokenizer(plan.config))
-    _keep_files(path, folder, plan, kept)
     meta = {
       "task": plan.task,
       "model": config_lib.to_dict(plan.config),
       "torch_dtypes": odd,
     }
+    if plan.task == "mllm":
+      meta["run"] = _settings(plan.config)
     # Writing copies what it writes: let it not copy the model.
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(state))
     checkpoints = checkpoint.Checkpoints(
@@ -115,6 +126,7 @@ def import_weights(
     plan.config,
     len(plan.source.tensors),
     plan.fresh_image_tokenizer,
+    plan.text_tokenizer is not None,
   )
 
 
@@ -147,8 +159,48 @@ def written_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _tokenizer_file(path, given) -> pathlib.Path | None:
+  """The tokenizer.json given, else that of the folder, if any."""
+  file = pathlib.Path(given) if given else path / "tokenizer.json"
+  if given and not file.is_file():
+    raise WeightsError(f"text tokenizer {file} is not a file.")
+  return file if file.is_file() else None
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+  """The part of a run that predict and eval read: the authors' evaluation."""
+  codes = sum(side * side for side in config.vqvae.scales)
+  text_tokens = 512  # Room for the system message, a request and an answer.
+  data = DataConfig(
+    path="",
+    source="jsonl",
+    split="val",
+    join="evaluation",
+    system_message=text.INTERNVL_SYSTEM_MESSAGE,
+    sequence_length=config.vision.num_embeddings + codes + text_tokens,
+    image_side=config.vision.image_side,
+    mask_side=config.vqvae.image_side,
+    mask_channels=1,
+  )
+  limits = EvalConfig(
+    splits=("val",),
+    max_samples=0,
+    batch_size=8,
+    max_text=32,
+    max_masks=1,
+    start_with_mask=False,
+  )
+  return {
+    "data": config_lib.to_dict(data),
+    "eval": config_lib.to_dict(limits),
+  }
+
+
 def whole_config(
-  config: Mapping[str, Any], source: Source, folder: pathlib.Path | None
+  config: Mapping[str, Any],
+  source: Source,
+  folder: pathlib.Path | None,
+  text_tokenizer: pathlib.Path | None = None,
 ) -> ModelConfig:
   """The config of a whole ARGenSeg checkpoint.
 
@@ -156,6 +208,7 @@ def whole_config(
     config: its config.json.
     source: its tensors, in the authors' naming.
     folder: for the ids of special tokens; None takes the known ones.
+    text_tokenizer: a tokenizer.json that is asked first.
   """
   found = source.tensors
   name = "language_model."
@@ -171,16 +224,21 @@ def whole_config(
   }
   vqvae = hf_config.vqvae_config(config, image_tokenizer, "the checkpoint")
   first_code = llm.vocab_size - vqvae.num_codes
+  if config.get("text_vocab", first_code) != first_code:
+    raise WeightsError(
+      f"config.json has text_vocab {config['text_vocab']}, but its vocab_size "
+      f"{llm.vocab_size} without {vqvae.num_codes} codes is {first_code}."
+    )
   return ModelConfig(
     name="imported",
     vision=hf_config.vision_config(config),
     llm=llm,
     vqvae=vqvae,
-    token_ids=hf_config.token_ids(config, first_code, folder),
+    token_ids=hf_config.token_ids(config, first_code, folder, text_tokenizer),
   )
 
 
-def _plan(path, vqvae_path, scales) -> _Plan:
+def _plan(path, vqvae_path, scales, text_tokenizer) -> _Plan:
   source = tensors.open_file(path)
   found = source.tensors
   extra = {"patch_nums": list(scales)} if scales else {}
@@ -194,14 +252,15 @@ def _plan(path, vqvae_path, scales) -> _Plan:
   if "word_embed.weight" in found:
     if vqvae_path is not None:
       raise WeightsError(f"{path} has an image tokenizer: leave --vqvae out.")
-    whole = whole_config(config, source, path)
-    return _Plan("mllm", whole, rules.argenseg(whole), source, False, False)
+    whole = whole_config(config, source, path, text_tokenizer)
+    table = rules.argenseg(whole)
+    return _Plan("mllm", whole, table, source, False, False, text_tokenizer)
   if "mlp1.0.weight" not in found:
     raise WeightsError(
       f"{path} is neither ARGenSeg, InternVL2.5 nor VAR's image tokenizer: it "
       "has no tensor 'mlp1.0.weight' or 'quantize.embedding.weight'."
     )
-  return _internvl_plan(path, source, config, vqvae_path)
+  return _internvl_plan(path, source, config, vqvae_path, text_tokenizer)
 
 
 def _image_tokenizer_plan(path, source, extra) -> _Plan:
@@ -214,7 +273,7 @@ def _image_tokenizer_plan(path, source, extra) -> _Plan:
   return _Plan("vqvae", whole, rules.vqvae(vqvae), source, False, False)
 
 
-def _internvl_plan(path, source, config, vqvae_path) -> _Plan:
+def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
   """InternVL2.5 with new tokens, zero code embeddings, an image tokenizer."""
   found = source.tensors
   values = hf_config.group(config, "llm")
@@ -244,7 +303,7 @@ def _internvl_plan(path, source, config, vqvae_path) -> _Plan:
     vision=hf_config.vision_config(config),
     llm=dataclasses.replace(llm, vocab_size=rows),
     vqvae=vqvae,
-    token_ids=hf_config.token_ids(config, first_code, path),
+    token_ids=hf_config.token_ids(config, first_code, path, text_tokenizer),
   )
   table = rules.argenseg(whole)
   if vqvae_path is None:
@@ -262,7 +321,8 @@ def _internvl_plan(path, source, config, vqvae_path) -> _Plan:
   }
   new = {n: _zeros(shape, dtype) for n, shape in zeros.items()}
   merged = Merged(source, Computed(grown), Computed(new), *parts)
-  return _Plan("mllm", whole, table, merged, True, vqvae_path is None)
+  fresh = vqvae_path is None
+  return _Plan("mllm", whole, table, merged, True, fresh, text_tokenizer)
 
 
 def _zeros(shape, dtype):
@@ -292,22 +352,33 @@ def _fresh_image_tokenizer(config: ModelConfig) -> nnx.State:
   return nnx.State({"vqvae": state})
 
 
+def copy_files(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies what stands beside the weights of a Hugging Face style folder:
+  config, text tokenizer, code. Nothing where `source` is no folder."""
+  for pattern in _KEPT_PATTERNS:
+    for file in source.glob(pattern) if source.is_dir() else ():
+      if not file.name.endswith(".index.json"):
+        shutil.copyfile(file, target / file.name)
+
+
 def _keep_files(path, folder, plan: _Plan, kept: list[str]) -> None:
   """Config, text tokenizer and idle buffers, for export and for prediction."""
-  beside = folder / KEPT
+  beside = folder / checkpoint.KEPT
   beside.mkdir()
-  if path.is_dir():
-    for pattern in _KEPT_PATTERNS:
-      for file in path.glob(pattern):
-        if not file.name.endswith(".index.json"):
-          shutil.copyfile(file, beside / file.name)
+  copy_files(path, beside)
   if kept:
     tensors.write_file(beside / KEPT_TENSORS, plan.source, kept)
-  text_tokenizer = beside / "tokenizer.json"
-  if text_tokenizer.is_file():
+  if plan.text_tokenizer is not None:
+    mine = beside / "tokenizer.json"
+    shutil.copyfile(plan.text_tokenizer, mine)
     if plan.new_tokens:
-      _add_tokens(text_tokenizer, plan.config.token_ids)
-    shutil.copyfile(text_tokenizer, folder / "tokenizer.json")
+      _add_tokens(mine, plan.config.token_ids)
+    made = text.TextTokenizer(
+      mine if plan.new_tokens else plan.text_tokenizer,
+      first_code=plan.config.token_ids.first_code,
+    )
+    made.require(plan.config.token_ids)
+    shutil.copyfile(mine, folder / "tokenizer.json")
 
 
 def _add_tokens(path: pathlib.Path, ids: config_lib.TokenIds) -> None:

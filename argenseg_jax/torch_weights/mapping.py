@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import sharding
+from argenseg_jax.torch_weights import tensors
 from argenseg_jax.torch_weights.rules import Rule, Table
 from argenseg_jax.torch_weights.tensors import (
   Source,
@@ -100,6 +101,11 @@ def check(
       raise WeightsError(
         f"{where} holds {name!r} of shape {tuple(found[name].shape)}; its "
         f"config asks for {tuple(shape)}."
+      )
+    if not tensors.is_floating(found[name].dtype):
+      raise WeightsError(
+        f"{where} holds {name!r} as {found[name].dtype}; quantised weights are "
+        "not supported."
       )
   for name in found:
     if name not in expected and name not in carried:

@@ -326,6 +326,10 @@ def write_file(
       file.write(array.reshape(-1).view(np.uint8).data)
 
 
+def is_floating(dtype: np.dtype) -> bool:
+  return dtype.kind == "f" or dtype == DTYPES["BF16"]
+
+
 def _bytes(info: TensorInfo) -> int:
   return math.prod(info.shape) * np.dtype(info.dtype).itemsize
 

@@ -13,7 +13,11 @@ import tokenizers
 from flax import nnx
 
 from argenseg_jax import checkpoint, sampling
+from argenseg_jax.data import text
+from argenseg_jax.data.errors import DataError
+from argenseg_jax.models import variants
 from argenseg_jax.models.vqvae import VQVAE
+from argenseg_jax.predict import Predictor
 from argenseg_jax.tools import cli
 from argenseg_jax.torch_weights import (
   exporting,
@@ -38,6 +42,15 @@ def _entries(arrays):
     n: (tensors.TensorInfo(a.shape, a.dtype), lambda a=a: a)
     for n, a in arrays.items()
   }
+
+
+def _write_toy_tokenizer(path, ids, **changes):
+  """One with the special tokens where `ids` (as changed) has them."""
+  ids = dataclasses.replace(ids, **changes)
+  words = {t: getattr(ids, f) for f, t in text.SPECIAL_TOKENS.items()}
+  words |= {"<unk>": 0, "<s>": ids.bos, "</s>": ids.pad}
+  toy = text.TextTokenizer.from_characters(words, first_code=ids.first_code)
+  path.write_text(toy.__getstate__()[0])
 
 
 def _export(tmp_path, source="checkpoint", target="back", **kwargs):
@@ -258,6 +271,71 @@ def test_an_existing_target_is_left_alone(tmp_path, tiny, folder):
     _import(tmp_path, authors)
 
 
+@pytest.mark.parametrize(
+  ("group", "key", "value", "message"),
+  [
+    ("llm_config", "num_key_value_heads", 3, "num_key_value_heads 3"),
+    ("llm_config", "num_attention_heads", 5, "num_attention_heads 5"),
+    ("vision_config", "num_attention_heads", 3, "3 heads"),
+    ("vision_config", "image_size", 42, "image_size 42"),
+    ("vision_config", "norm_type", "batch_norm", "'batch_norm'"),
+    (None, "patch_nums", ["a"], r"patch_nums \['a'\]"),
+    (None, "patch_nums", [1, 2, 3, 4], "'pos_1LC' of shape"),
+  ],
+)
+def test_faulty_config_json_is_named(
+  tmp_path, tiny, folder, group, key, value, message
+):
+  authors = folder(tiny.whole())
+  values = json.loads((authors / "config.json").read_text())
+  (values[group] if group else values)[key] = value
+  (authors / "config.json").write_text(json.dumps(values))
+  with pytest.raises(WeightsError, match=message):
+    _import(tmp_path, authors)
+  assert sorted(tmp_path.iterdir()) == [authors]
+
+
+def test_integer_weights_are_refused(tmp_path, tiny, folder):
+  with pytest.raises(WeightsError, match="as int8; quantised"):
+    _import(tmp_path, folder(tiny.whole(), np.int8))
+
+
+def test_an_imported_model_knows_its_text_tokenizer(tmp_path, tiny, folder):
+  config = tiny.whole()
+  authors = folder(config)
+  assert not _import(tmp_path, authors).text_tokenizer
+  loaded = checkpoint.load(
+    tmp_path / "checkpoint", mesh=importing.conversion_mesh()
+  )
+  with pytest.raises(checkpoint.CheckpointError, match="--tokenizer FILE"):
+    Predictor(loaded)
+  shutil.rmtree(tmp_path / "checkpoint")
+  file = tmp_path / "toy.json"
+  # Its ids win over the released ones; but they must fit what is given.
+  _write_toy_tokenizer(file, config.token_ids, im_start=5)
+  assert _import(tmp_path, authors, text_tokenizer=file).text_tokenizer
+  step = checkpoint.step_directory(tmp_path / "checkpoint")
+  again = vars(checkpoint.describe(step))
+  predictor = Predictor(dataclasses.replace(loaded, **again))
+  assert predictor.config.token_ids.im_start == 5
+  assert predictor.data.image_side == config.vision.image_side
+  _write_toy_tokenizer(tmp_path / "checkpoint/tokenizer.json", config.token_ids)
+  with pytest.raises(
+    DataError, match=r"im_start\|> the id 3, the model has it"
+  ):
+    checkpoint.text_tokenizer(checkpoint.describe(step))
+
+
+def test_a_text_tokenizer_without_special_tokens_is_refused(
+  tmp_path, tiny, folder
+):
+  authors = folder(tiny.whole())
+  (authors / "tokenizer.json").write_text("{}")
+  with pytest.raises(DataError, match=r"authors/tokenizer\.json"):
+    _import(tmp_path, authors)
+  assert sorted(tmp_path.iterdir()) == [authors]
+
+
 def test_unknown_language_model_is_named(tmp_path, tiny, folder):
   authors = folder(tiny.whole())
   values = json.loads((authors / "config.json").read_text())
@@ -272,6 +350,39 @@ def test_variants_without_a_place_in_the_authors_model(tiny):
   table = rules.argenseg(tiny.whole())
   with pytest.raises(WeightsError, match="vision_pos"):
     exporting.writable(table, leaves)
+
+
+@pytest.mark.parametrize("part", ["all", "llm", "vqvae"])
+def test_the_tiny_variant_is_not_exported(part):
+  with pytest.raises(WeightsError, match="no place for this model's"):
+    exporting.refuse_variants(variants.get("tiny"), part)
+  exporting.refuse_variants(variants.get("argenseg_8b"), part)
+
+
+def test_export_without_kept_files_takes_the_tokenizer(tmp_path, tiny, folder):
+  """What a checkpoint of `argenseg train` looks like."""
+  config = tiny.whole()
+  _write_toy_tokenizer(tmp_path / "toy.json", config.token_ids)
+  authors = folder(config)
+  _import(tmp_path, authors, text_tokenizer=tmp_path / "toy.json")
+  shutil.rmtree(tmp_path / "checkpoint" / checkpoint.KEPT)
+  back = _export(tmp_path, part="llm")
+  assert "output.weight" in back.tensors
+  found = sorted(p.name for p in (tmp_path / "back").iterdir())
+  assert found == ["config.json", "model.safetensors", "tokenizer.json"]
+  # A folder named by the user is corrected where the model differs from it.
+  values = json.loads((authors / "config.json").read_text())
+  values["llm_config"] |= {"num_hidden_layers": 9, "made_by": "them"}
+  values["patch_nums"] = [1]
+  (authors / "config.json").write_text(json.dumps(values))
+  again = _export(tmp_path, target="again", files_from=authors)
+  assert (
+    again.tensors.keys() == tensors.SafetensorsFolder(authors).tensors.keys()
+  )
+  found = json.loads((tmp_path / "again" / "config.json").read_text())
+  assert found["llm_config"]["num_hidden_layers"] == config.llm.num_layers
+  assert found["llm_config"]["made_by"] == "them"
+  assert found["patch_nums"] == list(config.vqvae.scales)
 
 
 @pytest.mark.parametrize("llm", ["internlm2_bias", "qwen2"])
