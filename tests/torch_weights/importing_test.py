@@ -149,7 +149,8 @@ def test_internvl_gets_new_tokens_and_an_image_tokenizer(
   del values["vae"], values["text_vocab"], values["set"]
   values["llm_config"]["vocab_size"] = old_rows
   (plain / "config.json").write_text(json.dumps(values))
-  _write_tokenizer(plain / "tokenizer.json", old_rows)
+  starts = llm == "internlm2"
+  _write_tokenizer(plain / "tokenizer.json", old_rows, starts=starts)
   # VAR's own file: the image tokenizer's tensors without a prefix.
   state = tiny.abstract(lambda: VQVAE(tiny.VQVAE, rngs=nnx.Rngs(0)))
   var = tiny.random_source(rules.vqvae(tiny.VQVAE), state)
@@ -159,7 +160,7 @@ def test_internvl_gets_new_tokens_and_an_image_tokenizer(
   special = imported.config.token_ids
   assert special.mask == old_rows
   assert special.first_code == old_rows + 4
-  assert special.img_context == 3  # From tokenizer.json.
+  assert special.img_context == 3 + starts  # From tokenizer.json.
   back = _export(tmp_path)
   for name in made:
     found = back.read(name)
@@ -182,15 +183,20 @@ def test_internvl_gets_new_tokens_and_an_image_tokenizer(
   assert tokenizer.token_to_id("<MASK_CONTEXT>") == special.mask_context
 
 
-def _write_tokenizer(path, size):
-  words = ["</s>", "<img>", "</img>", "<IMG_CONTEXT>"]
+def _write_tokenizer(path, size, *, starts: bool):
+  """One that puts `<s>` before every text if it `starts`, as InternLM2's."""
+  words = ["</s>", *["<s>"] * starts, "<img>", "</img>", "<IMG_CONTEXT>"]
   words += ["<|im_start|>", "<|im_end|>"]
   words += [f"w{i}" for i in range(size - len(words))]
   model = tokenizers.models.WordLevel(
     {word: i for i, word in enumerate(words)}, unk_token="w0"
   )
   tokenizer = tokenizers.Tokenizer(model)
-  tokenizer.add_special_tokens(words[:6])
+  tokenizer.add_special_tokens(words[: 6 + starts])
+  if starts:
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      single="<s> $A", special_tokens=[("<s>", 1)]
+    )
   tokenizer.save(str(path))
 
 
