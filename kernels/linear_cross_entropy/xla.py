@@ -21,7 +21,8 @@ def statistics(
 
   A target outside the vocabulary has logit 0.
   """
-  (hidden, targets), length = _split_tokens(head.shape[0], hidden, targets)
+  num_blocks, _ = _word_blocks(head)
+  (hidden, targets), length = _split_tokens(head, hidden, targets)
 
   def tokens_block(block):
     hidden, targets = block
@@ -40,7 +41,7 @@ def statistics(
 
     zeros = jnp.zeros(hidden.shape[0], jnp.float32)
     state = (jnp.full_like(zeros, -jnp.inf), zeros, zeros)
-    state = lax.fori_loop(0, _num_blocks(head), words_block, state)
+    state = lax.fori_loop(0, num_blocks, words_block, state)
     peak, total, target_logits = state
     return peak + jnp.log(total), target_logits
 
@@ -60,7 +61,7 @@ def gradients(
   """Pulls the gradients of `statistics` back to hidden and head."""
   dtype = head.dtype
   blocks, length = _split_tokens(
-    head.shape[0], hidden, targets, normalizers, d_normalizers, d_logits
+    head, hidden, targets, normalizers, d_normalizers, d_logits
   )
 
   def words_block(i, state):
@@ -87,18 +88,21 @@ def gradients(
 
   d_hidden = jnp.zeros(blocks[0].shape, jnp.float32)
   state = (d_hidden, jnp.zeros_like(head))
-  d_hidden, d_head = lax.fori_loop(0, _num_blocks(head), words_block, state)
+  num_blocks, _ = _word_blocks(head)
+  d_hidden, d_head = lax.fori_loop(0, num_blocks, words_block, state)
   d_hidden = d_hidden.reshape(-1, hidden.shape[1])[:length]
   return d_hidden.astype(hidden.dtype), d_head
 
 
-def _num_blocks(head):
-  return -(-head.shape[0] // _WORDS)
+def _word_blocks(head):
+  """Number and size of the blocks of words."""
+  return even_blocks(head.shape[0], _WORDS)
 
 
 def _start(head, i):
   """First row of block i; the last block reaches back to keep its size."""
-  return jnp.minimum(i * _WORDS, max(head.shape[0] - _WORDS, 0))
+  _, size = _word_blocks(head)
+  return jnp.minimum(i * size, head.shape[0] - size)
 
 
 def _words(head, i):
@@ -106,23 +110,23 @@ def _words(head, i):
 
   None stands for all of them: masking costs a tenth of a small loss.
   """
-  size = min(head.shape[0], _WORDS)
+  _, size = _word_blocks(head)
   start = _start(head, i)
   ids = start + lax.broadcasted_iota(jnp.int32, (1, size), 1)
   rows = lax.dynamic_slice_in_dim(head, start, size)
-  return rows, ids, ids >= i * _WORDS if head.shape[0] % size else None
+  return rows, ids, ids >= i * size if head.shape[0] % size else None
 
 
 def _where(kept, x, otherwise):
   return x if kept is None else jnp.where(kept, x, otherwise)
 
 
-def _split_tokens(vocab, *arrays):
+def _split_tokens(head, *arrays):
   """Pads each [t ...] with zeros and cuts it into [blocks, size, ...].
 
   Returns the arrays and t.
   """
-  words = min(vocab, _WORDS)
+  _, words = _word_blocks(head)
   largest = block_elements(dispatch.target().platform) // words
   length = arrays[0].shape[0]
   count, size = even_blocks(length, max(largest, _MIN_TOKENS))
