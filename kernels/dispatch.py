@@ -1,15 +1,22 @@
 """The one place that picks an implementation for a platform."""
 
 import importlib
+import re
 from types import ModuleType
 from typing import Literal, NamedTuple
 
 import jax
 from jax.sharding import AxisType
 
-Implementation = Literal["reference", "xla", "tpu"]
+Implementation = Literal["reference", "xla", "tpu", "gpu"]
 
-_FILES = {"reference": "reference", "xla": "xla", "tpu": "pallas_tpu"}
+_FILES = {
+  "reference": "reference",
+  "xla": "xla",
+  "tpu": "pallas_tpu",
+  "gpu": "pallas_gpu",
+}
+_HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 
 
 class Target(NamedTuple):
@@ -37,26 +44,37 @@ def load(op: str, implementation: str | None) -> ModuleType:
   None stands for the platform's own: the Pallas kernel on a TPU, the blocked
   XLA form anywhere else, and also where XLA partitions the program over several
   devices, which it cannot do to a kernel (the sharded forms of the ops can).
+  The GPU kernels must be asked for: they compile and are tested in an
+  interpreter, but have not run on a GPU yet.
 
-  An explicit choice is never replaced by another one: "tpu" where there is no
-  TPU raises when JAX lowers the kernel.
+  An explicit choice is never replaced by another one: a kernel for an
+  accelerator that is not there raises when JAX lowers it, and a GPU kernel
+  raises for arrays that it cannot take.
 
   Raises:
-    ValueError: there is no such implementation.
+    ValueError: there is no such implementation, or not for this GPU.
   """
   if implementation is None:
     on_tpu = target().platform == "tpu"
-    implementation = "tpu" if on_tpu and not _partitioned() else "xla"
+    implementation = "tpu" if on_tpu and not partitioned() else "xla"
   if implementation not in _FILES:
     raise ValueError(
       f"{op} has no implementation {implementation!r}; use one of "
       f"{', '.join(_FILES)}, or None for the platform's own (xla on GPUs)."
     )
+  platform, kind = target()
+  on_gpu = implementation == "gpu" and platform == "gpu"
+  if on_gpu and not _HOPPER.search(kind):
+    raise ValueError(
+      f"the GPU kernel of {op} needs a Hopper GPU (H100, H200), and this is "
+      f"{kind!r}; use implementation='xla'."
+    )
   file = _FILES[implementation]
   return importlib.import_module(f"argenseg_jax.kernels.{op}.{file}")
 
 
-def _partitioned() -> bool:
+def partitioned() -> bool:
+  """Whether XLA partitions the program over devices (outside `shard_map`)."""
   mesh = jax.sharding.get_abstract_mesh()
   return any(
     mesh.shape[name] > 1 and kind != AxisType.Manual

@@ -1,13 +1,15 @@
-"""Compiles every kernel at production shapes for TPUs that are not here.
+"""Compiles every kernel at production shapes for chips that are not here.
 
-Example:
+Examples:
 
   python -m argenseg_jax.tools.compile_kernels --chips=v5e,v6e
+  python -m argenseg_jax.tools.compile_kernels --chips=h100 --markdown
 
-The real TPU compiler runs on the CPU (it comes with libtpu). One line is
-printed per kernel, shape and chip: the compiler's temporary memory, that of the
-matrix which the kernel avoids (logits or distances, float32), and the time to
-compile. Exits with 1 if anything fails.
+The real compilers run on the CPU: TPUs' comes with `pip install "jax[tpu]"`,
+GPUs' with `pip install "jax[cuda12]"`. One line is printed per kernel, shape
+and chip: the compiler's temporary memory, the size of the matrix which the
+kernel avoids (logits or distances, float32), and the time to compile. Exits
+with 1 if anything fails.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from argenseg_jax.kernels.chips import TPUS
+from argenseg_jax.kernels.chips import CHIPS
 from argenseg_jax.kernels.linear_cross_entropy import (
   linear_cross_entropy,
 )
@@ -46,7 +48,31 @@ _ENVIRONMENT = {
   "TPU_WORKER_ID": "0",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_MIN_LOG_LEVEL": "3",
+  "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
+
+# What XLA must know of a GPU that is not here: an H100 SXM.
+_H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  threads_per_warp: 32  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000  device_memory_size: 84978434048
+}
+"""
+_COMPILERS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}
+_EXTRAS = {"tpu": "tpu", "gpu": "cuda12"}
+# The same processors as the H100's: its kernels are these.
+_NOT_COMPILED = ("h200",)
 
 
 class Case(NamedTuple):
@@ -58,15 +84,21 @@ class Case(NamedTuple):
   avoided: int  # Bytes of the matrix that the kernel never stores.
 
 
-def cases() -> Iterator[Case]:
-  """All kernels at all production shapes, as functions of `Case.inputs`."""
+def cases(implementation: str) -> Iterator[Case]:
+  """All kernels at all production shapes, as functions of `Case.inputs`.
+
+  Args:
+    implementation: "tpu" or "gpu"; the latter has no top_k.
+  """
 
   def struct(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
   def loss(hidden, head, targets, weights):
     return jnp.sum(
-      linear_cross_entropy(hidden, head, targets, weights, implementation="tpu")
+      linear_cross_entropy(
+        hidden, head, targets, weights, implementation=implementation
+      )
     )
 
   for shape in loss_shapes.PRODUCTION:
@@ -80,6 +112,8 @@ def cases() -> Iterator[Case]:
     function = jax.value_and_grad(loss, argnums=(0, 1))
     name = f"linear_cross_entropy + gradients {tuple(shape)}"
     yield Case(name, function, inputs, 4 * t * words)
+  top_k = prediction_shapes.TOP_K if implementation == "tpu" else None
+  sampled = f"sampled, top {top_k}" if top_k else "sampled"
   for shape in prediction_shapes.PRODUCTION:
     b, n, d, codes, c = shape
     inputs = (
@@ -88,50 +122,63 @@ def cases() -> Iterator[Case]:
       struct("float32", codes, c),
       struct("uint32", 2),
     )
-    for temperature, top_k in ((0.0, None), (1.0, prediction_shapes.TOP_K)):
-      function = functools.partial(_predict, temperature, top_k)
-      kind = f"sampled, top {top_k}" if temperature else "arg-max"
+    for kind, options in (
+      ("arg-max", {}),
+      (sampled, {"temperature": 1.0, "top_k": top_k}),
+    ):
+      function = functools.partial(_predict, implementation, options)
       name = f"scale_prediction ({kind}) {tuple(shape)}"
       yield Case(name, function, inputs, 4 * b * n * codes)
   for shape in code_shapes.PRODUCTION:
     n, c, codes = shape
     inputs = (struct("float32", n, c), struct("float32", codes, c))
-    function = functools.partial(nearest_code, implementation="tpu")
+    function = functools.partial(nearest_code, implementation=implementation)
     yield Case(f"nearest_code {tuple(shape)}", function, inputs, 4 * n * codes)
 
 
-def _predict(temperature, top_k, hidden, head, codebook, key):
+def _predict(implementation, options, hidden, head, codebook, key):
   return scale_prediction(
     hidden,
     head,
     codebook,
     key=jax.random.wrap_key_data(key),
-    temperature=temperature,
-    top_k=top_k,
     return_scores=True,
-    implementation="tpu",
+    implementation=implementation,
+    **options,
   )
 
 
-def compile_case(case: Case, chip: str) -> jax.stages.Compiled:
-  """Compiles for one core of `chip`; raises what the compiler raises."""
+def compile_for(
+  chip: str, function: Any, inputs: tuple[jax.ShapeDtypeStruct, ...]
+) -> jax.stages.Compiled:
+  """Compiles for one device of `chip`; raises what the compiler raises."""
   os.environ.update(_ENVIRONMENT)
-  topology = topologies.get_topology_desc(
-    platform="tpu", topology_name=TPUS[chip].topology
-  )
+  if CHIPS[chip].platform == "tpu":
+    topology = topologies.get_topology_desc(
+      platform="tpu", topology_name=CHIPS[chip].topology
+    )
+  else:
+    topology = topologies.get_topology_desc(
+      platform="cuda", target_config=_H100, topology=CHIPS[chip].topology
+    )
   mesh = Mesh(np.asarray(topology.devices[:1]), ("device",))
   sharding = NamedSharding(mesh, PartitionSpec())
   inputs = (
-    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    for x in case.inputs
+    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in inputs
   )
   with jax.set_mesh(mesh):
-    return jax.jit(case.function).lower(*inputs).compile()
+    return jax.jit(function).lower(*inputs).compile()
 
 
-def has_compiler() -> bool:
-  """Whether the TPU compiler is installed."""
-  return importlib.util.find_spec("libtpu") is not None
+def has_compiler(platform: str) -> bool:
+  """Whether the compiler for "tpu" or "gpu" is installed."""
+  return importlib.util.find_spec(_COMPILERS[platform]) is not None
+
+
+def hint(platform: str) -> str:
+  """How to install the compiler."""
+  package = f"jax[{_EXTRAS[platform]}]=={jax.__version__}"
+  return f'install it with: pip install "{package}"'
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,42 +187,59 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+  known = [chip for chip in CHIPS if chip not in _NOT_COMPILED]
   parser.add_argument(
     "--chips",
-    default=",".join(TPUS),
-    help="comma-separated; default: %(default)s",
+    help=f"comma-separated, of {','.join(known)}; default: those whose "
+    "compiler is installed",
   )
   parser.add_argument(
     "--kernel", default="", help="only kernels whose name contains this"
   )
+  parser.add_argument(
+    "--markdown", action="store_true", help="print a table for the docs"
+  )
   options = parser.parse_args(argv)
-  chips = options.chips.split(",")
-  unknown = sorted(set(chips) - set(TPUS))
-  if unknown:
-    parser.error(f"unknown chip {unknown[0]!r}; use {', '.join(TPUS)}")
-  if not has_compiler():
-    parser.error(
-      "the TPU compiler is missing; install it with: "
-      'pip install "jax[tpu]==' + jax.__version__ + '"'
-    )
+  if options.chips:
+    chips = options.chips.split(",")
+  else:
+    chips = [c for c in known if has_compiler(CHIPS[c].platform)]
+  if unknown := sorted(set(chips) - set(known)):
+    parser.error(f"unknown chip {unknown[0]!r}; use {', '.join(known)}")
+  for platform in {CHIPS[chip].platform for chip in chips} or {"tpu"}:
+    if not has_compiler(platform):
+      parser.error(
+        f"the {platform.upper()} compiler is missing; {hint(platform)}"
+      )
   jax.config.update("jax_platforms", "cpu")
+  return 1 if _compile_all(chips, options) else 0
+
+
+def _compile_all(chips, options) -> int:
+  """Prints the table; returns the number of failures."""
   failures = 0
-  heading = ("chip", "kernel and shape", "temp MiB", "avoided", "seconds")
-  print("{:6} {:62} {:>9} {:>9} {:>8}".format(*heading))
+  line = "{:6} {:63} {:>9} {:>9} {:>8}"
+  if options.markdown:
+    line = "| {} | {} | {} | {} | {} |"
+  print(line.format("chip", "kernel and shape", "temp MiB", "avoided", "s"))
+  if options.markdown:
+    print("|---|---|---:|---:|---:|")
   for chip in chips:
-    for case in cases():
+    for case in cases(CHIPS[chip].platform):
       if options.kernel not in case.name:
         continue
       start = time.monotonic()
       try:
-        temp = compile_case(case, chip).memory_analysis().temp_size_in_bytes
-        result = f"{temp / 2**20:9.2f} {case.avoided / 2**20:9.1f}"
+        compiled = compile_for(chip, case.function, case.inputs)
+        temp = compiled.memory_analysis().temp_size_in_bytes
+        result = f"{temp / 2**20:.2f}"
       except jax.errors.JaxRuntimeError as error:
         failures += 1
         result = "failed: " + str(error).split("\n\n")[0][:200]
-      seconds = time.monotonic() - start
-      print(f"{chip:6} {case.name:62} {result} {seconds:8.1f}", flush=True)
-  return 1 if failures else 0
+      seconds = f"{time.monotonic() - start:.1f}"
+      avoided = f"{case.avoided / 2**20:.1f}"
+      print(line.format(chip, case.name, result, avoided, seconds), flush=True)
+  return failures
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def statistics(
     out_shape=[jax.ShapeDtypeStruct((1, t), jnp.float32)] * 2,
     scratch_shapes=[pltpu.VMEM((1, block.tokens), jnp.float32)] * 2,
     compiler_params=_COMPILER_PARAMS,
-    cost_estimate=_cost(1, hidden, head),
+    cost_estimate=_cost(1, hidden, head, block.tokens),
     name="linear_cross_entropy_statistics",
   )(hidden, head, targets[None])
   return normalizers[0, :length], logits[0, :length]
@@ -104,11 +104,11 @@ def _gradient(which, hidden, head, *per_token):
   grid = (pl.cdiv(t, block.tokens), pl.cdiv(vocab, block.words))
   if to_hidden:
     token, word = lambda i, j: i, lambda i, j: j
-    out, out_rows = hidden, block.tokens
+    out, out_rows, summed = hidden, block.tokens, head
   else:
     grid = grid[::-1]
     token, word = lambda i, j: j, lambda i, j: i
-    out, out_rows = head, block.words
+    out, out_rows, summed = head, block.words, hidden
   number = pl.BlockSpec((1, block.tokens), lambda i, j: (0, token(i, j)))
   return pl.pallas_call(
     functools.partial(_gradient_kernel, t=t, vocab=vocab, to_hidden=to_hidden),
@@ -132,7 +132,7 @@ def _gradient(which, hidden, head, *per_token):
     out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
     scratch_shapes=[pltpu.VMEM((out_rows, d), jnp.float32)],
     compiler_params=_COMPILER_PARAMS,
-    cost_estimate=_cost(2, hidden, head),
+    cost_estimate=_cost(2, out, summed, out_rows, writes=True),
     name=f"linear_cross_entropy_d_{which}",
   )(hidden, head, *per_token)
 
@@ -225,11 +225,12 @@ _COMPILER_PARAMS = pltpu.CompilerParams(
 )
 
 
-def _cost(products, hidden, head):
-  """Work of so many products of t x vocab x d; memory traffic at its least."""
-  (t, d), vocab = hidden.shape, head.shape[0]
+def _cost(products, outer, inner, block, *, writes=False):
+  """Work of so many products; `inner` is read once per block of `outer`."""
+  (rows, d), length = outer.shape, inner.shape[0]
+  reads = outer.size * (1 + writes) + pl.cdiv(rows, block) * inner.size
   return pl.CostEstimate(
-    flops=2 * products * t * vocab * d,
-    transcendentals=t * vocab,
-    bytes_accessed=(hidden.size + head.size) * hidden.dtype.itemsize,
+    flops=2 * products * rows * length * d,
+    transcendentals=rows * length,
+    bytes_accessed=reads * outer.dtype.itemsize,
   )

@@ -37,6 +37,7 @@ def test_platform_decides(op):
     assert file_of(dispatch.load(op, "reference")) == "reference"
   with described("NVIDIA H100 80GB HBM3"):
     assert file_of(dispatch.load(op, None)) == "xla"
+    assert file_of(dispatch.load(op, "gpu")) == "pallas_gpu"
 
 
 def test_partitioned_programs_take_xla():
@@ -48,13 +49,26 @@ def test_partitioned_programs_take_xla():
 
 @pytest.mark.parametrize("op", OPS)
 def test_unknown_implementations_raise(op):
-  with pytest.raises(ValueError, match=f"{op} has no implementation 'gpu'"):
-    dispatch.load(op, "gpu")
+  with pytest.raises(ValueError, match=f"{op} has no implementation 'cuda'"):
+    dispatch.load(op, "cuda")
 
 
-def test_a_kernel_that_cannot_run_raises():
+@pytest.mark.parametrize("op", OPS)
+def test_gpu_kernels_need_a_hopper(op):
+  for kind in ("NVIDIA A100-SXM4-80GB", "NVIDIA B200"):
+    with (
+      described(kind),
+      pytest.raises(ValueError, match=f"{op} needs a Hopper GPU .*{kind}"),
+    ):
+      dispatch.load(op, "gpu")
+
+
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_a_kernel_that_cannot_run_raises(implementation):
   with pytest.raises(ValueError, match="interpret mode"):
-    nearest_code(jnp.ones((9, 4)), jnp.ones((5, 4)), implementation="tpu")
+    nearest_code(
+      jnp.ones((9, 4)), jnp.ones((5, 4)), implementation=implementation
+    )
 
 
 def test_blocks_grow_with_the_chip():

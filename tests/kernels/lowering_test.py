@@ -1,4 +1,4 @@
-"""Kernels at production shapes lower for TPUs, and compile where libtpu is."""
+"""Kernels at production shapes lower, and compile where the compilers are."""
 
 import jax
 import pytest
@@ -6,27 +6,63 @@ import pytest
 from argenseg_jax.kernels.chips import TPUS
 from argenseg_jax.tools import compile_kernels
 
-CASES = {case.name: case for case in compile_kernels.cases()}
+TPU_CASES = {case.name: case for case in compile_kernels.cases("tpu")}
+GPU_CASES = {case.name: case for case in compile_kernels.cases("gpu")}
 SMALLEST = [
   name
-  for name in CASES
+  for name in TPU_CASES
   if name.startswith("nearest_code (1,") or "(arg-max) (1, 36" in name
+]
+# Lowering takes a second, and does not depend on the shape, but on raggedness
+# and the tile.
+GPU_KINDS = [
+  name
+  for name in GPU_CASES
+  if any(
+    kind in name
+    for kind in (
+      "gradients (8192, 4096",
+      "gradients (16384, 896",
+      "(arg-max) (1, 36",
+      "(arg-max) (64, 256, 896",
+      "(sampled) (1, 36",
+      "nearest_code (1352",
+    )
+  )
 ]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_lowers_for_tpu(name):
-  case = CASES[name]
+def lowered(case, platform):
   traced = jax.jit(case.function).trace(*case.inputs)
-  text = traced.lower(lowering_platforms=("tpu",)).as_text()
-  assert "tpu_custom_call" in text
+  return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("name", TPU_CASES)
+def test_lowers_for_tpu(name):
+  assert "tpu_custom_call" in lowered(TPU_CASES[name], "tpu")
+
+
+@pytest.mark.parametrize("name", GPU_KINDS)
+def test_lowers_for_gpu(name):
+  assert "mosaic_gpu" in lowered(GPU_CASES[name], "cuda")
 
 
 @pytest.mark.skipif(
-  not compile_kernels.has_compiler(), reason="libtpu is not installed"
+  not compile_kernels.has_compiler("tpu"), reason="libtpu is not installed"
 )
 @pytest.mark.parametrize("chip", TPUS)
 @pytest.mark.parametrize("name", SMALLEST)
 def test_compiles_for_tpu(name, chip):
-  compiled = compile_kernels.compile_case(CASES[name], chip)
+  case = TPU_CASES[name]
+  compiled = compile_kernels.compile_for(chip, case.function, case.inputs)
   assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+
+
+@pytest.mark.skipif(
+  not compile_kernels.has_compiler("gpu"), reason="no CUDA plugin is installed"
+)
+@pytest.mark.parametrize("name", GPU_KINDS)
+def test_compiles_for_gpu(name):
+  case = GPU_CASES[name]
+  compiled = compile_kernels.compile_for("h100", case.function, case.inputs)
+  assert compiled.memory_analysis().temp_size_in_bytes < case.avoided / 2
