@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from argenseg_jax.config import VQVAEConfig
+from argenseg_jax.kernels.nearest_code import nearest_code
 from argenseg_jax.models import layers
 from argenseg_jax.scales import Scales
 
@@ -180,15 +181,17 @@ class Quantizer(nnx.Module):
       partial = self.add_scale(partial, codes, k)
       yield codes, vectors, partial
 
-  def nearest(self, vectors: Array, k: int) -> Array:
-    codebook = jax.lax.stop_gradient(self.codebook[...].astype(jnp.float32))
-    # The vectors' own squared norms change no arg-min and are left out.
-    distances = (
-      jnp.sum(codebook**2, -1)
-      - 2 * jnp.einsum("bnc,vc->bnv", vectors, codebook, precision=_PRECISION)
-      + self.assignment_cost[...][k]
+  def nearest(
+    self, vectors: Float[Array, "b n c"], k: int
+  ) -> Int[Array, "b n"]:
+    """Cheapest code of each vector: squared distance plus assignment cost."""
+    b, n, c = vectors.shape
+    codes = nearest_code(
+      vectors.reshape(b * n, c),
+      self.codebook[...],
+      cost=self.assignment_cost[...][k],
     )
-    return jnp.argmin(distances, -1).astype(jnp.int32)
+    return codes.reshape(b, n)
 
   def vectors_at(self, x: Array, k: int) -> Array:
     """`x` area-resized to scale `k`, as [b n c]."""

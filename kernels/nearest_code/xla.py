@@ -16,7 +16,8 @@ def nearest(
   """First arg-min of bias - 2 latent . code."""
   platform = dispatch.target().platform
   rows = max(block_elements(platform) // codebook.shape[0], 8)
-  if latent.shape[0] <= rows:
+  # XLA divides the rows over its devices, but cannot divide a loop's steps.
+  if latent.shape[0] <= rows or dispatch.partitioned():
     return reference.nearest(latent, codebook, bias)
   return lax.map(
     lambda row: reference.nearest(row[None], codebook, bias)[0],
