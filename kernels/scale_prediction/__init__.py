@@ -69,8 +69,7 @@ def scale_prediction(
     raise ValueError(
       f"temperature {temperature} needs a random key and must not be negative."
     )
-  if top_k is not None and not 1 <= top_k <= code_head.shape[0]:
-    raise ValueError(f"top_k {top_k} is outside 1..{code_head.shape[0]}.")
+  check_top_k(top_k, code_head.shape[0])
   hidden, code_head, codebook = lax.stop_gradient((hidden, code_head, codebook))
   b, n, d = hidden.shape
   module = dispatch.load("scale_prediction", implementation)
@@ -87,3 +86,9 @@ def scale_prediction(
     return codes, latents
   scores = Scores(logits.reshape(b, n), log_sum_exp.reshape(b, n))
   return codes, latents, scores
+
+
+def check_top_k(top_k: int | None, codes: int) -> None:
+  """Raises ValueError unless 1..codes or None."""
+  if top_k is not None and not 1 <= top_k <= codes:
+    raise ValueError(f"top_k {top_k} is outside 1..{codes}.")

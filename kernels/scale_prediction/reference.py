@@ -18,6 +18,7 @@ def predict(
   temperature: float,
   top_k: int | None,
   rows: Int[Array, "r"] | None = None,
+  lowest: Float[Array, "r"] | None = None,
 ) -> tuple[
   Int[Array, "r"], Float[Array, "r c"], Float[Array, "r"], Float[Array, "r"]
 ]:
@@ -26,14 +27,17 @@ def predict(
   Args:
     seed: from `noise.make_seed`; None takes the arg-max.
     rows: which row of the noise each row takes; 0.. by default.
+    lowest: draws only from codes whose logit is at least that; what `top_k`
+      finds out by itself.
   """
   logits = product(hidden, code_head, contract=(1, 1))
   scores = logits
   if seed is not None:
     scores = logits / temperature
     if top_k is not None:
-      lowest = lax.top_k(logits, top_k)[0][:, -1:]
-      scores = jnp.where(logits >= lowest, scores, -jnp.inf)
+      lowest = lax.top_k(logits, top_k)[0][:, -1]
+    if lowest is not None:
+      scores = jnp.where(logits >= lowest[:, None], scores, -jnp.inf)
     if rows is None:
       rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
     columns = lax.broadcasted_iota(jnp.int32, logits.shape, 1)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from argenseg_jax.kernels import dispatch, noise
-from argenseg_jax.kernels.scale_prediction import Scores
+from argenseg_jax.kernels.scale_prediction import Scores, check_top_k, xla
 
 
 def sharded_scale_prediction(
@@ -20,6 +20,7 @@ def sharded_scale_prediction(
   *,
   key: Key[Array, ""] | None = None,
   temperature: float = 0.0,
+  top_k: int | None = None,
   batch_axes: tuple[str, ...] = ("data", "fsdp"),
   codes_axis: str = "tensor",
   implementation: dispatch.Implementation | None = None,
@@ -27,8 +28,8 @@ def sharded_scale_prediction(
   """`scale_prediction` on the mesh of `jax.set_mesh`: the same codes.
 
   Each device predicts from its own codes; the best score is agreed upon by a
-  maximum over the devices, and ties by a minimum over the code ids. `top_k` is
-  not offered: its threshold would need all logits in one place.
+  maximum over the devices, and ties by a minimum over the code ids. With
+  `top_k`, devices show each other their highest logits, in blocked XLA.
 
   Args:
     hidden: [batch_axes, -, -] sharded.
@@ -36,17 +37,24 @@ def sharded_scale_prediction(
     codebook: replicated.
     key: random key, needed with a temperature.
     temperature: 0 takes the arg-max.
+    top_k: as in `scale_prediction`.
     batch_axes: mesh axes of the batch; () if it is replicated.
     codes_axis: mesh axis of the codes.
     implementation: see `dispatch.load`.
 
   Raises:
-    ValueError: a temperature without key, or codes that do not divide over
-      their axis.
+    ValueError: a temperature without key, a `top_k` outside 1..codes or with
+      a kernel, or codes that do not divide over their axis.
   """
   if temperature < 0 or (temperature and key is None):
     raise ValueError(
       f"temperature {temperature} needs a random key and must not be negative."
+    )
+  check_top_k(top_k, code_head.shape[0])
+  if top_k is not None and implementation in ("tpu", "gpu"):
+    raise ValueError(
+      f"sharded prediction with top_k has no {implementation!r} form; use "
+      "implementation='xla'."
     )
   shards = jax.sharding.get_abstract_mesh().shape[codes_axis]
   if code_head.shape[0] % shards:
@@ -70,19 +78,32 @@ def sharded_scale_prediction(
     seed = None
     if temperature:
       seed = noise.make_seed(key, first_row=first_row, first_column=first_code)
-    module = dispatch.load("scale_prediction", implementation)
+    hidden = hidden.reshape(b * n, d)
+    lowest, options = None, {}
+    if temperature and top_k is not None:
+      local_k = min(top_k, code_head.shape[0])
+      highest = xla.highest_logits(hidden, code_head, local_k)
+      highest = lax.all_gather(highest, codes_axis, axis=1, tiled=True)
+      lowest = lax.top_k(highest, top_k)[0][:, -1]
+      module, options = xla, {"lowest": lowest}
+    else:
+      module = dispatch.load("scale_prediction", implementation)
     codes, _, logits, log_sum_exp = module.predict(
-      hidden.reshape(b * n, d),
+      hidden,
       code_head,
       codebook,
       seed=seed,
       temperature=float(temperature),
       top_k=None,
+      **options,
     )
     scores = logits
     if temperature:
       rows = jnp.arange(b * n, dtype=jnp.int32)
       scores = logits / temperature + noise.gumbel(seed, rows, codes)
+    if lowest is not None:
+      # A device may have none of the highest.
+      scores = jnp.where(logits >= lowest, scores, -jnp.inf)
     best = lax.pmax(scores, codes_axis)
     largest = np.iinfo(np.int32).max
     mine = jnp.where(scores == best, codes + first_code, largest)

@@ -5,7 +5,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from argenseg_jax.kernels import dispatch
-from argenseg_jax.kernels.products import block_elements
+from argenseg_jax.kernels.products import block_elements, product
 from argenseg_jax.kernels.scale_prediction import reference
 
 
@@ -17,22 +17,50 @@ def predict(
   seed: Int[Array, "4"] | None,
   temperature: float,
   top_k: int | None,
+  lowest: Float[Array, "r"] | None = None,
 ) -> tuple[
   Int[Array, "r"], Float[Array, "r c"], Float[Array, "r"], Float[Array, "r"]
 ]:
-  """Codes, latents, their logits, and the log-sum-exp of all logits."""
-  block = block_elements(dispatch.target().platform) // code_head.shape[0]
-  block = max(block, 8)
+  """Codes, latents, their logits, and the log-sum-exp of all logits.
+
+  Args are those of the reference.
+  """
   options = {"seed": seed, "temperature": temperature, "top_k": top_k}
+  block = _rows(code_head)
   if hidden.shape[0] <= block:
-    return reference.predict(hidden, code_head, codebook, **options)
+    return reference.predict(
+      hidden, code_head, codebook, lowest=lowest, **options
+    )
 
   def one_row(row):
-    hidden, index = row
+    hidden, index, lowest = row
     results = reference.predict(
-      hidden[None], code_head, codebook, rows=index[None], **options
+      hidden[None],
+      code_head,
+      codebook,
+      rows=index[None],
+      lowest=None if lowest is None else lowest[None],
+      **options,
     )
     return tuple(x[0] for x in results)
 
   rows = jnp.arange(hidden.shape[0], dtype=jnp.int32)
-  return lax.map(one_row, (hidden, rows), batch_size=block)
+  return lax.map(one_row, (hidden, rows, lowest), batch_size=block)
+
+
+def highest_logits(
+  hidden: Float[Array, "r d"], code_head: Float[Array, "codes d"], k: int
+) -> Float[Array, "r k"]:
+  """The k highest logits of each row, from the highest on."""
+
+  def one_row(hidden):
+    logits = product(hidden[None], code_head, contract=(1, 1))
+    return lax.top_k(logits[0], k)[0]
+
+  return lax.map(one_row, hidden, batch_size=_rows(code_head))
+
+
+def _rows(code_head):
+  """Rows of a block."""
+  elements = block_elements(dispatch.target().platform)
+  return max(elements // code_head.shape[0], 8)

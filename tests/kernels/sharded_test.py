@@ -88,14 +88,16 @@ def test_loss_refuses_layouts():
       sharded_linear_cross_entropy(hidden, head[:70], *rest)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+  ("temperature", "top_k"), [(0.0, None), (0.8, None), (0.8, 13)]
+)
 @pytest.mark.parametrize("sides", [(2, 2, 2), (1, 1, 8)], ids=str)
-def test_prediction(sides, temperature):
+def test_prediction(sides, temperature, top_k):
   hidden, codebook = normal(0, 4, 9, 16), normal(2, 64, 6)
   # Every code four times, so that shards tie.
   head = jnp.tile(normal(1, 16, 16), (4, 1))
   key = jax.random.key(4)
-  options = {"key": key, "temperature": temperature}
+  options = {"key": key, "temperature": temperature, "top_k": top_k}
   codes, latents, scores = scale_prediction(
     hidden, head, codebook, return_scores=True, **options
   )
@@ -123,3 +125,9 @@ def test_prediction_refuses():
       sharded_scale_prediction(hidden, head, codebook)
     with pytest.raises(ValueError, match="random key"):
       sharded_scale_prediction(hidden, head, codebook, temperature=1.0)
+    with pytest.raises(ValueError, match=r"top_k 31 is outside 1\.\.30"):
+      sharded_scale_prediction(hidden, head, codebook, top_k=31)
+    with pytest.raises(ValueError, match="top_k has no 'tpu' form"):
+      sharded_scale_prediction(
+        hidden, head, codebook, top_k=3, implementation="tpu"
+      )
