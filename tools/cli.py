@@ -12,6 +12,7 @@ COMMANDS = {
   "predict": "segment a picture with a checkpoint",
   "import": "turn PyTorch weights into a checkpoint",
   "export": "turn a checkpoint into PyTorch weights",
+  "bench": "measure memory, work and time",
   "parity": "compare with what the authors' code computed",
 }
 

@@ -1,0 +1,34 @@
+"""`argenseg bench NAME`: measurements, one module each."""
+
+import importlib
+import sys
+
+# Name -> what `argenseg bench --help` says of it; see tools/bench_NAME.py.
+BENCHES = {
+  "kernels": "memory, work against each chip's roofline, and time of kernels",
+}
+
+
+def main(argv: list[str]) -> int:
+  """Runs a measurement; returns the exit code (2 for bad input)."""
+  if not argv or argv[0] in ("-h", "--help"):
+    print(_help())
+    return 0
+  name, rest = argv[0], argv[1:]
+  if name not in BENCHES:
+    print(
+      f"argenseg bench: unknown measurement {name!r}; use one of "
+      f"{', '.join(BENCHES)}.",
+      file=sys.stderr,
+    )
+    return 2
+  module = importlib.import_module(f"argenseg_jax.tools.bench_{name}")
+  return module.main(rest)
+
+
+def _help() -> str:
+  width = max(map(len, BENCHES))
+  lines = ["argenseg bench: measure this machine, or compile for another.", ""]
+  lines += [f"  {name:{width}}  {text}" for name, text in BENCHES.items()]
+  lines += ["", "example: argenseg bench kernels --chips=v5e"]
+  return "\n".join(lines)

@@ -1,0 +1,266 @@
+"""`argenseg bench kernels`: memory, work and time of the fused operations."""
+
+import argparse
+import functools
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+EXAMPLE = """\
+examples:
+  argenseg bench kernels                 time on this machine
+  argenseg bench kernels --chips=v5e     compile for a chip that is not here
+
+Compiling needs the chip's compiler: pip install "jax[tpu]" or "jax[cuda12]",
+each in an environment of its own. Tables are in Markdown. GFLOP and GB are the
+compiler's counts of a program; ms is the time the chip needs for the larger of
+them (one JAX device: half a chip of tpu7x). tokamax is compared where it is
+installed.
+"""
+
+
+class Case(NamedTuple):
+  """An operation at one shape, as several programs of the same inputs."""
+
+  name: str
+  programs: dict[str, Callable[..., Any]]
+  inputs: tuple[Any, ...]  # jax.ShapeDtypeStruct
+  matrix: int  # Bytes of its logits or distances in float32.
+  flops: int  # That the operation itself needs.
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser(
+    prog="argenseg bench kernels",
+    description="Memory, work and time of the fused operations.",
+    epilog=EXAMPLE,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--chips",
+    default="",
+    help="comma-separated chips to compile for instead of timing",
+  )
+  parser.add_argument(
+    "--repeats", type=int, default=20, help="runs of each program to time"
+  )
+  args = parser.parse_args(argv)
+  if args.repeats < 1:
+    parser.error("--repeats must be at least 1")
+  if not args.chips:
+    _time_all(args.repeats)
+    return 0
+  # Before jax: GPU programs compile where there is no GPU.
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  from argenseg_jax.kernels.chips import CHIPS
+  from argenseg_jax.tools import compile_kernels
+
+  chips = args.chips.split(",")
+  if unknown := sorted(set(chips) - set(CHIPS)):
+    parser.error(f"unknown chip {unknown[0]!r}; use {', '.join(CHIPS)}")
+  for chip in chips:
+    platform = CHIPS[chip].platform
+    if not compile_kernels.has_compiler(platform):
+      parser.error(
+        f"the compiler for {chip} is missing; {compile_kernels.hint(platform)}"
+      )
+  _compile_all(chips)
+  return 0
+
+
+def _compile_all(chips):
+  import jax
+
+  from argenseg_jax.kernels.chips import CHIPS
+  from argenseg_jax.tools.compile_kernels import compile_for
+
+  print(
+    "| chip | operation | program | temp MiB | of matrix | GFLOP | GB | ms |"
+  )
+  print("|---|---|---|---:|---:|---:|---:|---:|")
+  for name in chips:
+    chip = CHIPS[name]
+    for case in _cases(chip.platform, _LARGE, "bfloat16"):
+      for program, function in case.programs.items():
+        try:
+          compiled = compile_for(name, function, case.inputs)
+        except jax.errors.JaxRuntimeError as error:
+          if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+          cells = ["does not fit", "", "", "", ""]
+        else:
+          temp = compiled.memory_analysis().temp_size_in_bytes
+          cells = [f"{temp / 2**20:.1f}", f"{temp / case.matrix:.2%}"]
+          cells += _roofline(compiled, program, chip)
+        row = (name, case.name, program, *cells)
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+def _roofline(compiled, program, chip) -> list[str]:
+  """GFLOP, GB and milliseconds; blank where the compiler cannot count."""
+  if program == "xla" or chip.platform == "gpu":
+    return ["", "", ""]  # It counts a loop's body once, and no GPU kernel.
+  cost = compiled.cost_analysis()
+  flops, size = cost["flops"], cost["bytes accessed"]
+  seconds = max(flops / chip.flops, size / chip.bandwidth) * chip.devices
+  return [f"{flops / 1e9:.0f}", f"{size / 1e9:.2f}", f"{seconds * 1e3:.2f}"]
+
+
+def _time_all(repeats):
+  import jax
+  import jax.numpy as jnp
+
+  platform = jax.default_backend()
+  device = jax.devices()[0]
+  on_cpu = platform == "cpu"
+  print(f"{device.device_kind}, jax {jax.__version__}", end="")
+  ceiling = None
+  if not on_cpu:
+    side = 8192
+    a = jnp.ones((side, side), jnp.bfloat16)
+    best = _time({"": jax.jit(jnp.matmul)}, (a, a), repeats)[""]
+    ceiling = 2 * side**3 / best
+    print(f", {ceiling / 1e12:.0f} TFLOP/s in a product of {side}", end="")
+  print("\n\n| operation | program | temp MiB | ms | of ceiling |")
+  print("|---|---|---:|---:|---:|")
+  shapes, dtype = (_SMALL, "float32") if on_cpu else (_LARGE, "bfloat16")
+  for case in _cases(platform, shapes, dtype):
+    arrays = _random(case.inputs)
+    compiled = {
+      name: jax.jit(function).lower(*arrays).compile()
+      for name, function in case.programs.items()
+      if name != "tokamax" or platform == "tpu"
+    }
+    for name, seconds in _time(compiled, arrays, repeats).items():
+      temp = compiled[name].memory_analysis().temp_size_in_bytes / 2**20
+      share = f"{case.flops / seconds / ceiling:.0%}" if ceiling else ""
+      row = (case.name, name, f"{temp:.2f}", f"{seconds * 1e3:.3f}", share)
+      print("| " + " | ".join(row) + " |", flush=True)
+
+
+def _time(programs, arrays, repeats) -> dict[str, float]:
+  """Least seconds of each program; they take turns, after a run unmeasured."""
+  import jax
+
+  best = dict.fromkeys(programs, float("inf"))
+  for repeat in range(repeats + 1):
+    for name, program in programs.items():
+      start = time.perf_counter()
+      jax.block_until_ready(program(*arrays))
+      if repeat:
+        best[name] = min(best[name], time.perf_counter() - start)
+  return best
+
+
+def _random(structs):
+  import jax.numpy as jnp
+  import numpy as np
+
+  rng = np.random.default_rng(0)
+
+  def one(struct):
+    if np.issubdtype(struct.dtype, np.integer):
+      # Words and codes: below every number of them here.
+      return jnp.asarray(rng.integers(0, 200, struct.shape), struct.dtype)
+    numbers = rng.standard_normal(struct.shape, dtype=np.float32)
+    return jnp.asarray(0.05 * numbers, struct.dtype)
+
+  return tuple(map(one, structs))
+
+
+class _Shapes(NamedTuple):
+  losses: list[tuple[int, int, int]]  # tokens, width, words
+  predictions: list[tuple[int, int, int, int]]  # rows, width, codes, channels
+  codes: list[tuple[int, int, int]]  # latents, channels, codes
+
+
+# The quickstart's, and one that is large for a CPU.
+_SMALL = _Shapes(
+  losses=[(2688, 96, 730), (1024, 256, 20_000)],
+  predictions=[(16 * 64, 96, 256, 16)],
+  codes=[(64 * 64, 16, 256), (64 * 256, 32, 4096)],
+)
+_LARGE = _Shapes(
+  losses=[(8192, 4096, 96_653), (16_384, 896, 151_674)],
+  predictions=[(256, 4096, 4096, 32), (64 * 256, 4096, 4096, 32)],
+  codes=[(64 * 256, 32, 4096)],
+)
+
+
+def _cases(platform: str, shapes: _Shapes, dtype: str) -> Iterator[Case]:
+  import jax
+  import jax.numpy as jnp
+
+  from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
+  from argenseg_jax.kernels.nearest_code import nearest_code
+  from argenseg_jax.kernels.scale_prediction import scale_prediction
+
+  kernel = [] if platform == "cpu" else [platform]
+
+  def struct(kind, *shape):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(kind))
+
+  def programs(make):
+    names = {**{k: k for k in kernel}, "xla": "xla", "naive": "reference"}
+    return {name: make(option) for name, option in names.items()}
+
+  def loss_of(implementation):
+    def total(hidden, head, targets, weights):
+      return jnp.sum(
+        linear_cross_entropy(
+          hidden, head, targets, weights, implementation=implementation
+        )
+      )
+
+    return jax.value_and_grad(total, argnums=(0, 1))
+
+  for t, d, words in shapes.losses:
+    inputs = (
+      struct(dtype, t, d),
+      struct(dtype, words, d),
+      struct("int32", t),
+      struct("float32", t),
+    )
+    some = programs(loss_of)
+    if platform == "tpu" and importlib.util.find_spec("tokamax"):
+      some["tokamax"] = _tokamax_loss
+    name = f"loss and gradients, {t} x {words} x {d}"
+    yield Case(name, some, inputs, 4 * t * words, 6 * t * words * d)
+  for r, d, codes, c in shapes.predictions:
+    inputs = (
+      struct(dtype, 1, r, d),
+      struct(dtype, codes, d),
+      struct("float32", codes, c),
+    )
+    some = programs(
+      lambda option: functools.partial(scale_prediction, implementation=option)
+    )
+    name = f"prediction, {r} x {codes} x {d}"
+    yield Case(name, some, inputs, 4 * r * codes, 2 * r * codes * d)
+  for n, c, codes in shapes.codes:
+    inputs = (struct("float32", n, c), struct("float32", codes, c))
+    some = programs(
+      lambda option: functools.partial(nearest_code, implementation=option)
+    )
+    name = f"nearest code, {n} x {codes} x {c}"
+    yield Case(name, some, inputs, 4 * n * codes, 2 * n * codes * c)
+
+
+def _tokamax_loss(hidden, head, targets, weights):
+  """tokamax knows no weights and wants the head [width words]."""
+  import jax
+  import tokamax
+
+  del weights
+
+  def total(hidden, head):
+    return tokamax.linear_softmax_cross_entropy_loss(
+      hidden, targets, head, reduction="sum", implementation="mosaic_tpu"
+    )
+
+  loss, (d_hidden, d_head) = jax.value_and_grad(total, argnums=(0, 1))(
+    hidden, head.T
+  )
+  return loss, (d_hidden, d_head)
