@@ -4,6 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+if jax.__version_info__[:2] != (0, 10):
+  pytest.skip(
+    "gpu_interpreter adds to the interpreter of JAX 0.10",
+    allow_module_level=True,
+  )
+
 from gpu_interpreter import gpu_interpreter, races_found
 
 from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
