@@ -161,12 +161,14 @@ def compile_for(
     topology = topologies.get_topology_desc(
       platform="cuda", target_config=_H100, topology=CHIPS[chip].topology
     )
-  mesh = Mesh(np.asarray(topology.devices[:1]), ("device",))
+  device = topology.devices[0]
+  mesh = Mesh(np.asarray([device]), ("device",))
   sharding = NamedSharding(mesh, PartitionSpec())
   inputs = (
     jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in inputs
   )
-  with jax.set_mesh(mesh):
+  # Others' kernels look at the default device, ours at the mesh.
+  with jax.set_mesh(mesh), jax.default_device(device):
     return jax.jit(function).lower(*inputs).compile()
 
 
