@@ -314,6 +314,7 @@ class OptimizerConfig:
   weight_decay: float  # Not on norms, biases and one-dimensional parameters.
   clip_norm: float
   frozen: tuple[str, ...]  # Path prefixes that do not train: "vision.tower".
+  ema_decay: float  # Of the average of the weights that is kept; 0: none.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,6 +361,7 @@ class TrainConfig:
 
   steps: int
   global_batch_size: int
+  accumulate_steps: int  # Turns in which a batch is worked through.
   log_every: int
   eval_every: int  # 0: only at the end.
   save_every: int
@@ -413,8 +415,14 @@ class RunConfig:
     return self.vqvae if task == "vqvae" else self.mllm
 
 
-def run_config(values: Mapping[str, Any]) -> RunConfig:
+def run_config(
+  values: Mapping[str, Any], *, needs_data: bool = True
+) -> RunConfig:
   """A `RunConfig` from a config file's values, which write "" and 0 for None.
+
+  Args:
+    values: of the config file.
+    needs_data: whether `data.path` must be set.
 
   Raises:
     ConfigError: an unknown or missing key, or no data.
@@ -425,7 +433,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
   for key in ("root", "text_tokenizer", "mask_intermediate_side"):
     data[key] = data.get(key) or None
   config = from_mapping(RunConfig, values)
-  if not config.data.path:
+  if needs_data and not config.data.path:
     raise ConfigError(
       "config key 'data.path' is empty; give --config.data.path."
     )

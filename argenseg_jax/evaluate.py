@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from argenseg_jax import checkpoint, sharding
+from argenseg_jax import checkpoint, distributed, sharding
 from argenseg_jax import rows as rows_lib
 from argenseg_jax.config import EvalConfig, RunConfig
 from argenseg_jax.data import pipeline
@@ -97,9 +97,11 @@ class Evaluator:
       ]
       inputs = left_pad(prompts, rows.tokenizer.token_ids.pad)
       inputs = sharding.put_like((*inputs, batch.images), state)
-      answers = jax.device_get(self._answer(state, *inputs))
+      answers = distributed.fetch(self._answer(state, *inputs))
       if batches < 4 and np.all(batch.sample_weight > 0):
-        pair = jax.device_get(self._gap(state, sharding.put_like(batch, state)))
+        pair = distributed.fetch(
+          self._gap(state, sharding.put_like(batch, state))
+        )
         true, wrong, batches = true + pair[0], wrong + pair[1], batches + 1
       for i in np.flatnonzero(batch.sample_weight):
         has_mask = bool(answers.num_masks[i])
@@ -188,7 +190,7 @@ def tokenizer_ceiling(
   total = min(max_samples or len(rows.source), len(rows.source))
   for batch in _batches(rows, batch_size, total):
     seg_masks = sharding.put_like(batch.seg_masks[:, 0], state)
-    codes, decoded = jax.device_get(round_trip(state, seg_masks))
+    codes, decoded = distributed.fetch(round_trip(state, seg_masks))
     for i in np.flatnonzero(batch.mask_valid[:, 0]):
       one, _ = _score_answer(rows, int(batch.sample_id[i]), decoded[i], True)
       sums += one

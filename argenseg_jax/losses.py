@@ -11,6 +11,13 @@ from argenseg_jax.scales import Scales
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
 
 
+class TargetCounts(NamedTuple):
+  """Weights of all targets, by kind."""
+
+  text: Array  # []
+  code: Array  # [scales]
+
+
 class LossSums(NamedTuple):
   """Cross-entropy sums in nats and how many targets they hold."""
 
@@ -19,16 +26,60 @@ class LossSums(NamedTuple):
   code: Array  # [scales]
   code_count: Array  # [scales]
 
-  def means(self) -> tuple[Array, Array]:
-    """Mean text and code loss over targets; 0 where there are none."""
+  def means(self, whole: TargetCounts | None = None) -> tuple[Array, Array]:
+    """Mean text and code loss over targets; 0 where there are none.
+
+    Args:
+      whole: counts of the batch that these sums are a part of; the means of
+        its parts add up to its own. None: these sums are the whole.
+    """
+    text_count, code_count = whole or (self.text_count, self.code_count)
     return (
-      self.text / jnp.maximum(self.text_count, 1),
-      jnp.sum(self.code) / jnp.maximum(jnp.sum(self.code_count), 1),
+      self.text / jnp.maximum(text_count, 1),
+      jnp.sum(self.code) / jnp.maximum(jnp.sum(code_count), 1),
     )
 
-  def scale_means(self) -> Array:
-    """Mean code loss of each scale."""
-    return self.code / jnp.maximum(self.code_count, 1)
+  def scale_means(self, whole: TargetCounts | None = None) -> Array:
+    """Mean code loss of each scale; `whole` as in `means`."""
+    return self.code / jnp.maximum(whole.code if whole else self.code_count, 1)
+
+
+def count_targets(
+  targets: Int[Array, "b t"],
+  code_index: Int[Array, "b t"],
+  sample_weight: Float[Array, "b"],
+  scales: Scales,
+) -> TargetCounts:
+  """Weights of text and code targets.
+
+  Args:
+    targets: token ids; `IGNORE_TARGET` bears no loss.
+    code_index: from `code_indices`.
+    sample_weight: weight of each row.
+    scales: which scale a code belongs to.
+  """
+  weights = jnp.where(targets == IGNORE_TARGET, 0.0, sample_weight[:, None])
+  return TargetCounts(
+    text=jnp.sum(jnp.where(code_index >= 0, 0.0, weights)),
+    code=jnp.einsum("bt,btk->k", weights, _scale_of(code_index, scales)),
+  )
+
+
+def _scale_of(code_index: Array, scales: Scales) -> Array:
+  """One-hot scale of each position; zeros where the target is no code."""
+  level = jnp.asarray(scales.scale_of_code)[jnp.maximum(code_index, 0)]
+  return jax.nn.one_hot(
+    jnp.where(code_index >= 0, level, -1), len(scales), dtype=jnp.float32
+  )
+
+
+def code_indices(
+  targets: Int[Array, "b t"], codes_per_mask: int
+) -> Int[Array, "b t"]:
+  """Each position's code index within its mask, -1 where none is predicted."""
+  is_code = targets == CODE_TARGET
+  order = jnp.cumsum(is_code, axis=1) - 1
+  return jnp.where(is_code, order % codes_per_mask, -1)
 
 
 def resolve_targets(
@@ -52,7 +103,7 @@ def resolve_targets(
     codes.reshape(b, m * n), jnp.clip(order, 0, m * n - 1), axis=1
   )
   resolved = jnp.where(is_code, first_code + flat, targets)
-  return resolved, jnp.where(is_code, order % n, -1)
+  return resolved, code_indices(targets, n)
 
 
 def decoder_loss(
@@ -85,16 +136,12 @@ def decoder_loss(
     weights.reshape(-1),
     z_loss=z_loss,
   ).reshape(b, t)
-  level = jnp.asarray(scales.scale_of_code)[jnp.maximum(code_index, 0)]
-  one_hot = jax.nn.one_hot(
-    jnp.where(code_index >= 0, level, -1), len(scales), dtype=jnp.float32
-  )
-  text_weights = jnp.where(code_index >= 0, 0.0, weights)
+  counts = count_targets(targets, code_index, sample_weight, scales)
   return LossSums(
     text=jnp.sum(jnp.where(code_index >= 0, 0.0, per_token)),
-    text_count=jnp.sum(text_weights),
-    code=jnp.einsum("bt,btk->k", per_token, one_hot),
-    code_count=jnp.einsum("bt,btk->k", weights, one_hot),
+    text_count=counts.text,
+    code=jnp.einsum("bt,btk->k", per_token, _scale_of(code_index, scales)),
+    code_count=counts.code,
   )
 
 

@@ -1,6 +1,9 @@
 """AdamW, Muon, schedules, clipping, freezing, built from `OptimizerConfig`."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -108,6 +111,17 @@ def _last_two_axes(params):
     return optax.contrib.MuonDimensionNumbers((x.ndim - 2,), (x.ndim - 1,))
 
   return jax.tree.map(dimensions, params)
+
+
+def init_moments(
+  optimizer: optax.GradientTransformation, params: nnx.State
+) -> Any:
+  """The optimizer's state in float32, whatever the dtype of the parameters.
+
+  A bfloat16 second moment would stand still: one step changes it by less than
+  its last digit.
+  """
+  return optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
 
 def trainable_filter(config: OptimizerConfig, state: nnx.State):

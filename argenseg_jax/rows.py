@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from argenseg_jax import sharding
+from argenseg_jax import distributed, sharding
 from argenseg_jax.config import ConfigError, DataConfig, ModelConfig
 from argenseg_jax.data import pipeline, text
 from argenseg_jax.models.argenseg import normalize_seg_masks
@@ -49,18 +49,21 @@ def tokenized(
   rows: pipeline.RowMaker, vqvae: VQVAE, path: pathlib.Path
 ) -> pipeline.RowMaker:
   """The same rows with the codes of their masks, kept in `path`."""
-  if not path.exists():
+  if distributed.agree(path.exists()):
+    codes = np.load(path)
+  else:
     codes = tokenize(rows, vqvae)
-    with path.with_suffix(".partial").open("wb") as file:
-      np.save(file, codes)
-    path.with_suffix(".partial").rename(path)
+    if distributed.is_main():
+      with path.with_suffix(".partial").open("wb") as file:
+        np.save(file, codes)
+      path.with_suffix(".partial").rename(path)
   return pipeline.RowMaker(
     rows.source,
     rows.config,
     tokenizer=rows.tokenizer,
     image_tokens=rows.image_tokens,
     num_codes=rows.num_codes,
-    codes=np.load(path),
+    codes=codes,
   )
 
 
@@ -91,7 +94,7 @@ def tokenize(
     b, m, *shape = batch.seg_masks.shape
     seg_masks = batch.seg_masks.reshape(b * m, *shape)
     codes = encode(state, sharding.put_like(seg_masks, state))
-    codes = np.asarray(codes).reshape(b, m, -1)
+    codes = distributed.fetch(codes).reshape(b, m, -1)
     parts.append(np.where(batch.mask_valid[:, :, None], codes, 0))
     bar.update(min(len(parts) * batch_size, total))
   bar.close()

@@ -1,22 +1,33 @@
-"""Device mesh and the one table from logical axes to mesh axes."""
+"""Device mesh, the one table from logical axes to mesh axes, shards of arrays.
+
+Mesh axes: `slice` counts the parts of a pod that are joined by the data-center
+network; `data` copies the parameters, `fsdp` splits them, and both split the
+batch; `tensor` splits heads and MLPs.
+"""
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from argenseg_jax.config import ConfigError, MeshConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
+BATCH_AXES = ("slice", "data", "fsdp")
 
 # Logical axis of a parameter or activation -> mesh axes it is split over.
+# Words stay whole: no released vocabulary divides by two, and `embed` splits
+# the tables well enough.
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
-  "batch": ("data", "fsdp"),
+  "batch": BATCH_AXES,
   "embed": "fsdp",
-  "vocab": "tensor",
+  "vocab": None,
   "heads": "tensor",
   "kv_heads": "tensor",
   "mlp": "tensor",
@@ -30,35 +41,69 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(
-  config: MeshConfig, devices: Sequence[jax.Device] | None = None
+  config: MeshConfig,
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  slices: int | None = None,
 ) -> Mesh:
-  """A mesh with axes data, fsdp, tensor over all devices.
+  """A mesh with axes slice, data, fsdp, tensor over all devices.
 
   Args:
-    config: sizes; one of them may be -1 for what the others leave.
+    config: sizes within a slice; one may be -1 for what the others leave.
     devices: all of them by default.
+    slices: as many as the devices say by default.
 
   Raises:
     config.ConfigError: the sizes do not multiply to the number of devices.
   """
   devices = list(devices or jax.devices())
-  sizes = [getattr(config, axis) for axis in MESH_AXES]
-  text = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+  if slices is None:
+    slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
+  count, rest = divmod(len(devices), slices)
+  sizes = [getattr(config, axis) for axis in MESH_AXES[1:]]
+  text = ", ".join(
+    f"{a}={s}" for a, s in zip(MESH_AXES[1:], sizes, strict=True)
+  )
   if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
     raise ConfigError(f"mesh ({text}) needs positive sizes and at most one -1.")
   if -1 in sizes:
     known = math.prod(s for s in sizes if s != -1)
-    sizes[sizes.index(-1)] = len(devices) // known
-  if math.prod(sizes) != len(devices):
+    sizes[sizes.index(-1)] = count // known
+  if math.prod(sizes) != count or rest:
+    found = f"{len(devices)} devices"
+    if slices > 1:
+      found += f" in {slices} slices"
     raise ConfigError(
-      f"mesh ({text}) does not fit {len(devices)} devices; the product of its "
-      "sizes must be the number of devices."
+      f"mesh ({text}) does not fit {found}; the product of its sizes must be "
+      "the number of devices of a slice."
     )
   return Mesh(
-    np.asarray(devices).reshape(sizes),
+    _arrange(devices, sizes, slices),
     MESH_AXES,
     axis_types=(AxisType.Auto,) * len(MESH_AXES),
   )
+
+
+def _arrange(devices, sizes: list[int], slices: int) -> np.ndarray:
+  """Devices in mesh order; neighbours on a TPU's network stay neighbours."""
+  if devices[0].platform != "tpu":
+    return np.asarray(devices).reshape(slices, *sizes)
+  # Only multi-slice devices know which slice they are in.
+  if slices == 1:
+    return mesh_utils.create_device_mesh(
+      (1, *sizes), devices, allow_split_physical_axes=True
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    (1, *sizes),
+    (slices, 1, 1, 1),
+    devices,
+    allow_split_physical_axes=True,
+  )
+
+
+def num_shards(mesh: Mesh) -> int:
+  """Into how many parts a batch is split."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def spec(axes: Sequence[str | None]) -> PartitionSpec:
@@ -66,11 +111,12 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
   return PartitionSpec(*(RULES[axis] for axis in axes))
 
 
-def state_shardings(state: nnx.State, mesh: Mesh):
+def state_shardings(state: Any, mesh: Mesh) -> Any:
   """The sharding of every variable of `state`, from its `axes` metadata.
 
   Args:
-    state: concrete or abstract (`jax.eval_shape`) variables.
+    state: concrete or abstract (`jax.eval_shape`) variables, in any tree;
+      leaves that are no variables (counters) are replicated.
     mesh: from `make_mesh`.
 
   Returns:
@@ -81,7 +127,11 @@ def state_shardings(state: nnx.State, mesh: Mesh):
   """
 
   def one(path, variable):
-    axes = variable.get_metadata().get("axes", (None,) * len(variable.shape))
+    if not isinstance(variable, nnx.Variable):
+      return replicated(mesh)
+    if not jax.tree.leaves(variable):  # Masked out of an optimizer.
+      return variable
+    axes = _axes(variable)
     for size, axis in zip(variable.shape, axes, strict=True):
       mesh_axes = RULES[axis] or ()
       names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
@@ -94,13 +144,21 @@ def state_shardings(state: nnx.State, mesh: Mesh):
         )
     return variable.replace(NamedSharding(mesh, spec(axes)))
 
-  return jax.tree_util.tree_map_with_path(
-    one, state, is_leaf=lambda x: isinstance(x, nnx.Variable)
-  )
+  return jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
+
+
+def _is_variable(x: Any) -> bool:
+  return isinstance(x, nnx.Variable)
+
+
+def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+  rank = len(variable.shape)
+  axes = variable.get_metadata().get("axes", (None,) * rank)
+  return tuple(axes[len(axes) - rank :])  # A scan takes "layers" away.
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over data and fsdp, everything else whole."""
+  """Rows over slices, data and fsdp, everything else whole."""
   return NamedSharding(mesh, spec(("batch",)))
 
 
@@ -153,3 +211,82 @@ def put_like(batch, state):
     )
 
   return jax.tree.map(put, batch)
+
+
+def check_hosts(mesh: Mesh, global_batch_size: int) -> None:
+  """Refuses meshes and batches that hosts cannot feed row by row.
+
+  Raises:
+    config.ConfigError: a batch that does not divide, or one row that several
+      hosts would have to feed.
+  """
+  shards = num_shards(mesh)
+  if global_batch_size % shards:
+    raise ConfigError(
+      f"global_batch_size {global_batch_size} does not divide over the "
+      f"{shards} parts of mesh axes slice, data and fsdp."
+    )
+  for row in mesh.devices.reshape(shards, -1):
+    if len({device.process_index for device in row}) > 1:
+      raise ConfigError(
+        f"mesh axis 'tensor' of {mesh.shape['tensor']} spans several hosts; "
+        "it must divide the devices of one host."
+      )
+
+
+# Inside `jax.shard_map`, where code sees its own shards only.
+
+
+def local_spec(variable: nnx.Variable) -> PartitionSpec:
+  """How a variable enters `shard_map` over the batch axes."""
+  names = (RULES[axis] for axis in _axes(variable))
+  return PartitionSpec(*(n if n in BATCH_AXES else None for n in names))
+
+
+def local_specs(state: Any) -> Any:
+  """`local_spec` of every variable of a tree."""
+  return jax.tree.map(
+    lambda v: v.replace(local_spec(v)), state, is_leaf=_is_variable
+  )
+
+
+def is_split(variable: nnx.Variable) -> bool:
+  """Whether fsdp splits this variable."""
+  return "fsdp" in local_spec(variable)
+
+
+def gathers() -> bool:
+  """Whether this code sees shards of parameters, which it must gather."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return "fsdp" in mesh.manual_axes and mesh.shape["fsdp"] > 1
+
+
+def gathered(state: Any) -> Any:
+  """Whole parameters from the shards that this code sees.
+
+  The gradient of a gathered parameter is reduce-scattered, which is what
+  transposing an all-gather means: each device ends with the sum of its own
+  shard and the whole gradient is never kept.
+  """
+  if not gathers():
+    return state
+
+  def one(variable):
+    if not is_split(variable):
+      return variable
+    dimension = tuple(local_spec(variable)).index("fsdp")
+    return variable.replace(
+      lax.all_gather(variable[...], "fsdp", axis=dimension, tiled=True)
+    )
+
+  return jax.tree.map(one, state, is_leaf=_is_variable)
+
+
+def sum_gradients(gradients: Any) -> Any:
+  """Sums over the batch axes what `gathered` has not summed already."""
+
+  def one(variable):
+    axes = BATCH_AXES[:-1] if is_split(variable) else BATCH_AXES
+    return variable.replace(lax.psum(variable[...], axes))
+
+  return jax.tree.map(one, gradients, is_leaf=_is_variable)

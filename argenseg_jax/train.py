@@ -5,16 +5,21 @@ import json
 import pathlib
 import shutil
 import signal
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 
-from argenseg_jax import checkpoint, sharding, starting, tokenizer_training
+from argenseg_jax import (
+  checkpoint,
+  distributed,
+  sharding,
+  speed,
+  starting,
+  upkeep,
+)
 from argenseg_jax import config as config_lib
 from argenseg_jax import rows as rows_lib
 from argenseg_jax.config import ConfigError, RunConfig
@@ -26,8 +31,12 @@ from argenseg_jax.evaluate import (
   tokenizer_ceiling,
 )
 from argenseg_jax.monitor import MetricsWriter, Progress
-from argenseg_jax.optimizer import make_optimizer, trainable_filter
-from argenseg_jax.train_step import TrainState, make_train_step
+from argenseg_jax.optimizer import (
+  init_moments,
+  make_optimizer,
+  trainable_filter,
+)
+from argenseg_jax.train_step import TrainState, make_train_step, state_part
 
 INTERRUPTED = 3  # Exit code of a run that was told to stop and has saved.
 
@@ -58,13 +67,16 @@ def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
     results[task] = train(config, task, workdir / task, init_from=init_from)
     init_from = str(workdir / task)
   scores = workdir / "results.json"
-  if "mllm" in config.tasks and not scores.exists():
+  scored = distributed.agree(scores.exists())
+  if "mllm" in config.tasks and not scored:
     loaded = checkpoint.load(workdir / "mllm")
     splits = evaluate_checkpoint(config, loaded)
     metrics = {split: result.metrics for split, result in splits.items()}
-    scores.write_text(json.dumps(metrics, indent=1))
-    for split, values in metrics.items():
-      print(f"{split}: cIoU {values['ciou']:.3f} gIoU {values['giou']:.3f}")
+    if distributed.is_main():
+      scores.write_text(json.dumps(metrics, indent=1))
+      for split, values in metrics.items():
+        print(f"{split}: cIoU {values['ciou']:.3f} gIoU {values['giou']:.3f}")
+    distributed.wait_for_all("results")
   return results
 
 
@@ -81,8 +93,10 @@ def claim(config: RunConfig, workdir: pathlib.Path) -> None:
         f"{keys}); give another directory or that config."
       )
     return
-  workdir.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(mine, indent=1))
+  distributed.wait_for_all("claim")  # All have looked before one writes.
+  if distributed.is_main():
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(mine, indent=1))
 
 
 def train(
@@ -105,15 +119,18 @@ def train(
     Final metrics; read back when the task is done already.
   """
   done = workdir / "results.json"
-  if done.exists():
+  if distributed.agree(done.exists()):
     return json.loads(done.read_text())
   workdir.mkdir(parents=True, exist_ok=True)
+  main = distributed.is_main()
   stage = config.stage(task)
   model_config = starting.model_config(config, init_from)
   mesh = sharding.make_mesh(config.mesh)
+  sharding.check_hosts(mesh, stage.train.global_batch_size)
 
   tokenizer = starting.text_tokenizer(config, model_config, init_from)
-  shutil.copyfile(tokenizer.name, workdir / "tokenizer.json")
+  if main:
+    shutil.copyfile(tokenizer.name, workdir / "tokenizer.json")
   rows = rows_lib.make_rows(config.data, task, model_config, tokenizer)
   graph, variables = sharding.create_sharded(
     checkpoint.model_factory(
@@ -127,7 +144,8 @@ def train(
   )
   if init_from is not None:
     variables = starting.fill(variables, init_from, task, mesh)
-    starting.keep_files(init_from, workdir)
+    if main:
+      starting.keep_files(init_from, workdir)
   thaws = task == "mllm" and "vqvae" not in stage.optimizer.frozen
   if config.data.cache_codes and thaws:
     raise ConfigError(
@@ -140,20 +158,23 @@ def train(
   graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
   optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
 
-  def everywhere(x):
-    return jax.device_put(x, sharding.replicated(mesh))
-
   state = TrainState(
-    step=everywhere(jnp.zeros((), jnp.int32)),
+    step=jnp.zeros((), jnp.int32),
     params=params,
     fixed=fixed,
-    # Moments take the shardings of their parameters; other leaves have none.
-    optimizer=jax.tree.map(
-      lambda x: x if isinstance(x.sharding, NamedSharding) else everywhere(x),
-      optimizer.init(params),
-    ),
-    usage=everywhere(jnp.zeros((model_config.vqvae.num_codes,), jnp.int32)),
+    optimizer=jax.eval_shape(lambda: init_moments(optimizer, params)),
+    usage=jnp.zeros((model_config.vqvae.num_codes,), jnp.int32),
+    # A copy: the step gives its inputs' memory away.
+    average=jax.tree.map(jnp.copy, params)
+    if stage.optimizer.ema_decay
+    else None,
   )
+  shardings = sharding.state_shardings(state, mesh)
+  moments = jax.jit(
+    lambda params: init_moments(optimizer, params),
+    out_shardings=shardings.optimizer,
+  )(params)
+  state = jax.device_put(state._replace(optimizer=moments), shardings)
 
   checkpoints = checkpoint.Checkpoints(workdir, keep=stage.train.keep)
   meta = {
@@ -168,44 +189,44 @@ def train(
   def save():
     checkpoints.save(
       int(state.step),
-      nnx.merge_state(state.params, state.fixed),
-      (state.step, state.optimizer, state.usage),
+      state.variables,
+      _counters(state),
       meta | {"data": batches.state()},
     )
 
   make_step = {
     quantize: jax.jit(
-      make_train_step(graph, optimizer, config, task, quantize=quantize),
+      make_train_step(
+        graph, optimizer, config, task, mesh=mesh, quantize=quantize
+      ),
       donate_argnums=0,
+      out_shardings=(shardings, None),
     )
     for quantize in (True, False)
   }
   if task == "mllm":
     evaluator = Evaluator(graph, config.eval)
   warm = config.tokenizer_training.warm_start_steps if task == "vqvae" else 0
-  writer = MetricsWriter(workdir, active=jax.process_index() == 0)
+  writer = MetricsWriter(workdir, active=main)
   bar = Progress(
     f"train {task}",
     stage.train.steps,
     start=int(state.step),
-    active=jax.process_index() == 0,
+    active=main,
   )
   pending = None  # Metrics on their way from the device.
-  began, began_step = time.monotonic(), int(state.step)
-  step = began_step
+  step = int(state.step)
+  pace = speed.Pace(config, task, model_config, mesh, start=step)
   with _stop_on_sigterm() as told_to_stop, contextlib.closing(batches):
     while step < stage.train.steps:
       batch = sharding.put_batch(next(batches), mesh)
       state, metrics = make_step[step >= warm](state, batch)
       step += 1
       if task == "vqvae":
-        state = _maintain(config, graph, state, step, rows)
+        state = upkeep.maintain(config, graph, state, step, rows, mesh)
       if pending is not None:
         values = _as_floats(jax.device_get(pending))
-        values["steps_per_second"] = (step - 1 - began_step) / (
-          time.monotonic() - began
-        )
-        writer.write(step - 1, values)
+        writer.write(step - 1, values | pace(step - 1))
         bar.update(step - 1, f"loss {values['loss']:.3f}")
         pending = None
       if step % stage.train.log_every == 0:
@@ -213,16 +234,17 @@ def train(
       last = step == stage.train.steps
       every = stage.train.eval_every
       if task == "mllm" and every and step % every == 0 and not last:
-        variables = nnx.merge_state(state.params, state.fixed)
         split = config.eval.splits[0]
         values = evaluator(
-          variables, rows_lib.of_split(rows, split), max_samples=200
+          state.variables, rows_lib.of_split(rows, split), max_samples=200
         ).metrics
         writer.write(step, {f"{split}/{k}": v for k, v in values.items()})
         bar.update(step, f"{split} cIoU {values['ciou']:.3f}")
-      if step % stage.train.save_every == 0 or last or told_to_stop():
+        pace.pause()
+      stops = distributed.stop_requested(step, told_to_stop())
+      if step % stage.train.save_every == 0 or last or stops:
         save()
-      if told_to_stop() and not last:
+      if stops and not last:
         checkpoints.wait()
         raise Interrupted(f"stopped at step {step}; a later call goes on.")
   bar.update(step)
@@ -230,22 +252,24 @@ def train(
   checkpoints.wait()
   checkpoints.close()
 
-  variables = nnx.merge_state(state.params, state.fixed)
   if task == "vqvae":
     results = tokenizer_ceiling(
       graph,
-      variables,
+      state.variables,
       rows_lib.of_split(rows, config.eval.splits[0]),
       batch_size=64,
       max_samples=config.eval.max_samples,
     )
-    print(f"image tokenizer ceiling: cIoU {results['ciou']:.3f}", flush=True)
+    if main:
+      print(f"image tokenizer ceiling: cIoU {results['ciou']:.3f}", flush=True)
   else:
     results = {"steps": step}
   results["bad_records"] = batches.num_bad_records
   writer.write(step, {f"final/{k}": v for k, v in results.items()})
   writer.close()
-  done.write_text(json.dumps(results, indent=1))
+  if main:
+    done.write_text(json.dumps(results, indent=1))
+  distributed.wait_for_all(f"{task} results")
   return results
 
 
@@ -275,80 +299,40 @@ def _batches(config, rows, vqvae, workdir: pathlib.Path):
   return Curriculum(iterate(easy, "warmup"), main, steps)
 
 
+def _counters(state: TrainState) -> tuple:
+  """What a checkpoint holds beside the model: with an average, which stands in
+  the model's place, the raw parameters too."""
+  raw = None if state.average is None else state.params
+  return state.step, state.optimizer, state.usage, raw
+
+
 def _restore(checkpoints, step, state):
-  variables = nnx.merge_state(state.params, state.fixed)
-  counters = (state.step, state.optimizer, state.usage)
-  variables, counters, meta = checkpoints.restore(step, variables, counters)
+  variables, counters, meta = checkpoints.restore(
+    step, state.variables, _counters(state)
+  )
+  params, average = state_part(variables, state.params), None
+  if state.average is not None:
+    params, average = counters[3], params
   return TrainState(
     step=counters[0],
-    params=_part_of(variables, state.params),
-    fixed=_part_of(variables, state.fixed),
+    params=params,
+    fixed=state_part(variables, state.fixed),
     optimizer=counters[1],
     usage=counters[2],
+    average=average,
   ), meta["data"]
-
-
-def _maintain(config, graph, state, step, rows):
-  """What an image tokenizer needs between steps: a codebook that starts on the
-  data, revival of dead codes, costs that follow the codes' frequencies."""
-  settings = config.tokenizer_training
-  last = config.vqvae.train.steps
-  starts = settings.kmeans_iterations and step == settings.warm_start_steps
-  quantized = step - settings.warm_start_steps
-  revives = (
-    settings.revive_every
-    and quantized > 0
-    and quantized % settings.revive_every == 0
-    and step <= settings.revive_until
-  )
-  counts = settings.entropy_weight and (
-    step == last
-    or (
-      step >= max(settings.entropy_from, 1)
-      and step % settings.entropy_every == 0
-    )
-  )
-  if not (starts or revives or counts):
-    return state
-  model = nnx.merge(graph, state.params, state.fixed)
-  key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
-  few = 32  # Masks whose vectors dead codes move to.
-  count = settings.kmeans_seg_masks if starts or counts else few
-  images = rows_lib.sample_seg_masks(rows, count, first=step * 64)
-  if starts:
-    tokenizer_training.start_codebook(
-      model, images, key=key, iterations=settings.kmeans_iterations
-    )
-  if revives:
-    tokenizer_training.revive_codes(model, images[:few], state.usage, key)
-    state = state._replace(usage=jnp.zeros_like(state.usage))
-  if counts:
-    tokenizer_training.constrain_entropy(
-      model, images, weight=settings.entropy_weight
-    )
-  return _with_model(state, model)
-
-
-def _with_model(state: TrainState, model: nnx.Module) -> TrainState:
-  variables = nnx.state(model)
-  return state._replace(
-    params=_part_of(variables, state.params),
-    fixed=_part_of(variables, state.fixed),
-  )
-
-
-def _part_of(variables: nnx.State, part: nnx.State) -> nnx.State:
-  """The variables that stand at the paths of `part`."""
-  flat = dict(nnx.to_flat_state(variables))
-  return nnx.from_flat_state(
-    [(path, flat[path]) for path, _ in nnx.to_flat_state(part)]
-  )
 
 
 @contextlib.contextmanager
 def _stop_on_sigterm():
-  """Yields a function that tells whether SIGTERM came."""
+  """Yields a function that tells whether SIGTERM came.
+
+  With several processes JAX listens instead (`distributed.stop_requested`).
+  """
   came = []
+  if jax.process_count() > 1:
+    yield lambda: False
+    return
   try:
     before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
   except ValueError:  # Not the main thread: nobody sends signals here.

@@ -1,4 +1,9 @@
-"""One optimisation step of either task, as pure functions for `jax.jit`."""
+"""One optimisation step of either task, as pure functions for `jax.jit`.
+
+Loss and gradient of a batch are sums over its parts, each divided by counts of
+the whole batch. Parts are what one device holds (`shard_map` over the batch
+axes) and, within it, what one turn of gradient accumulation takes.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from argenseg_jax import losses
-from argenseg_jax.config import LossConfig, RunConfig
+from argenseg_jax import losses, sharding
+from argenseg_jax.config import ConfigError, LossConfig, RunConfig
 from argenseg_jax.models.argenseg import (
   ARGenSeg,
   normalize_images,
@@ -35,19 +42,62 @@ class TrainState(NamedTuple):
   fixed: nnx.State
   optimizer: Any
   usage: Array  # int32 [codes]: since the last revival (image tokenizer only).
+  # Exponential average of params, or None. It is what others get to see.
+  average: nnx.State | None = None
+
+  @property
+  def variables(self) -> nnx.State:
+    """The whole model, averaged if an average is kept."""
+    params = self.params if self.average is None else self.average
+    return nnx.merge_state(params, self.fixed)
+
+
+class Noise(NamedTuple):
+  """Random numbers of a step, drawn for the whole batch: they do not depend on
+  how it is split. None where a kind is off."""
+
+  first_dropped: Array | None = (
+    None  # int32 [b m]: scale inputs zero from here.
+  )
+  drop_path: Array | None = None  # float32 [b i l 2], see `VisionTower`.
+
+
+def draw_noise(
+  model: ARGenSeg, batch: Batch, config: LossConfig, key: Array
+) -> Noise:
+  """Training noise of a batch.
+
+  Args:
+    model: the whole model.
+    batch: the whole batch.
+    config: `drop_scale_inputs` is the share of masks whose scale inputs are
+      zero from a random scale on, so that the decoder must look at the picture.
+    key: of the step.
+  """
+  b, m = batch.mask_valid.shape
+  first_dropped = drop_path = None
+  if config.drop_scale_inputs > 0:
+    chosen, first = jax.random.split(key)
+    num_scales = len(model.scales)
+    drops = jax.random.bernoulli(chosen, config.drop_scale_inputs, (b * m, 1))
+    start = jax.random.randint(first, (b * m, 1), 1, num_scales)
+    first_dropped = jnp.where(drops, start, num_scales).reshape(b, m)
+  vision = model.config.vision
+  if vision.drop_path > 0:
+    shape = (b, batch.images.shape[1], vision.num_layers, 2)
+    drop_path = jax.random.uniform(jax.random.fold_in(key, 2), shape)
+  return Noise(first_dropped, drop_path)
 
 
 def prepare_inputs(
-  model: ARGenSeg, batch: Batch, *, drop_key: Array | None, drop_share: float
+  model: ARGenSeg, batch: Batch, noise: Noise
 ) -> tuple[ModelInputs, Array, Array]:
   """Runs the image tokenizer and forms the teacher-forced inputs.
 
   Args:
     model: the whole model.
     batch: bytes and tokens.
-    drop_key: None keeps all scale inputs.
-    drop_share: share of masks whose scale inputs are zero from a random scale
-      on, so that the decoder must look at the picture.
+    noise: which scale inputs are dropped.
 
   Returns:
     Inputs, token targets and code indices (see `losses.resolve_targets`).
@@ -61,13 +111,9 @@ def prepare_inputs(
     codes = jax.lax.stop_gradient(codes)
   scale_inputs = model.vqvae.quantizer.scale_inputs(codes)
   scale_inputs = jax.lax.stop_gradient(scale_inputs)
-  if drop_key is not None and drop_share > 0:
-    chosen, first = jax.random.split(drop_key)
-    num_scales = len(model.scales)
-    drops = jax.random.bernoulli(chosen, drop_share, (b * m, 1))
-    start = jax.random.randint(first, (b * m, 1), 1, num_scales)
+  if noise.first_dropped is not None:
     level = jnp.asarray(model.scales.scale_of_code)[None, 1:]
-    dropped = drops & (level >= start)
+    dropped = level >= noise.first_dropped.reshape(b * m, 1)
     scale_inputs = jnp.where(dropped[:, :, None], 0.0, scale_inputs)
   targets, code_index = losses.resolve_targets(
     batch.targets, codes.reshape(b, m, -1), model.config.token_ids.first_code
@@ -88,15 +134,30 @@ def mllm_loss(
   batch: Batch,
   config: LossConfig,
   *,
-  key: Array | None = None,
+  noise: Noise | None = None,
   remat: str = "none",
+  counts: losses.TargetCounts | None = None,
 ) -> tuple[Array, losses.LossSums]:
-  """Mean text loss plus mean code loss; `key` turns training noise on."""
-  inputs, targets, code_index = prepare_inputs(
-    model, batch, drop_key=key, drop_share=config.drop_scale_inputs
+  """Mean text loss plus mean code loss.
+
+  Args:
+    model: the whole model.
+    batch: a batch, or a part of one.
+    config: how codes are averaged.
+    noise: of training; of this part.
+    remat: key of `REMAT_POLICIES`.
+    counts: of the whole batch, if `batch` is a part of one.
+  """
+  noise = noise or Noise()
+  inputs, targets, code_index = prepare_inputs(model, batch, noise)
+  drop_path = noise.drop_path
+  if drop_path is not None:
+    drop_path = drop_path.reshape(-1, *drop_path.shape[2:])
+  hidden = model(
+    inputs, remat_policy=REMAT_POLICIES[remat], drop_path=drop_path
   )
   sums = losses.decoder_loss(
-    model(inputs, remat_policy=REMAT_POLICIES[remat]),
+    hidden,
     model.llm.head,
     targets,
     code_index,
@@ -104,10 +165,19 @@ def mllm_loss(
     scales=model.scales,
     z_loss=config.z_loss,
   )
-  text, code = sums.means()
+  return mllm_objective(sums, config, counts), sums
+
+
+def mllm_objective(
+  sums: losses.LossSums,
+  config: LossConfig,
+  counts: losses.TargetCounts | None = None,
+) -> Array:
+  """What training minimises, or the share of a part in it (see `mllm_loss`)."""
+  text, code = sums.means(counts)
   if config.code_average == "scale":
-    code = jnp.mean(sums.scale_means())
-  return text + code, sums
+    code = jnp.mean(sums.scale_means(counts))
+  return text + code
 
 
 def grounding_gap(model: ARGenSeg, batch: Batch) -> tuple[Array, Array]:
@@ -125,7 +195,7 @@ def grounding_gap(model: ARGenSeg, batch: Batch) -> tuple[Array, Array]:
 def vqvae_loss(
   model: VQVAE, batch: Batch, *, reconstruction: str, quantize: bool
 ) -> tuple[Array, dict[str, Array]]:
-  """Reconstruction plus quantiser loss over all masks of a batch.
+  """Reconstruction plus quantiser loss, means over all masks of a batch.
 
   Args:
     model: the image tokenizer.
@@ -142,11 +212,7 @@ def vqvae_loss(
     fit = losses.seg_mask_loss(out.images, images)
   metrics = {"reconstruction": fit, "vq": out.vq_loss}
   if quantize:
-    counts = model.quantizer.count_codes(out.codes)
-    metrics["counts"] = counts
-    used, perplexity = usage_and_perplexity(counts)
-    metrics["codes_used"] = used
-    metrics["perplexity"] = perplexity
+    metrics["counts"] = model.quantizer.count_codes(out.codes)
   return fit + out.vq_loss, metrics
 
 
@@ -156,6 +222,7 @@ def make_train_step(
   config: RunConfig,
   task: str,
   *,
+  mesh: Mesh,
   quantize: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """A function (state, batch) -> (state, metrics), to be jitted.
@@ -165,44 +232,186 @@ def make_train_step(
     optimizer: from `optimizer.make_optimizer`.
     config: of the run.
     task: "vqvae" or "mllm".
+    mesh: that state and batch live on.
     quantize: False while an image tokenizer warms up without its quantiser.
   """
-  remat = config.stage(task).train.remat
+  stage = config.stage(task)
+  accumulate = stage.train.accumulate_steps
+  parts = accumulate * sharding.num_shards(mesh)
+  if stage.train.global_batch_size % parts:
+    raise ConfigError(
+      f"global_batch_size {stage.train.global_batch_size} does not divide into "
+      f"{parts} parts (accumulate_steps {accumulate} times mesh axes slice, "
+      "data and fsdp)."
+    )
 
-  def loss_of(params, fixed, batch, key):
-    model = nnx.merge(graph, params, fixed)
-    if task == "vqvae":
-      loss, metrics = vqvae_loss(
+  def part_loss(params, fixed, batch, noise, counts):
+    """A part's share in the loss, and what to sum over parts."""
+    model = nnx.merge(graph, *_whole_tables((params, fixed)))
+    if task == "mllm":
+      return mllm_loss(
         model,
         batch,
-        reconstruction=config.tokenizer_training.reconstruction,
-        quantize=quantize,
+        config.loss,
+        noise=noise,
+        remat=stage.train.remat,
+        counts=counts,
       )
-      return loss, metrics
-    loss, sums = mllm_loss(model, batch, config.loss, key=key, remat=remat)
-    text, code = sums.means()
-    return loss, {
-      "text_loss": text,
-      "code_loss": code,
-      "scale_loss": sums.scale_means(),
-    }
+    loss, sums = vqvae_loss(
+      model,
+      batch,
+      reconstruction=config.tokenizer_training.reconstruction,
+      quantize=quantize,
+    )
+    # Parts are of one size: the mean of their means is the whole mean.
+    sums |= {k: v / parts for k, v in sums.items() if k != "counts"}
+    return loss / parts, sums
+
+  def gradients(params, fixed, batch, noise, counts):
+    """Of all parts that this code sees, one after the other."""
+    grad = jax.grad(part_loss, has_aux=True)
+    cast = _cast_split((params, fixed), stage.train.compute_dtype)
+    if accumulate == 1:
+      return grad(*cast, batch, noise, counts)
+    turns = jax.tree.map(
+      lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (batch, noise)
+    )
+
+    def add(total, turn):
+      new = grad(*cast, *turn, counts)
+      return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new), None
+
+    first = jax.tree.map(lambda x: x[0], turns)
+    shapes = jax.eval_shape(grad, *cast, *first, counts)
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(
+        x.shape,
+        jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype,
+      ),
+      shapes,
+    )
+    return lax.scan(add, zeros, turns)[0]
+
+  def sharded_gradients(params, fixed, batch, noise, counts):
+    rows = PartitionSpec(sharding.BATCH_AXES)
+    specs = sharding.local_specs(params)
+    manual = set(mesh.axis_names)
+    if mesh.shape["tensor"] > 1:
+      manual.remove("tensor")  # XLA splits heads and MLPs by itself.
+
+    def local(params, fixed, batch, noise, counts):
+      grads, sums = gradients(params, fixed, batch, noise, counts)
+      sums = jax.tree.map(lambda x: lax.psum(x, sharding.BATCH_AXES), sums)
+      return sharding.sum_gradients(grads), sums
+
+    return jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=(
+        specs,
+        sharding.local_specs(fixed),
+        rows,
+        rows,
+        PartitionSpec(),
+      ),
+      out_specs=(specs, PartitionSpec()),
+      axis_names=manual,
+      check_vma=False,
+    )(params, fixed, batch, noise, counts)
 
   def step(state: TrainState, batch: Batch):
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(
-      state.params, state.fixed, batch, key
-    )
-    updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+    noise, counts = Noise(), None
+    if task == "mllm":
+      model = nnx.merge(graph, state.params, state.fixed)
+      noise = draw_noise(model, batch, config.loss, key)
+      counts = losses.count_targets(
+        batch.targets,
+        losses.code_indices(batch.targets, model.scales.num_codes),
+        batch.sample_weight,
+        model.scales,
+      )
+    split = gradients if mesh.size == 1 else sharded_gradients
+    grads, sums = split(state.params, state.fixed, batch, noise, counts)
     usage = state.usage
-    if "counts" in metrics:
-      usage = usage + jnp.sum(metrics.pop("counts"), 0, dtype=usage.dtype)
-    metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    if task == "mllm":
+      text, code = sums.means()
+      metrics = {
+        "loss": mllm_objective(sums, config.loss),
+        "text_loss": text,
+        "code_loss": code,
+        "scale_loss": sums.scale_means(),
+      }
+    else:
+      metrics = {"loss": sums["reconstruction"] + sums["vq"]}
+      metrics |= {k: v for k, v in sums.items() if k != "counts"}
+      if quantize:
+        usage = usage + jnp.sum(sums["counts"], 0, dtype=usage.dtype)
+        used, perplexity = usage_and_perplexity(sums["counts"])
+        metrics |= {"codes_used": used, "perplexity": perplexity}
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average is not None:
+      average = update_average(
+        average, params, state.step, stage.optimizer.ema_decay
+      )
     return TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       fixed=state.fixed,
       optimizer=opt_state,
       usage=usage,
+      average=average,
     ), metrics
 
   return step
+
+
+def state_part(variables: nnx.State, part: nnx.State) -> nnx.State:
+  """The variables that stand at the paths of `part`."""
+  flat = dict(nnx.to_flat_state(variables))
+  return nnx.from_flat_state(
+    [(path, flat[path]) for path, _ in nnx.to_flat_state(part)]
+  )
+
+
+def update_average(
+  average: nnx.State, params: nnx.State, step: Array, decay: float
+) -> nnx.State:
+  """Moves the average towards `params`, faster at the beginning."""
+  keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(
+    lambda a, p: (a + (1 - keep) * (p - a)).astype(a.dtype), average, params
+  )
+
+
+def _cast_split(state: Any, dtype: str) -> Any:
+  """Shards that will be gathered, in the dtype that they are used in: half the
+  traffic in bfloat16, for parameters and gradients alike."""
+  if not sharding.gathers():
+    return state
+
+  def cast(variable):
+    if not sharding.is_split(variable):
+      return variable
+    return variable.replace(variable[...].astype(dtype))
+
+  return jax.tree.map(
+    cast, state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+  )
+
+
+def _whole_tables(states: Any) -> Any:
+  """Gathers what belongs to no stack of layers; `layer_scan` does those."""
+
+  def whole(variable):
+    if "layers" in variable.get_metadata().get("axes", ()):
+      return variable
+    return sharding.gathered(variable)
+
+  return jax.tree.map(
+    whole, states, is_leaf=lambda x: isinstance(x, nnx.Variable)
+  )

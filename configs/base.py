@@ -112,9 +112,13 @@ def _stage(*, learning_rate: float, steps: int, batch: int) -> ConfigDict:
   s.optimizer.weight_decay = 0.0  # Not on norms, biases and other vectors.
   s.optimizer.clip_norm = 1.0
   s.optimizer.frozen = ()
+  # Above 0, checkpoints and evaluation get an average of the weights.
+  s.optimizer.ema_decay = 0.0
   s.train = ConfigDict()
   s.train.steps = steps
   s.train.global_batch_size = batch
+  # Turns in which a batch is worked through: less memory, the same result.
+  s.train.accumulate_steps = 1
   s.train.log_every = 10
   s.train.eval_every = 0  # 0: only at the end.
   s.train.save_every = 500

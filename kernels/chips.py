@@ -19,16 +19,23 @@ class Chip(NamedTuple):
   bandwidth: float  # Bytes/s from and to HBM.
   links: float  # Bytes/s to other chips, both directions (ICI or NVLink).
   devices: int = 1  # JAX devices a chip; they share all of the above.
+  # Bytes/s to other slices, per chip (data-center network); None: not given.
+  dcn: float | None = None
 
 
 # TPUs: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, "System architecture";
-# memory in GiB, ICI in both directions, as those pages have it since 2026.
+# memory in GiB, ICI in both directions, as those pages have it since 2026; the
+# DCN of v5e is 6.4 Tbit/s for a pod of 256 chips, that of v5p 50 Gbit/s a chip.
 # `scratch` is the compiler's own limit, found by compiling.
 # GPUs: NVIDIA's data sheets of the SXM boards. They print 1,979 TFLOP/s with
 # sparsity, which is twice the dense rate. A thread block may use 227 KiB.
 CHIPS = {
-  "v5e": Chip("tpu", "v5e:2x2", 16 * _MIB, 197e12, 16 * _GIB, 819e9, 400e9),
-  "v5p": Chip("tpu", "v5p:2x2x1", 16 * _MIB, 459e12, 95 * _GIB, 2765e9, 1200e9),
+  "v5e": Chip(
+    "tpu", "v5e:2x2", 16 * _MIB, 197e12, 16 * _GIB, 819e9, 400e9, 1, 3.125e9
+  ),
+  "v5p": Chip(
+    "tpu", "v5p:2x2x1", 16 * _MIB, 459e12, 95 * _GIB, 2765e9, 1200e9, 1, 6.25e9
+  ),
   "v6e": Chip("tpu", "v6e:2x2", 32 * _MIB, 918e12, 32 * _GIB, 1638e9, 800e9),
   "tpu7x": Chip(
     "tpu", "tpu7x:2x2x1", 32 * _MIB, 2307e12, 192 * _GIB, 7380e9, 1200e9, 2
@@ -52,6 +59,11 @@ _KINDS = {
   "NVIDIA H100 80GB HBM3": "h100",
   "NVIDIA H200": "h200",
 }
+
+
+def kind_of(name: str) -> str:
+  """The last of JAX's device kinds for a key of `CHIPS`."""
+  return [kind for kind, chip in _KINDS.items() if chip == name][-1]
 
 
 def name_of(device_kind: str) -> str | None:

@@ -13,10 +13,13 @@ LAYERS = [
   ("argenseg_jax.kernels",),
   ("argenseg_jax.version", "argenseg_jax.scales", "argenseg_jax.types"),
   ("argenseg_jax.config",),
+  ("argenseg_jax.distributed", "argenseg_jax.topology"),
   ("argenseg_jax.cpu", "argenseg_jax.sharding"),
   ("argenseg_jax.data",),
   ("argenseg_jax.models",),
   (
+    "argenseg_jax.flops",
+    "argenseg_jax.hlo",
     "argenseg_jax.losses",
     "argenseg_jax.metrics",
     "argenseg_jax.monitor",
@@ -29,7 +32,8 @@ LAYERS = [
   ("argenseg_jax.parity",),
   ("argenseg_jax.predict", "argenseg_jax.rows", "argenseg_jax.train_step"),
   ("argenseg_jax.evaluate", "argenseg_jax.report"),
-  ("argenseg_jax.train",),
+  ("argenseg_jax.speed", "argenseg_jax.upkeep"),
+  ("argenseg_jax.plan", "argenseg_jax.train"),
   ("argenseg_jax.quickstart", "argenseg_jax.configs"),
   ("argenseg_jax.tools",),
 ]

@@ -29,6 +29,7 @@ def config(**changes) -> OptimizerConfig:
     weight_decay=0.1,
     clip_norm=1.0,
     frozen=(),
+    ema_decay=0.0,
   )
   return OptimizerConfig(**(values | changes))
 

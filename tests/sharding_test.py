@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from argenseg_jax import sharding
-from argenseg_jax.config import ConfigError, MeshConfig
+from argenseg_jax.config import ConfigError, MeshConfig, replace
 from argenseg_jax.models.argenseg import ARGenSeg
 
 
@@ -18,7 +18,20 @@ def mesh(data, fsdp, tensor):
 
 
 def test_one_size_may_be_left_open():
-  assert dict(mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert dict(mesh(2, -1, 2).shape) == {
+    "slice": 1,
+    "data": 2,
+    "fsdp": 2,
+    "tensor": 2,
+  }
+
+
+def test_slices_are_an_axis_of_their_own():
+  config = MeshConfig(data=1, fsdp=-1, tensor=2)
+  found = sharding.make_mesh(config, slices=2)
+  assert tuple(found.devices.shape) == (2, 1, 2, 2)
+  with pytest.raises(ConfigError, match="8 devices in 3 slices"):
+    sharding.make_mesh(config, slices=3)
 
 
 @pytest.mark.parametrize(
@@ -30,15 +43,17 @@ def test_impossible_mesh_is_one_sentence(sizes):
 
 
 def test_indivisible_dimension_names_parameter_and_mesh():
+  config = replace(tiny_model.config(), {"llm.mlp_width": 20})
   state = nnx.state(
-    nnx.eval_shape(lambda: ARGenSeg(tiny_model.config(), rngs=nnx.Rngs(0)).llm)
+    nnx.eval_shape(lambda: ARGenSeg(config, rngs=nnx.Rngs(0)).llm)
   )
-  with pytest.raises(ConfigError, match=r"embedding.*'vocab' of 31.*tensor"):
+  with pytest.raises(
+    ConfigError, match=r"mlp.*kernel.*'mlp' of 20.*tensor.* 8"
+  ):
     sharding.state_shardings(state, mesh(1, 1, 8))
 
 
 def test_parameters_are_born_sharded_and_equal():
-  from argenseg_jax.config import replace
   from argenseg_jax.models.llm import Decoder
 
   config = replace(tiny_model.config(), {"llm.vocab_size": 32}).llm

@@ -11,7 +11,12 @@ import pytest
 from flax import nnx
 
 from argenseg_jax import checkpoint, train
-from argenseg_jax.config import ConfigError, RunConfig, run_config
+from argenseg_jax.config import (
+  ConfigError,
+  MeshConfig,
+  RunConfig,
+  run_config,
+)
 from argenseg_jax.configs import tiny
 from argenseg_jax.data.ref_shapes import builder
 from argenseg_jax.data.text import TextTokenizer
@@ -109,6 +114,23 @@ def test_resume_is_exact(config, workdir, tmp_path):
     variables(workdir / task),
     variables(stopped),
   )
+
+
+def test_restore_on_another_mesh_gives_the_same_losses(
+  config, workdir, tmp_path
+):
+  copy = tmp_path / "mllm"
+  shutil.copytree(workdir / "mllm", copy)
+  shutil.rmtree(copy / "checkpoints" / "6")
+  (copy / "results.json").unlink()
+  (copy / "metrics.jsonl").unlink()
+  mesh = MeshConfig(data=2, fsdp=4, tensor=1)
+  other = dataclasses.replace(config, mesh=mesh)
+  train.train(other, "mllm", copy, init_from=str(workdir / "vqvae"))
+  whole, resumed = losses(workdir / "mllm"), losses(copy)
+  assert sorted(resumed) == [4, 5]
+  for step, loss in resumed.items():
+    assert loss == pytest.approx(whole[step], abs=1e-5)
 
 
 def test_loss_falls_and_the_frozen_part_stays(workdir):

@@ -10,9 +10,12 @@ from argenseg_jax.config import ConfigError
 
 HELP = """\
 argenseg train --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
+  [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 Trains the tasks of a config in order and goes on where an earlier call stopped.
-configs/base.py explains every key.
+configs/base.py explains every key. On several hosts run the same command on
+each, with one --workdir that all see: TPU hosts and Slurm tasks find each
+other, the rest name process 0 and their own number (docs/pods.md).
 
 Example, on your own masks (one JSON object a line, see docs/own_masks.md):
   argenseg train --config=configs/own_masks.py --workdir=runs/mine \\
@@ -24,21 +27,26 @@ def main(argv: list[str]) -> int:
   if not argv or "--help" in argv or "-h" in argv:
     print(HELP)
     return 0
-  for argument in argv:
-    name, _, path = argument.partition("=")
-    if name == "--config" and not pathlib.Path(path).is_file():
-      raise ConfigError(f"config file {path} does not exist.")
+  check_config_file(argv)
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
     "config", None, flag_values=values, sys_argv=["argenseg", *argv]
   )
   flags.DEFINE_string("workdir", None, "", flag_values=values)
+  flags.DEFINE_string("coordinator", "", "", flag_values=values)
+  flags.DEFINE_integer("num_processes", 0, "", flag_values=values)
+  flags.DEFINE_integer("process_id", -1, "", flag_values=values)
   config = parse(values, argv)
   if not values.workdir:
     raise ConfigError("give a work directory: --workdir=DIR.")
-  from argenseg_jax import cpu, train
+  from argenseg_jax import cpu, distributed
 
   cpu.use_all_cores(config)
+  distributed.initialize(
+    values.coordinator, values.num_processes, values.process_id
+  )
+  from argenseg_jax import train
+
   try:
     train.run(config, pathlib.Path(values.workdir))
   except train.Interrupted as stopped:
@@ -47,7 +55,17 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def parse(values: flags.FlagValues, argv: list[str]):
+def check_config_file(argv: list[str]) -> None:
+  """Refuses a --config that is no file, before ml_collections imports it."""
+  for argument in argv:
+    name, _, path = argument.partition("=")
+    if name == "--config" and not pathlib.Path(path).is_file():
+      raise ConfigError(f"config file {path} does not exist.")
+
+
+def parse(
+  values: flags.FlagValues, argv: list[str], *, needs_data: bool = True
+):
   """Parses flags into a `RunConfig`; one sentence for what is wrong."""
   try:
     rest = values(["argenseg", *argv])
@@ -66,4 +84,4 @@ def parse(values: flags.FlagValues, argv: list[str]):
     raise ConfigError("give a config: --config=configs/FILE.py.")
   from argenseg_jax.config import run_config
 
-  return run_config(values.config)
+  return run_config(values.config, needs_data=needs_data)

@@ -119,7 +119,7 @@ class ARGenSeg(nnx.Module):
 
     Args:
       images: normalised pixels.
-      **kwargs: options of `VisionEncoder` (drop path key, remat policy).
+      **kwargs: options of `VisionEncoder` (drop path noise, remat policy).
     """
     b, i = images.shape[:2]
     x = self.vision(images.reshape(b * i, *images.shape[2:]), **kwargs)
@@ -161,8 +161,12 @@ class ARGenSeg(nnx.Module):
 
   def reach(
     self, tokens: Int[Array, "b t"], is_prompt: Bool[Array, "b t"]
-  ) -> Int[Array, "b t"]:
-    """Last visible index of each position, see `llm.attention_mask`."""
+  ) -> Int[Array, "b t"] | None:
+    """Last visible index of each position, see `llm.attention_mask`; None
+    where attention is plainly causal."""
+    config = self.config
+    if not (config.bidirectional_prompt or config.full_attention_in_scale):
+      return None
     b, t = tokens.shape
     index = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     reach = index
@@ -186,11 +190,11 @@ class ARGenSeg(nnx.Module):
     *,
     rope_length: int | None = None,
     remat_policy: Callable | bool | None = False,
-    drop_path_key: Array | None = None,
+    drop_path: Float[Array, "bi l 2"] | None = None,
   ) -> Float[Array, "b t d"]:
     """Hidden states before the head, for teacher-forced inputs."""
     vision = self.vision_embeddings(
-      inputs.images, remat_policy=remat_policy, drop_path_key=drop_path_key
+      inputs.images, remat_policy=remat_policy, drop_path=drop_path
     )
     hidden, _ = self.llm(
       self.input_embeddings(inputs, vision),

@@ -14,6 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from argenseg_jax import sharding
+
 Axes = tuple[str | None, ...]
 Initializer = Callable[..., Array]
 
@@ -276,6 +278,9 @@ def layer_scan(
 ):
   """Scans `carry, y = step(layer, carry, x)` over the layers of `stacked`.
 
+  Where parameters are split (`sharding.gathers`), each layer's are gathered
+  just before it runs, and once more in the backward pass.
+
   Args:
     stacked: from `stack`.
     step: pure apart from reading its layer.
@@ -288,14 +293,22 @@ def layer_scan(
 
   def body(carry, inputs):
     layer_state, x = inputs
-    return step(nnx.merge(graph, layer_state), carry, x)
+    layer = nnx.merge(graph, sharding.gathered(layer_state))
+    return step(layer, carry, x)
 
+  if remat_policy is False and sharding.gathers():
+    remat_policy = _all_but_gathered
   if remat_policy is not False:
     body = jax.checkpoint(body, policy=remat_policy, prevent_cse=False)
   # A loop over few layers costs a CPU more (a fifth of a small model's step)
   # than it saves in compilation.
   depth = jax.tree.leaves(state)[0].shape[0]
   return jax.lax.scan(body, carry, (state, xs), unroll=depth <= 4)
+
+
+def _all_but_gathered(primitive, *_, **__) -> bool:
+  """Remat policy: whole parameters of all layers at once would not fit."""
+  return primitive.name != "all_gather"
 
 
 def sincos_2d(side: int, width: int, grid_side: int) -> np.ndarray:

@@ -4,6 +4,7 @@ One module with switches serves InternLM2 (no qkv bias, untied head) and Qwen2
 (qkv bias, tied or untied head). Layers are stacked and scanned.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from argenseg_jax.config import LLMConfig
-from argenseg_jax.models import layers
+from argenseg_jax.models import flash, layers
 
 
 class KVCache(NamedTuple):
@@ -254,16 +255,20 @@ class Decoder(nnx.Module):
       Hidden states after the final norm, and the layers' inputs or None.
     """
     b, t, _ = x.shape
-    if reach is None:
-      reach = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
-    attn_mask = attention_mask(reach, segment_ids, segment_ids)
     frequencies = self.frequencies(t if rope_length is None else rope_length)
+    if reach is None and flash.available(t):
+      attend = functools.partial(flash.attend, segment_ids=segment_ids)
+    else:
+      if reach is None:
+        reach = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
+      attn_mask = attention_mask(reach, segment_ids, segment_ids)
+      attend = functools.partial(layers.attend, mask=attn_mask)
 
     def step(layer, x, _):
       q, k, v = layer.attention.project(
         layer.attention_norm(x), positions, frequencies
       )
-      y = layer.finish(x, layers.attend(q, k, v, attn_mask))
+      y = layer.finish(x, attend(q, k, v))
       return y, (x if collect_layers else None)
 
     x, inputs = layers.layer_scan(

@@ -55,20 +55,21 @@ class VisionEncoder(nnx.Module):
     images: Float[Array, "b h w 3"],
     *,
     remat_policy: Callable | bool | None = False,
-    drop_path_key: Array | None = None,
+    drop_path: Float[Array, "b l 2"] | None = None,
   ) -> Float[Array, "b v d"]:
     """Vision embeddings in raster order.
 
     Args:
       images: normalised pixels.
       remat_policy: of the tower's layers, as in `layers.layer_scan`.
-      drop_path_key: switches stochastic depth on.
+      drop_path: uniform noise that switches stochastic depth on: one number
+        for each image, layer and branch.
     """
     hidden = self.tower(
       images,
       num_layers=self.num_layers,
       remat_policy=remat_policy,
-      drop_path_key=drop_path_key,
+      drop_path=drop_path,
     )
     patches = hidden[:, 1:]
     side = round(patches.shape[1] ** 0.5)
@@ -140,7 +141,7 @@ class VisionTower(nnx.Module):
     *,
     num_layers: int | None = None,
     remat_policy: Callable | bool | None = False,
-    drop_path_key: Array | None = None,
+    drop_path: Float[Array, "b l 2"] | None = None,
   ) -> Float[Array, "b t d"]:
     """Hidden states of the class token and the patches, no final norm.
 
@@ -149,16 +150,17 @@ class VisionTower(nnx.Module):
         position grid is resampled where it differs from the trained one.
       num_layers: run only the first so many layers (default all).
       remat_policy: as in `layers.layer_scan`.
-      drop_path_key: switches stochastic depth on.
+      drop_path: uniform noise that switches stochastic depth on: one number
+        for each image, layer and branch.
     """
     x = self.embed(images)
     count = len(self.drop_rates) if num_layers is None else num_layers
     if not count:
       return x
     drops = None
-    if drop_path_key is not None:
-      keys = jax.random.split(drop_path_key, len(self.drop_rates))
-      drops = (jnp.asarray(self.drop_rates[:count]), keys[:count])
+    if drop_path is not None:
+      noise = jnp.moveaxis(drop_path, 0, 2)[:count]
+      drops = (jnp.asarray(self.drop_rates[:count]), noise)
     graph, state = nnx.split(self.layers)
     used = nnx.merge(graph, jax.tree.map(lambda p: p[:count], state))
     x, _ = layers.layer_scan(
@@ -287,13 +289,12 @@ class VisionLayer(nnx.Module):
   def __call__(
     self, x: Float[Array, "b t d"], drop: tuple[Array, Array] | None = None
   ) -> Float[Array, "b t d"]:
-    """`drop`: rate and key of stochastic depth, or None to keep all."""
-    keys = (None, None) if drop is None else jax.random.split(drop[1])
-    rate = None if drop is None else drop[0]
+    """`drop`: rate and noise [2 b] of stochastic depth, or None."""
+    rate, noise = (None, (None, None)) if drop is None else drop
     y = self._attention(self.norm_1(x))
-    x = x + _drop_path(y * self.scale_1[...].astype(y.dtype), rate, keys[0])
+    x = x + _drop_path(y * self.scale_1[...].astype(y.dtype), rate, noise[0])
     y = self.down(_gelu(self.up(self.norm_2(x))))
-    return x + _drop_path(y * self.scale_2[...].astype(y.dtype), rate, keys[1])
+    return x + _drop_path(y * self.scale_2[...].astype(y.dtype), rate, noise[1])
 
   def _attention(self, x: Array) -> Array:
     q, k, v = jnp.split(self.qkv(x), 3, -1)
@@ -356,12 +357,12 @@ def _layers_to_run(config: VisionConfig) -> int:
   return config.select_layer % outputs
 
 
-def _drop_path(x: Array, rate: Array | None, key: Array | None) -> Array:
+def _drop_path(x: Array, rate: Array | None, noise: Array | None) -> Array:
   """Zeroes whole samples with probability `rate`, rescales the others."""
-  if key is None:
+  if noise is None:
     return x
   keep = 1 - rate
-  kept = jax.random.bernoulli(key, keep, (x.shape[0], 1, 1))
+  kept = (noise < keep)[:, None, None]
   return jnp.where(kept, x / keep.astype(x.dtype), 0)
 
 

@@ -148,28 +148,26 @@ def test_recomputing_activations_changes_nothing(tower, images):
   )
 
 
-def test_drop_path_needs_a_key_and_keeps_the_mean(images):
+def test_drop_path_drops_whole_samples(images):
   tower = build(VisionTower, dataclasses.replace(CONFIG, drop_path=0.5))
   np.testing.assert_array_equal(tower.drop_rates, [0, 0.25, 0.5])
   plain = build(VisionTower, CONFIG)
   np.testing.assert_array_equal(tower(images), plain(images))
 
-  def one_layer(key, num_layers):
-    return tower(images, num_layers=num_layers, drop_path_key=key)
-
-  keys = jax.random.split(jax.random.key(3), 512)
+  noise = jax.random.uniform(jax.random.key(3), (512, 2, len(images)))
   # The first layer's rate is 0; the second's 0.25 drops whole samples.
   np.testing.assert_array_equal(
-    one_layer(keys[0], 1), tower(images, num_layers=1)
+    tower(images, num_layers=1, drop_path=jnp.full((len(images), 3, 2), 0.99)),
+    tower(images, num_layers=1),
   )
   graph, state = nnx.split(tower.layers)
   second = nnx.merge(graph, jax.tree.map(lambda p: p[1], state))
   x = tower(images, num_layers=1)
 
-  def drop(key):
-    return second(x, (jnp.float32(0.25), key))
+  def drop(noise):
+    return second(x, (jnp.float32(0.25), noise))
 
-  outputs = jax.vmap(drop)(keys)
+  outputs = jax.vmap(drop)(noise)
   untouched = (outputs == x).all((2, 3)).mean()
   assert 0.03 < untouched < 0.1  # Both branches dropped: 1 / 16.
 
@@ -180,7 +178,10 @@ def test_drop_path_branches_are_rescaled():
   layer.scale_2[...] = jnp.zeros(8)
   x = jax.random.normal(jax.random.key(4), (64, 3, 8))
   full = layer(x) - x
-  dropped = layer(x, (jnp.float32(0.5), jax.random.key(5))) - x
+  dropped = (
+    layer(x, (jnp.float32(0.5), jax.random.uniform(jax.random.key(5), (2, 64))))
+    - x
+  )
   kept = jnp.abs(dropped).max((1, 2)) > 0
   assert 10 < kept.sum() < 54
   np.testing.assert_allclose(dropped[kept], 2 * full[kept], atol=1e-5)

@@ -1,0 +1,90 @@
+"""Several processes, one a host: how they start, agree and write."""
+
+import glob
+import importlib.util
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from argenseg_jax.config import ConfigError
+
+
+def initialize(
+  coordinator: str = "", num_processes: int = 0, process_id: int = -1
+) -> None:
+  """Joins the other processes of a run; does nothing for a single one.
+
+  Without arguments it looks for a cluster: Slurm with several tasks, TPU hosts,
+  or a coordinator in `JAX_COORDINATOR_ADDRESS`. Call it before any use of
+  devices.
+
+  Args:
+    coordinator: "HOST:PORT" of process 0.
+    num_processes: of the run.
+    process_id: of this one, from 0.
+
+  Raises:
+    config.ConfigError: only some of the arguments are given.
+  """
+  given = (bool(coordinator), num_processes > 0, process_id >= 0)
+  if any(given):
+    if not all(given) or process_id >= num_processes or ":" not in coordinator:
+      raise ConfigError(
+        "give --coordinator=HOST:PORT, --num_processes=N and --process_id=I "
+        "with I below N together."
+      )
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+  elif in_cluster():
+    jax.distributed.initialize()
+
+
+def in_cluster() -> bool:
+  """Whether the environment says that this process is one of several."""
+  env = os.environ
+  if env.get("JAX_COORDINATOR_ADDRESS"):
+    return True
+  if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+    return True
+  if env.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+    return False
+  chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+  return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def is_main() -> bool:
+  """Whether this process writes what only one may write."""
+  return jax.process_index() == 0
+
+
+def agree(value: bool) -> bool:
+  """What process 0 says."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def wait_for_all(name: str) -> None:
+  """Returns once every process has come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def fetch(tree: Any) -> Any:
+  """Whole arrays on every host, from shards anywhere."""
+
+  def one(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return multihost_utils.process_allgather(x, tiled=True)
+    return jax.device_get(x)
+
+  return jax.tree.map(one, tree)
+
+
+def stop_requested(step: int, came_here: bool) -> bool:
+  """Whether to stop at this step: SIGTERM here, or at any of several hosts."""
+  if jax.process_count() == 1:
+    return came_here
+  return multihost_utils.reached_preemption_sync_point(step)
