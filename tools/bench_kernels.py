@@ -64,16 +64,15 @@ def main(argv: list[str]) -> int:
   # Before jax: GPU programs compile where there is no GPU.
   os.environ["JAX_PLATFORMS"] = "cpu"
   from argenseg_jax.kernels.chips import CHIPS
-  from argenseg_jax.tools import compile_kernels
 
   chips = args.chips.split(",")
   if unknown := sorted(set(chips) - set(CHIPS)):
     parser.error(f"unknown chip {unknown[0]!r}; use {', '.join(CHIPS)}")
   for chip in chips:
     platform = CHIPS[chip].platform
-    if not compile_kernels.has_compiler(platform):
+    if not topology.has_compiler(platform):
       parser.error(
-        f"the compiler for {chip} is missing; {compile_kernels.hint(platform)}"
+        f"the compiler for {chip} is missing; {topology.install_hint(platform)}"
       )
   _compile_all(chips)
   return 0

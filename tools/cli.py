@@ -10,6 +10,7 @@ COMMANDS = {
   "train": "train an image tokenizer or a model from a config",
   "eval": "measure a checkpoint on a data set",
   "predict": "segment a picture with a checkpoint",
+  "plan": "say what a run needs and costs on hardware that is not here",
   "import": "turn PyTorch weights into a checkpoint",
   "export": "turn a checkpoint into PyTorch weights",
   "bench": "measure memory, work and time",

@@ -14,7 +14,6 @@ with 1 if anything fails.
 
 import argparse
 import functools
-import importlib.util
 import os
 import sys
 import time
@@ -27,6 +26,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from argenseg_jax import topology
 from argenseg_jax.kernels.chips import CHIPS
 from argenseg_jax.kernels.linear_cross_entropy import (
   linear_cross_entropy,
@@ -41,36 +41,6 @@ from argenseg_jax.kernels.scale_prediction import (
   shapes as prediction_shapes,
 )
 
-_ENVIRONMENT = {
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_WORKER_ID": "0",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  "TPU_MIN_LOG_LEVEL": "3",
-  "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-}
-
-# What XLA must know of a GPU that is not here: an H100 SXM.
-_H100 = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
-  threads_per_warp: 32  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  l2_cache_size: 52428800
-  memory_bandwidth: 3352320000000  device_memory_size: 84978434048
-}
-"""
-_COMPILERS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}
-_EXTRAS = {"tpu": "tpu", "gpu": "cuda12"}
 # The same processors as the H100's: its kernels are these.
 _NOT_COMPILED = ("h200",)
 
@@ -152,16 +122,19 @@ def compile_for(
   chip: str, function: Any, inputs: tuple[jax.ShapeDtypeStruct, ...]
 ) -> jax.stages.Compiled:
   """Compiles for one device of `chip`; raises what the compiler raises."""
-  os.environ.update(_ENVIRONMENT)
+  os.environ.update(topology.ENVIRONMENT)
+  description = CHIPS[chip].topology
   if CHIPS[chip].platform == "tpu":
-    topology = topologies.get_topology_desc(
-      platform="tpu", topology_name=CHIPS[chip].topology
+    described = topologies.get_topology_desc(
+      platform="tpu", topology_name=description
     )
   else:
-    topology = topologies.get_topology_desc(
-      platform="cuda", target_config=_H100, topology=CHIPS[chip].topology
+    described = topologies.get_topology_desc(
+      platform="cuda",
+      target_config=topology.gpu_target(chip),
+      topology=description,
     )
-  device = topology.devices[0]
+  device = described.devices[0]
   mesh = Mesh(np.asarray([device]), ("device",))
   sharding = NamedSharding(mesh, PartitionSpec())
   inputs = (
@@ -170,17 +143,6 @@ def compile_for(
   # Others' kernels look at the default device, ours at the mesh.
   with jax.set_mesh(mesh), jax.default_device(device):
     return jax.jit(function).lower(*inputs).compile()
-
-
-def has_compiler(platform: str) -> bool:
-  """Whether the compiler for "tpu" or "gpu" is installed."""
-  return importlib.util.find_spec(_COMPILERS[platform]) is not None
-
-
-def hint(platform: str) -> str:
-  """How to install the compiler."""
-  package = f"jax[{_EXTRAS[platform]}]=={jax.__version__}"
-  return f'install it with: pip install "{package}"'
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,14 +167,13 @@ def main(argv: list[str] | None = None) -> int:
   if options.chips:
     chips = options.chips.split(",")
   else:
-    chips = [c for c in known if has_compiler(CHIPS[c].platform)]
+    chips = [c for c in known if topology.has_compiler(CHIPS[c].platform)]
   if unknown := sorted(set(chips) - set(known)):
     parser.error(f"unknown chip {unknown[0]!r}; use {', '.join(known)}")
   for platform in {CHIPS[chip].platform for chip in chips} or {"tpu"}:
-    if not has_compiler(platform):
-      parser.error(
-        f"the {platform.upper()} compiler is missing; {hint(platform)}"
-      )
+    if not topology.has_compiler(platform):
+      hint = topology.install_hint(platform)
+      parser.error(f"the {platform.upper()} compiler is missing; {hint}")
   jax.config.update("jax_platforms", "cpu")
   return 1 if _compile_all(chips, options) else 0
 

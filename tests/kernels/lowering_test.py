@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from argenseg_jax import topology
 from argenseg_jax.kernels.chips import TPUS
 from argenseg_jax.tools import compile_kernels
 
@@ -45,7 +46,7 @@ def test_lowers_for_gpu(name):
 
 
 @pytest.mark.skipif(
-  not compile_kernels.has_compiler("tpu"), reason="libtpu is not installed"
+  not topology.has_compiler("tpu"), reason="libtpu is not installed"
 )
 @pytest.mark.parametrize("chip", TPUS)
 @pytest.mark.parametrize("name", SMALLEST)
@@ -56,7 +57,7 @@ def test_compiles_for_tpu(name, chip):
 
 
 @pytest.mark.skipif(
-  not compile_kernels.has_compiler("gpu"), reason="no CUDA plugin is installed"
+  not topology.has_compiler("gpu"), reason="no CUDA plugin is installed"
 )
 @pytest.mark.parametrize("name", GPU_KINDS)
 def test_compiles_for_gpu(name):
