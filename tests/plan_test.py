@@ -28,6 +28,8 @@ def arguments(request):
     "--config.mesh.data=1",
     "--config.mesh.fsdp=-1",
     "--config.mllm.train.remat=full",
+    # Muon multiplies whole matrices: AdamW alone shows what gradients cost.
+    "--config.mllm.optimizer.muon_learning_rate=0.0",
     "--config.eval.batch_size=8",
     "--config.eval.max_text=2",
   ]

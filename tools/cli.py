@@ -64,3 +64,7 @@ def _help() -> str:
   lines += [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
   lines += ["", "`argenseg COMMAND --help` explains a command with an example."]
   return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
