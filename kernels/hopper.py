@@ -359,7 +359,7 @@ def _finish(a_ring, b_ring, full, free, warpgroup, plan, j):
       plgpu.wgmma(
         sum_ref,
         a_ring.at[slot, rows],
-        plgpu.transpose_ref(b_ring.at[slot], (1, 0)),
+        b_ring.at[slot].transpose((1, 0)),
       )
       # The previous product is done: its buffers may be filled again.
       plgpu.wgmma_wait(1)
