@@ -202,12 +202,12 @@ def put_like(batch, state):
   mesh = getattr(jax.tree.leaves(state)[0].sharding, "mesh", None)
   if mesh is None:
     return batch
-  parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+  parts = num_shards(mesh)
 
   def put(x):
-    whole = len(x) % parts
+    divides = len(x) % parts == 0
     return jax.device_put(
-      x, replicated(mesh) if whole else batch_sharding(mesh)
+      x, batch_sharding(mesh) if divides else replicated(mesh)
     )
 
   return jax.tree.map(put, batch)

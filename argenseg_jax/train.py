@@ -186,9 +186,9 @@ def train(
     state, data_state = _restore(checkpoints, latest, state)
     batches.set_state(data_state)
 
-  def save():
+  def save(step):
     checkpoints.save(
-      int(state.step),
+      step,
       state.variables,
       _counters(state),
       meta | {"data": batches.state()},
@@ -243,7 +243,7 @@ def train(
         pace.pause()
       stops = distributed.stop_requested(step, told_to_stop())
       if step % stage.train.save_every == 0 or last or stops:
-        save()
+        save(step)
       if stops and not last:
         checkpoints.wait()
         raise Interrupted(f"stopped at step {step}; a later call goes on.")

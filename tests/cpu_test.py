@@ -1,8 +1,11 @@
 import os
 
+import jax
 import pytest
 
 from argenseg_jax import cpu
+from argenseg_jax.config import run_config
+from argenseg_jax.configs import tiny
 
 
 @pytest.mark.parametrize(
@@ -22,3 +25,11 @@ def test_devices_divide_every_batch(monkeypatch, cores, batches, devices):
     os, "sched_getaffinity", lambda _: range(cores), raising=False
   )
   assert cpu.num_devices(*batches) == devices
+
+
+def test_a_device_count_that_is_set_stays():
+  c = tiny.get_config()
+  c.data.path = "somewhere"
+  assert jax.config.jax_num_cpu_devices == 8
+  cpu.use_all_cores(run_config(c))
+  assert jax.config.jax_num_cpu_devices == 8

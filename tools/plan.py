@@ -4,10 +4,9 @@ import json
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from argenseg_jax.config import ConfigError
-from argenseg_jax.tools.train import check_config_file, parse
+from argenseg_jax.tools.train import config_values, parse
 
 HELP = """\
 argenseg plan --config=FILE --topology=CHIP:SIZE [--slices=N] [--what=WHAT]
@@ -28,11 +27,7 @@ def main(argv: list[str]) -> int:
   if not argv or "--help" in argv or "-h" in argv:
     print(HELP)
     return 0
-  check_config_file(argv)
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config", None, flag_values=values, sys_argv=["argenseg", *argv]
-  )
+  values = config_values(argv)
   flags.DEFINE_string("topology", None, "", flag_values=values)
   flags.DEFINE_integer("slices", 1, "", flag_values=values)
   flags.DEFINE_enum(

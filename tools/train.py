@@ -27,11 +27,7 @@ def main(argv: list[str]) -> int:
   if not argv or "--help" in argv or "-h" in argv:
     print(HELP)
     return 0
-  check_config_file(argv)
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config", None, flag_values=values, sys_argv=["argenseg", *argv]
-  )
+  values = config_values(argv)
   flags.DEFINE_string("workdir", None, "", flag_values=values)
   flags.DEFINE_string("coordinator", "", "", flag_values=values)
   flags.DEFINE_integer("num_processes", 0, "", flag_values=values)
@@ -55,12 +51,18 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def check_config_file(argv: list[str]) -> None:
-  """Refuses a --config that is no file, before ml_collections imports it."""
+def config_values(argv: list[str]) -> flags.FlagValues:
+  """Flags that know --config; a file that is not there is refused before
+  ml_collections imports it."""
   for argument in argv:
     name, _, path = argument.partition("=")
     if name == "--config" and not pathlib.Path(path).is_file():
       raise ConfigError(f"config file {path} does not exist.")
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    "config", None, flag_values=values, sys_argv=["argenseg", *argv]
+  )
+  return values
 
 
 def parse(
