@@ -108,9 +108,22 @@ class DataConfig:
   """Where samples come from and what a row of a batch holds."""
 
   path: str
-  source: Literal["ref_shapes", "jsonl"] = "ref_shapes"
-  split: str = "train"  # Of ref_shapes.
-  root: str | None = None  # Of jsonl: what its paths are relative to.
+  # The layout of `path`, see docs/data.md; "meta" mixes several.
+  source: Literal[
+    "ref_shapes",
+    "jsonl",
+    "meta",
+    "refer",
+    "grefer",
+    "reason_seg",
+    "coco_panoptic",
+    "ade20k",
+    "text_to_image",
+    "folder",
+    "ref_coco",
+  ] = "ref_shapes"
+  split: str = "train"  # Where the layout has splits.
+  root: str | None = None  # Where its pictures are, if not in the usual place.
   # A tokenizer.json; None: that of the start's model, else the shipped one.
   text_tokenizer: str | None = None
   # Request template, how expressions are joined in it, and whether a request

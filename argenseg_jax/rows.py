@@ -11,6 +11,7 @@ from flax import nnx
 from argenseg_jax import distributed, sharding
 from argenseg_jax.config import ConfigError, DataConfig, ModelConfig
 from argenseg_jax.data import pipeline, text
+from argenseg_jax.data.sources.opening import open_source
 from argenseg_jax.models.argenseg import normalize_seg_masks
 from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.monitor import Progress
@@ -37,7 +38,7 @@ def make_rows(
     data = dataclasses.replace(data, sequence_length=0, max_images=0)
   codes = sum(side * side for side in model.vqvae.scales)
   return pipeline.RowMaker(
-    pipeline.open_source(data),
+    open_source(data),
     data,
     tokenizer=tokenizer,
     image_tokens=model.vision.num_embeddings,
@@ -109,7 +110,7 @@ def of_split(
   if evaluation:
     data = dataclasses.replace(data, cache=False)
   return pipeline.RowMaker(
-    pipeline.open_source(data, evaluation=evaluation),
+    open_source(data, evaluation=evaluation),
     data,
     tokenizer=rows.tokenizer,
     image_tokens=rows.image_tokens,

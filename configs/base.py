@@ -22,10 +22,10 @@ def get_config() -> ConfigDict:
   c.model.overrides = ()
 
   c.data = ConfigDict()
-  c.data.source = "jsonl"  # Or "ref_shapes", the procedural data set.
-  c.data.path = ""  # The jsonl file, or the folder of ref_shapes.
-  c.data.root = ""  # What paths in the jsonl are relative to; "": its folder.
-  c.data.split = "train"  # Of ref_shapes.
+  c.data.source = "jsonl"  # The layout of the path: docs/data.md lists them.
+  c.data.path = ""  # The file or folder of that layout.
+  c.data.root = ""  # Where pictures are; "": where the layout has them.
+  c.data.split = "train"  # Where the layout has splits.
   # A tokenizer.json; "": that of a whole model in `init_from`, else the shipped
   # small one.
   c.data.text_tokenizer = ""

@@ -1,14 +1,59 @@
 """From every way to store a mask to pixels."""
 
+import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from jaxtyping import UInt8
 from pycocotools import mask as coco
 
 from argenseg_jax.data import transforms
 from argenseg_jax.data.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Union:
+  """Several stored masks as one: every pixel that any of them holds."""
+
+  parts: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """Some values of a picture that marks many objects or classes.
+
+  Attributes:
+    stored: the encoded picture; in colour, a pixel means R + 256 G + 65536 B.
+    values: those that belong to the mask.
+    colour: whether to read it so.
+  """
+
+  stored: Any
+  values: tuple[int, ...]
+  colour: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+  """Drawn polygons in order, later ones over earlier ones.
+
+  Attributes:
+    polygons: of x, y pairs in pixels.
+    fills: for each polygon, whether it adds to the mask or cuts out of it.
+  """
+
+  polygons: tuple[tuple[tuple[float, float], ...], ...]
+  fills: tuple[bool, ...]
+
+
+def needs_size(stored: Any) -> bool:
+  """Whether the size of the picture must be known to decode this mask."""
+  if isinstance(stored, Union):
+    return any(map(needs_size, stored.parts))
+  return isinstance(stored, (list, Shapes))
 
 
 def load_seg_mask(
@@ -18,7 +63,8 @@ def load_seg_mask(
 
   Args:
     stored: an encoded picture (bytes or path; any value but 0 is the object),
-      a COCO run-length dict, or a list of COCO polygons.
+      a COCO run-length dict, a list of COCO polygons, pixels, or one of the
+      classes of this module.
     size: height and width; polygons need it, and others must agree with it.
     where: the record, for messages.
 
@@ -28,8 +74,17 @@ def load_seg_mask(
   Raises:
     DataError: not a mask, or one of another size.
   """
-  if isinstance(stored, (bytes, str, pathlib.Path)):
+  if isinstance(stored, np.ndarray):
+    pixels = stored
+  elif isinstance(stored, (bytes, str, pathlib.Path)):
     pixels = transforms.decode_seg_mask(stored, where=where)
+  elif isinstance(stored, Union):
+    pixels = _union(stored.parts, size, where)
+  elif isinstance(stored, Segment):
+    ids = decode_ids(stored.stored, colour=stored.colour, where=where)
+    pixels = np.isin(ids, stored.values).astype(np.uint8)
+  elif isinstance(stored, Shapes):
+    pixels = _draw(stored, size, where)
   elif isinstance(stored, dict):
     pixels = _from_run_lengths(stored, where)
   elif isinstance(stored, list):
@@ -41,6 +96,39 @@ def load_seg_mask(
       f"{where}: the mask has {pixels.shape[1]}x{pixels.shape[0]} pixels but "
       f"the picture {size[1]}x{size[0]}."
     )
+  return pixels
+
+
+def decode_ids(
+  stored: transforms.Encoded, *, colour: bool, where: str = ""
+) -> np.ndarray:
+  """The values of a `Segment`'s picture, [h w]."""
+  if not colour:
+    return transforms.decode_seg_mask(stored, where=where)
+  rgb = transforms.decode_image(stored, where=where).astype(np.int32)
+  return rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+
+
+def _union(
+  parts: Sequence[Any], size: tuple[int, int] | None, where: str
+) -> np.ndarray:
+  loaded = [load_seg_mask(part, size=size, where=where) > 0 for part in parts]
+  shapes = sorted({pixels.shape for pixels in loaded})
+  if len(shapes) != 1:
+    raise DataError(f"{where}: its masks have different sizes: {shapes}.")
+  return np.any(loaded, axis=0).astype(np.uint8)
+
+
+def _draw(
+  stored: Shapes, size: tuple[int, int] | None, where: str
+) -> np.ndarray:
+  if size is None:
+    raise DataError(f"{where}: a polygon needs the size of its picture.")
+  pixels = np.zeros(size, np.uint8)
+  for polygon, fill in zip(stored.polygons, stored.fills, strict=True):
+    points = np.array(polygon, np.float64).astype(np.int32)[None]
+    cv2.fillPoly(pixels, points, int(fill))
+    cv2.polylines(pixels, points, True, int(fill), 1)
   return pixels
 
 

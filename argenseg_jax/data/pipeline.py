@@ -7,262 +7,20 @@ share of each batch. The state of an iterator is therefore one number, and
 resuming is exact.
 """
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
-import numpy as np
 from absl import flags
 
-from argenseg_jax.config import DataConfig, to_dict
-from argenseg_jax.data import text, transforms
+from argenseg_jax.config import DataConfig
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.sources import (
-  EachExpression,
-  JsonlSource,
-  RefShapesSource,
-  Sample,
-  Source,
-  Turn,
-)
+from argenseg_jax.data.row_maker import RowMaker, stack_rows
+from argenseg_jax.data.sources.opening import Mixture
 from argenseg_jax.types import Batch
 
 # Called once for each bad record with its index and what is wrong with it.
 OnBadRecord = Callable[[int, str], None]
-
-# In an answer: what the source calls the target.
-DESCRIPTION = "{description}"
-
-# Settings that do not change what batches hold.
-_SPEED_KEYS = ("workers", "threads", "prefetch", "cache", "max_bad_share")
-
-
-def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
-  """The source that a configuration names.
-
-  Args:
-    config: where it is.
-    evaluation: under the per-expression protocol every expression becomes a
-      sample of its own; in training one is drawn at each visit.
-
-  Raises:
-    DataError: it is missing, faulty or empty.
-  """
-  source: Source
-  if config.source == "ref_shapes":
-    source = RefShapesSource(config.path, config.split)
-  else:
-    source = JsonlSource(config.path, config.root)
-  if evaluation and config.protocol == "per_expression":
-    return EachExpression(source)
-  return source
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One row before batching; an `error` makes it a zero-weight substitute."""
-
-  fields: Batch  # Without the batch axis.
-  error: str = ""
-
-
-class RowMaker:
-  """Turns samples into rows; picklable, for worker processes.
-
-  Args:
-    source: where samples come from.
-    config: what a row holds.
-    tokenizer: the text tokenizer.
-    image_tokens: vision embeddings that one picture gives to the model.
-    num_codes: image codes of one mask.
-    codes: int32 [records m num_codes], if the masks are tokenised already; the
-      masks themselves are then left unread.
-  """
-
-  def __init__(
-    self,
-    source: Source,
-    config: DataConfig,
-    *,
-    tokenizer: text.TextTokenizer,
-    image_tokens: int,
-    num_codes: int,
-    codes: np.ndarray | None = None,
-  ):
-    self.source = source
-    self.config = config
-    self.tokenizer = tokenizer
-    self.image_tokens = image_tokens
-    self.num_codes = num_codes
-    self.codes = codes
-    self._cache: dict[Any, np.ndarray] = {}
-    # Samples whose pictures are in the cache, without their encoded bytes.
-    self._cached_samples: dict[int, Sample] = {}
-
-  def __getstate__(self):
-    return {**self.__dict__, "_cache": {}, "_cached_samples": {}}
-
-  @property
-  def fingerprint(self) -> str:
-    """Changes with anything that changes the content or order of rows."""
-    config = to_dict(self.config)
-    for key in (*_SPEED_KEYS, "path", "root", "text_tokenizer"):
-      del config[key]
-    parts = (
-      config,
-      self.source.fingerprint,
-      self.tokenizer.fingerprint,
-      self.image_tokens,
-      self.num_codes,
-    )
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-  def __call__(self, index: int, rng: np.random.Generator | None = None) -> Row:
-    """The row of a record.
-
-    Args:
-      index: of the record; beyond the last one a row of zero weight.
-      rng: draws the expression in training; without it the first is taken.
-    """
-    if index >= len(self.source):
-      return Row(self._empty(-1))
-    try:
-      return Row(self._make(self._sample(index), rng))
-    except DataError as error:
-      return Row(self._empty(index), str(error))
-
-  def conversation(
-    self, sample: Sample, rng: np.random.Generator | None = None
-  ) -> tuple[Turn, ...]:
-    """The turns of a sample, from its expressions or as they are stored."""
-    if sample.conversation:
-      return sample.conversation
-    chosen = sample.expressions
-    if self.config.protocol == "per_expression":
-      number = 0 if rng is None else rng.integers(len(chosen))
-      chosen = (chosen[number],)
-    request = text.request_text(self.config.request, chosen, self.config.join)
-    return (
-      {"from": "human", "value": request},
-      {"from": "gpt", "value": self._answer(sample)},
-    )
-
-  def _answer(self, sample: Sample) -> str:
-    if not sample.seg_masks:
-      return self.config.absent_answer
-    if DESCRIPTION in self.config.answer and not sample.description:
-      raise DataError(
-        f"{sample.where} holds no description, which config key 'data.answer' "
-        f"puts in place of {DESCRIPTION}."
-      )
-    return self.config.answer.replace(DESCRIPTION, sample.description)
-
-  def _make(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
-    config = self.config
-    row = self._empty(sample.index)
-    row.sample_weight[...] = 1
-    if len(sample.seg_masks) > config.max_masks:
-      raise DataError(
-        f"{sample.where} has {len(sample.seg_masks)} masks; max_masks is "
-        f"{config.max_masks}."
-      )
-    if config.max_images:
-      if len(sample.images) > config.max_images:
-        raise DataError(
-          f"{sample.where} has {len(sample.images)} pictures; max_images is "
-          f"{config.max_images}."
-        )
-      for i in range(len(sample.images)):
-        row.images[i] = self._image(sample, i)
-    row.mask_valid[: len(sample.seg_masks)] = True
-    if self.codes is not None:
-      row.codes[...] = self.codes[sample.index]
-    else:
-      for i in range(len(sample.seg_masks)):
-        row.seg_masks[i] = self._seg_mask(sample, i)[..., None]
-    if config.cache:
-      self._cached_samples[sample.index] = dataclasses.replace(
-        sample,
-        images=(b"",) * len(sample.images),
-        seg_masks=(b"",) * len(sample.seg_masks),
-      )
-    if config.sequence_length:
-      tokens = text.tokenize_chat(
-        self.tokenizer,
-        self.conversation(sample, rng),
-        image_tokens=(self.image_tokens,) * len(sample.images),
-        num_codes=self.num_codes,
-        system_message=config.system_message,
-      )
-      try:
-        packed = text.text_row(
-          (tokens,), config.sequence_length, self.tokenizer.token_ids
-        )
-      except DataError as error:
-        raise DataError(f"{sample.where}: {error}") from error
-      row = row._replace(**vars(packed))
-    return row
-
-  def _sample(self, index: int) -> Sample:
-    found = self._cached_samples.get(index)
-    return self.source[index] if found is None else found
-
-  def _image(self, sample: Sample, number: int) -> np.ndarray:
-    def make():
-      return transforms.resize_image(
-        sample.load_image(number),
-        self.config.image_side,
-        backend=self.config.resize,
-        pad_square=self.config.pad_square,
-      )
-
-    return self._cached(("image", sample.image_keys[number]), make)
-
-  def _seg_mask(self, sample: Sample, number: int) -> np.ndarray:
-    def make():
-      return transforms.mask_target(
-        sample.load_seg_mask(number),
-        self.config.mask_side,
-        intermediate_side=self.config.mask_intermediate_side,
-        backend=self.config.resize,
-        pad_square=self.config.pad_square,
-      )
-
-    return self._cached(("seg_mask", sample.index, number), make)
-
-  def _cached(self, key: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
-    if not self.config.cache:
-      return make()
-    if key not in self._cache:
-      self._cache[key] = make()
-    return self._cache[key]
-
-  def _empty(self, index: int) -> Batch:
-    c = self.config
-    row = text.text_row((), c.sequence_length, self.tokenizer.token_ids)
-    return Batch(
-      **vars(row),
-      images=np.zeros((c.max_images, c.image_side, c.image_side, 3), np.uint8),
-      seg_masks=np.zeros(
-        (c.max_masks, c.mask_side, c.mask_side, c.mask_channels), np.uint8
-      ),
-      mask_valid=np.zeros(c.max_masks, np.bool_),
-      codes=np.zeros(
-        (c.max_masks, 0 if self.codes is None else self.num_codes), np.int32
-      ),
-      sample_weight=np.zeros((), np.float32),
-      sample_id=np.array(index, np.int64),
-    )
-
-
-def stack_rows(rows: list[Row]) -> tuple[Batch, list[tuple[int, str]]]:
-  """A batch of numpy arrays, and the bad records in it."""
-  batch = Batch(*map(np.stack, zip(*(r.fields for r in rows), strict=True)))
-  bad = [(int(r.fields.sample_id), r.error) for r in rows if r.error]
-  return batch, bad
 
 
 class TrainIterator:
@@ -296,10 +54,7 @@ class TrainIterator:
     self._batches: Iterator | None = None
     size = _host_batch_size(global_batch_size, host_count)
     self._stream = (
-      grain.MapDataset.range(len(rows.source))
-      .seed(rows.config.seed)
-      .shuffle()
-      .repeat()
+      _order(rows)
       .random_map(rows)
       .batch(size, drop_remainder=True, batch_fn=stack_rows)
     )
@@ -372,6 +127,22 @@ class TrainIterator:
   @property
   def _fingerprint(self) -> str:
     return f"{self._rows.fingerprint}-{self._global_batch_size}"
+
+
+def _order(rows: RowMaker) -> grain.MapDataset:
+  """Indices of records for ever: each epoch of each source in a new order, a
+  mixture's sources in turn by their weights."""
+  seed, source = rows.config.seed, rows.source
+  if not isinstance(source, Mixture):
+    whole = grain.MapDataset.range(len(source))
+    return whole.seed(seed).shuffle().repeat()
+  parts = [
+    grain.MapDataset.range(start, stop).seed(seed + n).shuffle().repeat()
+    for n, (start, stop) in enumerate(
+      zip(source.offsets[:-1], source.offsets[1:], strict=True)
+    )
+  ]
+  return grain.MapDataset.mix(parts, source.weights).seed(seed)
 
 
 def eval_batches(

@@ -9,6 +9,8 @@ from argenseg_jax.config import DataConfig
 from argenseg_jax.data import pipeline, text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.ref_shapes import builder
+from argenseg_jax.data.row_maker import RowMaker
+from argenseg_jax.data.sources.opening import open_source
 from argenseg_jax.types import CODE_TARGET, Batch
 
 TOKENIZER = text.TextTokenizer()
@@ -39,8 +41,8 @@ def config(tmp_path_factory):
 
 def _rows(config, **changes):
   config = dataclasses.replace(config, **changes)
-  return pipeline.RowMaker(
-    pipeline.open_source(config),
+  return RowMaker(
+    open_source(config),
     config,
     tokenizer=TOKENIZER,
     image_tokens=4,
@@ -207,8 +209,8 @@ def test_protocols(config):
 
 def test_evaluation_asks_for_each_expression(config):
   rows = _rows(config, split="val")
-  rows.source = pipeline.open_source(rows.config, evaluation=True)
-  single = pipeline.open_source(rows.config)
+  rows.source = open_source(rows.config, evaluation=True)
+  single = open_source(rows.config)
   wanted = [e for i in range(10) for e in single[i].expressions]
   batch = _join(list(pipeline.eval_batches(rows, 8)))
   said = [TOKENIZER.decode(t) for t in batch.tokens[: len(wanted)]]
@@ -216,7 +218,7 @@ def test_evaluation_asks_for_each_expression(config):
   assert all(f"\n{e}\n" in s for e, s in zip(wanted, said, strict=True))
   assert rows.source.fingerprint != single.fingerprint
   merged = dataclasses.replace(rows.config, protocol="merged")
-  assert len(pipeline.open_source(merged, evaluation=True)) == 10
+  assert len(open_source(merged, evaluation=True)) == 10
 
 
 def test_answers_describe_the_target(config):

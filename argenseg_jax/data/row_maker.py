@@ -1,0 +1,265 @@
+"""From one sample to one row of a batch, and from rows to a batch."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from argenseg_jax.config import DataConfig, to_dict
+from argenseg_jax.data import text, transforms
+from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.sources.sample import Sample, Source, Turn
+from argenseg_jax.types import Batch
+
+# In an answer: what the source calls the target.
+DESCRIPTION = "{description}"
+
+# Settings that do not change what batches hold.
+_SPEED_KEYS = ("workers", "threads", "prefetch", "cache", "max_bad_share")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One row before batching; an `error` makes it a zero-weight substitute."""
+
+  fields: Batch  # Without the batch axis.
+  error: str = ""
+
+
+class RowMaker:
+  """Turns samples into rows; picklable, for worker processes.
+
+  Args:
+    source: where samples come from.
+    config: what a row holds.
+    tokenizer: the text tokenizer.
+    image_tokens: vision embeddings that one picture gives to the model.
+    num_codes: image codes of one mask.
+    codes: int32 [records m num_codes], if the masks are tokenised already; the
+      masks themselves are then left unread.
+  """
+
+  def __init__(
+    self,
+    source: Source,
+    config: DataConfig,
+    *,
+    tokenizer: text.TextTokenizer,
+    image_tokens: int,
+    num_codes: int,
+    codes: np.ndarray | None = None,
+  ):
+    self.source = source
+    self.config = config
+    self.tokenizer = tokenizer
+    self.image_tokens = image_tokens
+    self.num_codes = num_codes
+    self.codes = codes
+    self._cache: dict[Any, np.ndarray] = {}
+    # Samples whose pictures are in the cache, without their encoded bytes.
+    self._cached_samples: dict[int, Sample] = {}
+
+  def __getstate__(self):
+    return {**self.__dict__, "_cache": {}, "_cached_samples": {}}
+
+  @property
+  def fingerprint(self) -> str:
+    """Changes with anything that changes the content or order of rows."""
+    config = to_dict(self.config)
+    for key in (*_SPEED_KEYS, "path", "root", "text_tokenizer"):
+      del config[key]
+    parts = (
+      config,
+      self.source.fingerprint,
+      self.tokenizer.fingerprint,
+      self.image_tokens,
+      self.num_codes,
+    )
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+  def __call__(self, index: int, rng: np.random.Generator | None = None) -> Row:
+    """The row of a record.
+
+    Args:
+      index: of the record; beyond the last one a row of zero weight.
+      rng: draws the expression in training; without it the first is taken.
+    """
+    if index >= len(self.source):
+      return Row(self._empty(-1))
+    try:
+      return Row(self._make(self._sample(index), rng))
+    except DataError as error:
+      return Row(self._empty(index), str(error))
+
+  def conversation(
+    self, sample: Sample, rng: np.random.Generator | None = None
+  ) -> tuple[Turn, ...]:
+    """The turns of a sample, from its expressions or as they are stored."""
+    if sample.conversation:
+      return sample.conversation
+    chosen = sample.expressions
+    if not chosen or not all(e.strip() for e in chosen):
+      raise DataError(f"{sample.where} has an empty expression.")
+    if self.config.protocol == "per_expression":
+      number = 0 if rng is None else rng.integers(len(chosen))
+      chosen = (chosen[number],)
+    template = sample.request or self.config.request
+    request = text.request_text(template, chosen, self.config.join)
+    return (
+      {"from": "human", "value": request},
+      {"from": "gpt", "value": self._answer(sample)},
+    )
+
+  def _answer(self, sample: Sample) -> str:
+    if not sample.seg_masks:
+      return self.config.absent_answer
+    if DESCRIPTION in self.config.answer and not sample.description:
+      raise DataError(
+        f"{sample.where} holds no description, which config key 'data.answer' "
+        f"puts in place of {DESCRIPTION}."
+      )
+    return self.config.answer.replace(DESCRIPTION, sample.description)
+
+  def _make(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
+    config = self.config
+    row = self._empty(sample.index)
+    row.sample_weight[...] = 1
+    chosen = bool(sample.options)
+    if chosen:
+      options = len(sample.options)
+      sample = sample.choose(0 if rng is None else rng.integers(options))
+    if len(sample.seg_masks) > config.max_masks:
+      raise DataError(
+        f"{sample.where} has {len(sample.seg_masks)} masks; max_masks is "
+        f"{config.max_masks}."
+      )
+    if config.max_images:
+      if len(sample.images) > config.max_images:
+        raise DataError(
+          f"{sample.where} has {len(sample.images)} pictures; max_images is "
+          f"{config.max_images}."
+        )
+      for i in range(len(sample.images)):
+        row.images[i], size = self._image(sample, i)
+      if len(sample.images) == 1:  # Else: of which picture is the mask?
+        if sample.size not in (None, size):
+          raise DataError(
+            f"{sample.where}: its picture has {size[1]}x{size[0]} pixels, the "
+            f"annotations say {sample.size[1]}x{sample.size[0]}."
+          )
+        sample = dataclasses.replace(sample, size=size)
+    row.mask_valid[: len(sample.seg_masks)] = True
+    if self.codes is not None:
+      row.codes[...] = self.codes[sample.index]
+    else:
+      for i in range(len(sample.seg_masks)):
+        row.seg_masks[i] = self._target(sample, i)
+    if config.cache and not chosen:
+      self._cached_samples[sample.index] = dataclasses.replace(
+        sample,
+        images=(b"",) * len(sample.images),
+        seg_masks=(b"",) * len(sample.seg_masks),
+      )
+    if config.sequence_length:
+      tokens = text.tokenize_chat(
+        self.tokenizer,
+        self.conversation(sample, rng),
+        image_tokens=(self.image_tokens,) * len(sample.images),
+        num_codes=self.num_codes,
+        system_message=config.system_message,
+      )
+      try:
+        packed = text.text_row(
+          (tokens,), config.sequence_length, self.tokenizer.token_ids
+        )
+      except DataError as error:
+        raise DataError(f"{sample.where}: {error}") from error
+      row = row._replace(**vars(packed))
+    return row
+
+  def _sample(self, index: int) -> Sample:
+    found = self._cached_samples.get(index)
+    return self.source[index] if found is None else found
+
+  def _image(
+    self, sample: Sample, number: int
+  ) -> tuple[np.ndarray, tuple[int, int]]:
+    """A picture as the model takes it, and its own height and width."""
+
+    def make():
+      pixels = sample.load_image(number)
+      resized = transforms.resize_image(
+        pixels,
+        self.config.image_side,
+        backend=self.config.resize,
+        pad_square=self.config.pad_square,
+      )
+      return resized, pixels.shape[:2]
+
+    return self._cached(("image", sample.image_keys[number]), make)
+
+  def _target(self, sample: Sample, number: int) -> np.ndarray:
+    """A mask as the image tokenizer takes it, [h w 1], or a picture."""
+    config = self.config
+
+    def make():
+      if sample.target == "picture":
+        if config.mask_channels != 3:
+          raise DataError(
+            f"{sample.where} is a picture to generate; set config key "
+            "'data.mask_channels' to 3."
+          )
+        return transforms.resize_image(
+          transforms.decode_image(sample.seg_masks[number], where=sample.where),
+          config.mask_side,
+          backend=config.resize,
+          pad_square=config.pad_square,
+        )
+      seg_mask = sample.load_seg_mask(number)
+      if sample.kind != "absent" and not seg_mask.any():
+        raise DataError(f"{sample.where} has a mask without a single pixel.")
+      return transforms.mask_target(
+        seg_mask,
+        config.mask_side,
+        intermediate_side=config.mask_intermediate_side,
+        backend=config.resize,
+        pad_square=config.pad_square,
+      )[..., None]
+
+    # One of several options is another mask at each visit.
+    key = ("seg_mask", sample.index, number, sample.expressions)
+    return self._cached(key, make)
+
+  def _cached(self, key: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
+    if not self.config.cache:
+      return make()
+    if key not in self._cache:
+      self._cache[key] = make()
+    return self._cache[key]
+
+  def _empty(self, index: int) -> Batch:
+    c = self.config
+    row = text.text_row((), c.sequence_length, self.tokenizer.token_ids)
+    return Batch(
+      **vars(row),
+      images=np.zeros((c.max_images, c.image_side, c.image_side, 3), np.uint8),
+      seg_masks=np.zeros(
+        (c.max_masks, c.mask_side, c.mask_side, c.mask_channels), np.uint8
+      ),
+      mask_valid=np.zeros(c.max_masks, np.bool_),
+      codes=np.zeros(
+        (c.max_masks, 0 if self.codes is None else self.num_codes), np.int32
+      ),
+      sample_weight=np.zeros((), np.float32),
+      sample_id=np.array(index, np.int64),
+    )
+
+
+def stack_rows(rows: list[Row]) -> tuple[Batch, list[tuple[int, str]]]:
+  """A batch of numpy arrays, and the bad records in it."""
+  batch = Batch(*map(np.stack, zip(*(r.fields for r in rows), strict=True)))
+  bad = [(int(r.fields.sample_id), r.error) for r in rows if r.error]
+  return batch, bad

@@ -1,0 +1,152 @@
+"""RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO as they are distributed."""
+
+import io
+import pathlib
+import pickle
+from typing import Any
+
+from argenseg_jax.data import masks
+from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.sources.sample import (
+  Sample,
+  below,
+  digest,
+  parse_json,
+  read_file,
+)
+
+
+class _Builtins(pickle.Unpickler):
+  """Reads lists, dictionaries, numbers and text; runs nothing."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_refs(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The references of a `refs(...).p` or `grefs(...).json`.
+
+  Raises:
+    DataError: unreadable, not such a file, or one that would run code.
+  """
+  raw = read_file(path, "give refs(...).p or grefs(...).json, or its folder")
+  if path.suffix == ".json":
+    refs = parse_json(raw, str(path), list)
+  else:
+    try:
+      refs = _Builtins(io.BytesIO(raw), encoding="latin1").load()
+    except Exception as error:  # Anything can happen in a broken pickle.
+      raise DataError(
+        f"{path} is not a pickle of plain lists and dictionaries: {error}."
+      ) from error
+  keys = {"ref_id", "ann_id", "image_id", "split", "sentences"}
+  if not isinstance(refs, list) or not all(
+    isinstance(r, dict) and keys <= r.keys() for r in refs
+  ):
+    raise DataError(
+      f"{path} is not a list of references with {', '.join(sorted(keys))}."
+    )
+  return refs
+
+
+class ReferSource:
+  """A split of `refs(unc|umd|google).p` or `grefs(unc).json`.
+
+  Beside it stands COCO's `instances.json` with pictures and annotations.
+  gRefCOCO's several targets become one mask, their union; no target becomes a
+  sample of kind "absent".
+
+  Args:
+    path: the file of references, or a folder that holds exactly one.
+    split: "train", "val", "testA", ...
+    root: of the pictures; by default `images` beside the file.
+  """
+
+  def __init__(
+    self,
+    path: str | pathlib.Path,
+    split: str,
+    root: str | pathlib.Path | None = None,
+    pattern: str = "refs(*).p",
+  ):
+    path = pathlib.Path(path)
+    if path.is_dir():
+      found = sorted(path.glob(pattern))
+      if len(found) != 1:
+        names = ", ".join(p.name for p in found) or "none"
+        raise DataError(
+          f"{path} must hold one {pattern}, it holds {names}; give the file."
+        )
+      (path,) = found
+    self.path = path
+    self.split = split
+    self.root = pathlib.Path(root) if root else path.parent / "images"
+    everything = read_refs(path)
+    self._refs = [r for r in everything if r["split"] == split]
+    if not self._refs:
+      splits = ", ".join(sorted({str(r["split"]) for r in everything}))
+      raise DataError(f"{path} has no split {split!r}; it has {splits}.")
+    self._instances = path.parent / "instances.json"
+    raw = read_file(self._instances, "put COCO's annotations beside the refs")
+    coco = parse_json(raw, str(self._instances), dict)
+    pictures = {r["image_id"] for r in self._refs}
+    wanted = {i for r in self._refs for i in _as_tuple(r["ann_id"])}
+    self._images = {
+      i["id"]: i for i in coco.get("images", ()) if i["id"] in pictures
+    }
+    self._annotations = {
+      a["id"]: a["segmentation"]
+      for a in coco.get("annotations", ())
+      if a["id"] in wanted
+    }
+    self.fingerprint = digest(path.read_bytes(), raw, split)
+
+  def __len__(self) -> int:
+    return len(self._refs)
+
+  def __getitem__(self, index: int) -> Sample:
+    ref = self._refs[index]
+    where = f"{self.path} ref_id {ref['ref_id']}"
+    picture = self._images.get(ref["image_id"])
+    if picture is None:
+      raise DataError(
+        f"{where} names image {ref['image_id']}, which {self._instances} "
+        "does not hold."
+      )
+    try:
+      expressions = tuple(str(s["sent"]) for s in ref["sentences"])
+      file = below(self.root, picture["file_name"], where)
+      size = int(picture["height"]), int(picture["width"])
+    except (KeyError, TypeError) as error:
+      raise DataError(f"{where} or its image lacks {error}.") from error
+    targets = tuple(
+      self._segmentation(number, where)
+      for number in _as_tuple(ref["ann_id"])
+      if number != -1
+    )
+    absent = bool(ref.get("no_target")) or not targets
+    if len(targets) > 1:
+      targets = (masks.Union(targets),)
+    return Sample(
+      index=index,
+      dataset=self.path.parent.name,
+      images=(file,),
+      seg_masks=() if absent else targets,
+      expressions=expressions,
+      kind="absent" if absent else "referring",
+      size=size,
+      image_keys=(str(file),),
+      where=where,
+    )
+
+  def _segmentation(self, number: int, where: str) -> Any:
+    if number not in self._annotations:
+      raise DataError(
+        f"{where} names annotation {number}, which {self._instances} does not "
+        "hold."
+      )
+    return self._annotations[number]
+
+
+def _as_tuple(value: Any) -> tuple:
+  return tuple(value) if isinstance(value, (list, tuple)) else (value,)
