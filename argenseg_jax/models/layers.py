@@ -191,6 +191,10 @@ class GroupNorm(nnx.Module):
     return means.reshape(len(x), 1, 1, -1)
 
 
+# A logit that no other reaches; finite, so that a query without keys is too.
+_UNSEEN = -1e30
+
+
 def attend(
   queries: Float[Array, "b t heads hd"],
   keys: Float[Array, "b s kv hd"],
@@ -202,11 +206,27 @@ def attend(
   A query that sees no key gets the mean of all values: finite, and to be
   ignored by the caller.
   """
-  # JAX's own function mixes dtypes, which strict promotion would refuse.
-  with jax.numpy_dtype_promotion("standard"):
-    return jax.nn.dot_product_attention(
-      queries, keys, values, mask=None if mask is None else mask[:, None]
-    )
+  b, t, heads, hd = queries.shape
+  groups = (b, t, keys.shape[2], -1, hd)
+  queries = (queries * hd**-0.5).astype(queries.dtype).reshape(groups)
+  logits = jnp.einsum(
+    "btkgd,bskd->bktgs", queries, keys, preferred_element_type=jnp.float32
+  )
+  if mask is not None:
+    # Added, not selected: the backward pass has nothing to mask again.
+    logits += jnp.where(mask, 0.0, _UNSEEN)[:, None, :, None]
+  peak = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+  weights = jnp.exp(logits - peak)
+  # Divided after the product with the values: a row of hd numbers instead of s.
+  total = jnp.sum(weights, -1)
+  mixed = jnp.einsum(
+    "bktgs,bskd->bktgd",
+    weights.astype(values.dtype),
+    values,
+    preferred_element_type=jnp.float32,
+  )
+  mixed = (mixed / total[..., None]).astype(values.dtype)
+  return jnp.moveaxis(mixed, 2, 1).reshape(b, t, heads, hd)
 
 
 def rope_frequencies(
