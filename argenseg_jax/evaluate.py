@@ -9,6 +9,7 @@ from flax import nnx
 
 from argenseg_jax import checkpoint, distributed, sharding
 from argenseg_jax import rows as rows_lib
+from argenseg_jax.bootstrap import intervals
 from argenseg_jax.config import EvalConfig, RunConfig
 from argenseg_jax.data import pipeline
 from argenseg_jax.metrics import SegmentationSums, score
@@ -16,6 +17,7 @@ from argenseg_jax.models.argenseg import normalize_seg_masks
 from argenseg_jax.monitor import Progress
 from argenseg_jax.predict import (
   answer_batch,
+  answer_tokens,
   left_pad,
   seg_mask_at_size,
   to_uint8,
@@ -87,6 +89,7 @@ class Evaluator:
       on_progress: called after each batch.
     """
     sums, examples = SegmentationSums(), []
+    by_sample, pictures = [], []
     true, wrong, batches = 0.0, 0.0, 0
     limit = max_samples or self._config.max_samples or len(rows.source)
     total = min(limit, len(rows.source))
@@ -105,14 +108,21 @@ class Evaluator:
         true, wrong, batches = true + pair[0], wrong + pair[1], batches + 1
       for i in np.flatnonzero(batch.sample_weight):
         has_mask = bool(answers.num_masks[i])
+        index = int(batch.sample_id[i])
         one, prediction = _score_answer(
-          rows, int(batch.sample_id[i]), answers.images[i, 0], has_mask
+          rows,
+          index,
+          answers.images[i, 0],
+          has_mask,
+          rows.tokenizer.decode(answer_tokens(answers.tokens[i])),
         )
         sums += one
+        by_sample.append(one)
+        pictures.append(rows.source[index].image_keys or index)
         if len(examples) < num_examples:
           examples.append(
             Example(
-              index=int(batch.sample_id[i]),
+              index=index,
               prediction=prediction,
               iou=one.iou,
               has_mask=has_mask,
@@ -123,6 +133,9 @@ class Evaluator:
         note = f"cIoU {sums.results()['ciou']:.3f}"
         on_progress(sums.samples, total, note)
     metrics = sums.results()
+    for name, (low, high) in intervals(by_sample, pictures).items():
+      if name in ("ciou", "giou"):
+        metrics |= {f"{name}_low": low, f"{name}_high": high}
     if batches:
       metrics["code_loss"] = float(true / batches)
       metrics["grounding_gap"] = float((wrong - true) / batches)
@@ -215,14 +228,14 @@ def true_seg_mask(rows: pipeline.RowMaker, index: int) -> np.ndarray:
   return union.any(0)
 
 
-def _score_answer(rows, index, decoded, has_mask):
+def _score_answer(rows, index, decoded, has_mask, text=""):
   truth = true_seg_mask(rows, index)
   prediction = np.zeros_like(truth)
   if has_mask:
     prediction = seg_mask_at_size(
       decoded, truth.shape, pad_square=rows.config.pad_square
     )
-  return score(prediction, truth, has_mask=has_mask), prediction
+  return score(prediction, truth, has_mask=has_mask, text=text), prediction
 
 
 def _batches(rows: pipeline.RowMaker, size: int, total: int) -> Iterator[Batch]:

@@ -192,3 +192,10 @@ def test_checkpoint_of_another_variant_names_the_leaf(workdir, tmp_path):
     checkpoint.CheckpointError, match=r"cost.*\(2, 16\).*\(2, 17\)"
   ):
     checkpoint.load(copy)
+
+
+def test_results_hold_metrics_with_their_intervals(workdir):
+  values = json.loads((workdir / "results.json").read_text())["val"]
+  for name in ("ciou", "giou"):
+    assert 0 <= values[f"{name}_low"] <= values[name] <= values[f"{name}_high"]
+  assert 0 <= values["box_acc@0.5"] <= 1
