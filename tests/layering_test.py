@@ -33,6 +33,7 @@ LAYERS = [
   ("argenseg_jax.parity",),
   ("argenseg_jax.predict", "argenseg_jax.rows", "argenseg_jax.train_step"),
   ("argenseg_jax.evaluate", "argenseg_jax.report"),
+  ("argenseg_jax.contact_sheet",),
   ("argenseg_jax.speed", "argenseg_jax.upkeep"),
   ("argenseg_jax.plan", "argenseg_jax.train"),
   ("argenseg_jax.quickstart", "argenseg_jax.configs"),

@@ -7,6 +7,7 @@ import sys
 # Command -> what `argenseg --help` says of it; see `module_of`.
 COMMANDS = {
   "quickstart": "from nothing to a trained model and a picture of what it does",
+  "data": "check, show and pack training data",
   "train": "train an image tokenizer or a model from a config",
   "eval": "measure a checkpoint on a data set",
   "predict": "segment a picture with a checkpoint",

@@ -90,9 +90,17 @@ class RowMaker:
     if index >= len(self.source):
       return Row(self._empty(-1))
     try:
-      return Row(self._make(self._sample(index), rng))
+      sample = self._sample(index)
     except DataError as error:
       return Row(self._empty(index), str(error))
+    return self.row(sample, rng)
+
+  def row(self, sample: Sample, rng: np.random.Generator | None = None) -> Row:
+    """The row of a sample that is read already; arguments as `__call__`."""
+    try:
+      return Row(self._make(sample, rng))
+    except DataError as error:
+      return Row(self._empty(sample.index), str(error))
 
   def conversation(
     self, sample: Sample, rng: np.random.Generator | None = None
@@ -164,14 +172,15 @@ class RowMaker:
         seg_masks=(b"",) * len(sample.seg_masks),
       )
     if config.sequence_length:
-      tokens = text.tokenize_chat(
-        self.tokenizer,
-        self.conversation(sample, rng),
-        image_tokens=(self.image_tokens,) * len(sample.images),
-        num_codes=self.num_codes,
-        system_message=config.system_message,
-      )
+      turns = self.conversation(sample, rng)
       try:
+        tokens = text.tokenize_chat(
+          self.tokenizer,
+          turns,
+          image_tokens=(self.image_tokens,) * len(sample.images),
+          num_codes=self.num_codes,
+          system_message=config.system_message,
+        )
         packed = text.text_row(
           (tokens,), config.sequence_length, self.tokenizer.token_ids
         )
