@@ -265,6 +265,7 @@ def train(
   else:
     results = {"steps": step}
   results["bad_records"] = batches.num_bad_records
+  results["cut_records"] = batches.num_cut_records
   writer.write(step, {f"final/{k}": v for k, v in results.items()})
   writer.close()
   if main:
@@ -277,6 +278,16 @@ def _batches(config, rows, vqvae, workdir: pathlib.Path):
   """Training batches of this host. The decoder's (those with a `vqvae`) may
   hold codes instead of masks and begin with an easier split."""
   task = "mllm" if vqvae else "vqvae"
+  log = workdir / "bad_records.jsonl"
+  noted = set(log.read_text().splitlines()) if log.exists() else set()
+
+  def note_bad(index, why):
+    line = json.dumps({"record": index, "why": why})
+    if line not in noted:  # By an earlier call of this run.
+      print(f"bad record {index}: {why}", flush=True)
+      noted.add(line)
+      with log.open("a") as file:
+        file.write(line + "\n")
 
   def iterate(rows, name):
     if vqvae and config.data.cache_codes:
@@ -286,9 +297,7 @@ def _batches(config, rows, vqvae, workdir: pathlib.Path):
       config.stage(task).train.global_batch_size,
       host_index=jax.process_index(),
       host_count=jax.process_count(),
-      on_bad_record=lambda index, why: _note_bad(
-        workdir / "bad_records.jsonl", index, why
-      ),
+      on_bad_record=note_bad,
     )
 
   main = iterate(rows, "main")
@@ -352,12 +361,6 @@ def _as_floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     else:
       values[name] = float(value)
   return values
-
-
-def _note_bad(path: pathlib.Path, index: int, why: str) -> None:
-  print(f"bad record {index}: {why}", flush=True)
-  with path.open("a") as file:
-    file.write(json.dumps({"record": index, "why": why}) + "\n")
 
 
 def _differences(a: Any, b: Any, where: str = "") -> list[str]:

@@ -33,8 +33,9 @@ def main(argv: list[str]) -> int:
     print(f"{name}: {len(findings.faults)} faults")
     for dataset, count in findings.counts.items():
       kinds = ", ".join(f"{n} {k}" for k, n in count.kinds.most_common())
+      cut = f", {count.cut} of them cut" if count.cut else ""
       print(
-        f"  {dataset}: {count.requests} requests ({kinds}), "
+        f"  {dataset}: {count.requests} requests ({kinds}){cut}, "
         f"{len(count.pictures)} pictures, {count.masks} masks, "
         f"at most {count.longest} tokens"
       )

@@ -17,7 +17,8 @@ class Counts:
 
   requests: int = 0
   masks: int = 0
-  longest: int = 0  # Tokens of the longest request with its answer.
+  cut: int = 0  # Requests that lose words to fit sequence_length.
+  longest: int = 0  # Tokens of the longest request with its answer, once cut.
   kinds: collections.Counter = dataclasses.field(
     default_factory=collections.Counter
   )
@@ -51,10 +52,9 @@ def check(
     try:
       sample = rows.source[index]
     except DataError as error:
-      return None, str(error), 0, 0
+      return None, None, str(error)
     row = rows.row(sample)
-    tokens = np.count_nonzero(row.fields.segment_ids)
-    return sample, row.error, tokens, row.fields.mask_valid.sum()
+    return sample, row, row.error
 
   counts: dict[str, Counts] = {}
   faults = []
@@ -63,14 +63,16 @@ def check(
     for first in range(0, total, 64 * threads):
       some = range(first, min(first + 64 * threads, total))
       for index, found in zip(some, pool.map(look, some), strict=True):
-        sample, error, tokens, masks = found
-        if error:
-          faults.append(f"record {index}: {error}")
+        sample, row, fault = found
+        if fault:
+          faults.append(f"record {index}: {fault}")
           continue
         count = counts.setdefault(sample.dataset, Counts())
         count.requests += 1
-        count.masks += int(masks)
-        count.longest = max(count.longest, int(tokens))
+        count.cut += row.cut
+        count.masks += np.count_nonzero(row.fields.mask_valid)
+        tokens = np.count_nonzero(row.fields.segment_ids)
+        count.longest = max(count.longest, tokens)
         count.kinds[sample.kind] += 1
         count.pictures.update(sample.image_keys)
       on_progress(some.stop)

@@ -20,6 +20,10 @@ class Curriculum:
   def num_bad_records(self) -> int:
     return sum(part.num_bad_records for part in self._parts.values())
 
+  @property
+  def num_cut_records(self) -> int:
+    return sum(part.num_cut_records for part in self._parts.values())
+
   def __iter__(self) -> "Curriculum":
     return self
 

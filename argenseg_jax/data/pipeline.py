@@ -7,6 +7,7 @@ share of each batch. The state of an iterator is therefore one number, and
 resuming is exact.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,7 +34,7 @@ class TrainIterator:
     on_bad_record: called once for each bad record.
 
   `next` raises DataError when more than the configured share of the records
-  turns out to be bad.
+  turns out to be bad, or a worker process dies.
   """
 
   def __init__(
@@ -50,6 +51,7 @@ class TrainIterator:
     self._host = (host_index, host_count)
     self._on_bad_record = on_bad_record
     self._bad: set[int] = set()
+    self._cut: set[int] = set()
     self._step = 0
     self._batches: Iterator | None = None
     size = _host_batch_size(global_batch_size, host_count)
@@ -69,6 +71,11 @@ class TrainIterator:
     """Different bad records seen by this iterator."""
     return len(self._bad)
 
+  @property
+  def num_cut_records(self) -> int:
+    """Different records that lost words to fit sequence_length."""
+    return len(self._cut)
+
   def __iter__(self) -> "TrainIterator":
     return self
 
@@ -77,9 +84,11 @@ class TrainIterator:
       index, count = self._host
       start = self._step * count + index
       self._batches = _start(self._stream[start::count], self._rows.config)
-    batch, bad = next(self._batches)
-    _report(bad, self._bad, self._on_bad_record)
-    self._refuse_too_many(bad)
+    with _dead_workers_named():
+      batch, remarks = next(self._batches)
+    _report(remarks.bad, self._bad, self._on_bad_record)
+    self._refuse_too_many(remarks.bad)
+    self._cut.update(remarks.cut)
     self._step += 1
     return batch
 
@@ -167,8 +176,10 @@ def eval_batches(
   batches = _start(stream[host_index::host_count], rows.config)
   seen: set[int] = set()
   try:
-    for batch, bad in batches:
-      _report(bad, seen, on_bad_record)
+    for _ in range(steps):
+      with _dead_workers_named():
+        batch, remarks = next(batches)
+      _report(remarks.bad, seen, on_bad_record)
       yield batch
   finally:
     batches.close()
@@ -204,6 +215,21 @@ def _start(stream: grain.MapDataset, config: DataConfig) -> Iterator:
       )
     )
   return iter(dataset)
+
+
+@contextlib.contextmanager
+def _dead_workers_named():
+  """Turns grain's error for a process that is gone into ours."""
+  try:
+    yield
+  except RuntimeError as error:
+    if "Worker process" not in str(error):
+      raise
+    raise DataError(
+      "a data worker died, perhaps for lack of memory (grain says: "
+      f"{str(error).split('.')[0]}); use fewer data.workers or a smaller "
+      "data.prefetch."
+    ) from error
 
 
 def _report(

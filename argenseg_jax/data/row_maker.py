@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,14 @@ class Row:
 
   fields: Batch  # Without the batch axis.
   error: str = ""
+  cut: bool = False  # Some words were left out to fit sequence_length.
+
+
+class Remarks(NamedTuple):
+  """What a log should say of the records of a batch."""
+
+  bad: list[tuple[int, str]]  # Index, and what is wrong.
+  cut: list[int]  # Indices of those that lost words.
 
 
 class RowMaker:
@@ -98,7 +106,7 @@ class RowMaker:
   def row(self, sample: Sample, rng: np.random.Generator | None = None) -> Row:
     """The row of a sample that is read already; arguments as `__call__`."""
     try:
-      return Row(self._make(sample, rng))
+      return self._make(sample, rng)
     except DataError as error:
       return Row(self._empty(sample.index), str(error))
 
@@ -131,8 +139,8 @@ class RowMaker:
       )
     return self.config.answer.replace(DESCRIPTION, sample.description)
 
-  def _make(self, sample: Sample, rng: np.random.Generator | None) -> Batch:
-    config = self.config
+  def _make(self, sample: Sample, rng: np.random.Generator | None) -> Row:
+    config, cut = self.config, False
     row = self._empty(sample.index)
     row.sample_weight[...] = 1
     chosen = bool(sample.options)
@@ -181,13 +189,14 @@ class RowMaker:
           num_codes=self.num_codes,
           system_message=config.system_message,
         )
-        packed = text.text_row(
-          (tokens,), config.sequence_length, self.tokenizer.token_ids
-        )
+        special = self.tokenizer.token_ids
+        fitting = tokens.cut(config.sequence_length, special)
+        packed = text.text_row((fitting,), config.sequence_length, special)
       except DataError as error:
         raise DataError(f"{sample.where}: {error}") from error
       row = row._replace(**vars(packed))
-    return row
+      cut = len(fitting) < len(tokens)
+    return Row(row, cut=cut)
 
   def _sample(self, index: int) -> Sample:
     found = self._cached_samples.get(index)
@@ -267,8 +276,10 @@ class RowMaker:
     )
 
 
-def stack_rows(rows: list[Row]) -> tuple[Batch, list[tuple[int, str]]]:
-  """A batch of numpy arrays, and the bad records in it."""
+def stack_rows(rows: list[Row]) -> tuple[Batch, Remarks]:
+  """A batch of numpy arrays, and what to say of its records."""
   batch = Batch(*map(np.stack, zip(*(r.fields for r in rows), strict=True)))
-  bad = [(int(r.fields.sample_id), r.error) for r in rows if r.error]
-  return batch, bad
+  return batch, Remarks(
+    bad=[(int(r.fields.sample_id), r.error) for r in rows if r.error],
+    cut=[int(r.fields.sample_id) for r in rows if r.cut],
+  )

@@ -198,10 +198,13 @@ class Tokenized:
     labels: int32 [t]; the id itself in answers, `IGNORE_LABEL` elsewhere, and
       the id of `<MASK_CONTEXT>` where an image code is due: on the slots and
       on `<ge_end>`, whose place carries the last code.
+    requests: int32 [t]; which human turn, from 1 on, the words at a position
+      belong to, 0 for everything that is not such a word.
   """
 
   ids: Int[np.ndarray, "t"]
   labels: Int[np.ndarray, "t"]
+  requests: Int[np.ndarray, "t"]
 
   def __len__(self) -> int:
     return len(self.ids)
@@ -212,7 +215,40 @@ class Tokenized:
     return Tokenized(
       np.pad(self.ids, (0, extra), constant_values=pad_id)[:length],
       np.pad(self.labels, (0, extra), constant_values=IGNORE_LABEL)[:length],
+      np.pad(self.requests, (0, extra))[:length],
     )
+
+  def cut(self, length: int, token_ids: TokenIds) -> "Tokenized":
+    """At most `length` positions, with all pictures and image codes.
+
+    The end goes if that leaves something to learn and takes no picture and no
+    code away; else the longest request loses its last words, but not all.
+
+    Raises:
+      DataError: no such cut is long enough.
+    """
+    excess = len(self) - length
+    if excess <= 0:
+      return self
+    kept = np.ones(len(self), np.bool_)
+    whole = np.isin(
+      self.ids,
+      (token_ids.img_start, token_ids.img_context, token_ids.img_end),
+    ) | (self.labels == token_ids.mask_context)
+    if (self.labels[:length] != IGNORE_LABEL).any() and not whole[
+      length:
+    ].any():
+      kept[length:] = False
+    else:
+      sizes = np.bincount(self.requests)[1:]
+      if not len(sizes) or sizes.max() <= excess:
+        raise DataError(
+          f"a conversation of {len(self)} tokens does not fit sequence_length "
+          f"{length}, however its longest request is cut."
+        )
+      words = np.flatnonzero(self.requests == sizes.argmax() + 1)
+      kept[words[-excess:]] = False
+    return Tokenized(self.ids[kept], self.labels[kept], self.requests[kept])
 
   def position_ids(self, pad_id: int) -> Int[np.ndarray, "t"]:
     """Positions as the authors count them: padding does not, and has 1."""
@@ -246,7 +282,11 @@ def tokenize_chat(
   special = tokenizer.token_ids
   pieces = [_bos(tokenizer)]
   labels = [np.full(len(pieces[0]), IGNORE_LABEL, np.int32)]
+  requests = [np.zeros(len(pieces[0]), np.int32)]
   assistant = len(tokenizer.encode("<|im_start|>assistant\n"))
+  user = len(tokenizer.encode("<|im_start|>user\n"))
+  pictures = (special.img_start, special.img_context, special.img_end)
+  human_turns = 0
   for role, text in _chat_blocks(turns, image_tokens, system_message):
     if role == "gpt":
       slots = SPECIAL_TOKENS["mask_context"] * (num_codes - 1)
@@ -256,9 +296,16 @@ def tokenize_chat(
     if role == "gpt":
       label[assistant:-1] = ids[assistant:-1]  # Not the final newline.
       label[label == special.ge_end] = special.mask_context
+    request = np.zeros(len(ids), np.int32)
+    if role == "human":
+      human_turns += 1
+      end = np.flatnonzero(ids == special.im_end)[-1]
+      request[user:end] = human_turns
+      request[np.isin(ids, pictures)] = 0
     pieces.append(ids)
     labels.append(label)
-  return Tokenized(np.concatenate(pieces), np.concatenate(labels))
+    requests.append(request)
+  return Tokenized(*map(np.concatenate, (pieces, labels, requests)))
 
 
 def chat_prompt(

@@ -1,5 +1,7 @@
 import dataclasses
+import itertools
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -279,19 +281,23 @@ def test_bad_records_become_rows_of_no_weight(config, own_masks):
 
   iterator = pipeline.TrainIterator(rows, 6, on_bad_record=on_bad_record)
   batch = _join(_take(iterator, 3))
-  bad = np.isin(batch.sample_id, [2, 3, 4, 5])
+  bad = np.isin(batch.sample_id, [2, 4, 5])
   np.testing.assert_array_equal(batch.sample_weight, 1 - bad)
   assert not batch.segment_ids[bad].any()
   assert not batch.mask_valid[bad].any()
-  assert iterator.num_bad_records == 4
+  assert iterator.num_bad_records == 3
+  assert iterator.num_cut_records == 1
+  # The long request fills its row, with the codes of its mask.
+  (long,) = np.flatnonzero(batch.sample_id[:6] == 3)
+  assert batch.segment_ids[long].all()
+  assert (batch.targets[long] == CODE_TARGET).sum() == 5
   assert "line 3 has 2 masks; max_masks is 1" in named[2]
-  assert "line 4: a conversation of" in named[3]
   assert "4.png" in named[4]
   assert "m5.png" in named[5]
   named.clear()
   (batch,) = pipeline.eval_batches(rows, 6, on_bad_record=on_bad_record)
-  assert batch.sample_weight.tolist() == [1, 1, 0, 0, 0, 0]
-  assert sorted(named) == [2, 3, 4, 5]
+  assert batch.sample_weight.tolist() == [1, 1, 0, 1, 0, 0]
+  assert sorted(named) == [2, 4, 5]
 
 
 def test_too_many_bad_records_stop_training(config, own_masks):
@@ -300,6 +306,21 @@ def test_too_many_bad_records_stop_training(config, own_masks):
   with pytest.raises(DataError, match=r"at least 3 of 6 records are bad, more"):
     next(iterator)
   iterator.close()
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_dead_worker_is_an_error(config, evaluates):
+  rows = _rows(config, workers=1, prefetch=1)
+  if evaluates:
+    batches = pipeline.eval_batches(rows, 2)
+  else:
+    batches = pipeline.TrainIterator(rows, 2)
+  next(batches)
+  (worker,) = multiprocessing.active_children()
+  worker.kill()
+  with pytest.raises(DataError, match="a data worker died"):
+    list(itertools.islice(batches, 20))
+  batches.close()
 
 
 def test_several_masks_keep_their_order(config, own_masks):

@@ -179,3 +179,53 @@ def test_an_image_that_nobody_placed_goes_first():
 def test_bad_conversations(tokenizer, turns, message):
   with pytest.raises(DataError, match=message):
     text.tokenize_chat(tokenizer, turns, image_tokens=[2], num_codes=3)
+
+
+def _words(tokenizer, tokens):
+  return tokenizer.decode(tokens.ids[tokens.requests > 0])
+
+
+@pytest.mark.parametrize("length", [60, 41, 30])
+def test_a_long_request_is_cut_never_its_codes(length):
+  tokenizer = text.TextTokenizer()
+  special = tokenizer.token_ids
+  words = " ".join(f"w{i}" for i in range(40))
+  whole = text.tokenize_chat(
+    tokenizer,
+    _chat(f"<image>\n{words}", "<mask>"),
+    image_tokens=(4,),
+    num_codes=5,
+  )
+  assert _words(tokenizer, whole).strip() == words
+  cut = whole.cut(length, special)
+  assert len(cut) == length
+  assert _words(tokenizer, whole).startswith(_words(tokenizer, cut))
+  outside = whole.requests == 0
+  np.testing.assert_array_equal(cut.ids[cut.requests == 0], whole.ids[outside])
+  np.testing.assert_array_equal(
+    cut.labels[cut.requests == 0], whole.labels[outside]
+  )
+  shortest = np.count_nonzero(outside) + 1
+  assert len(whole.cut(shortest, special)) == shortest
+  with pytest.raises(DataError, match="does not fit sequence_length"):
+    whole.cut(shortest - 1, special)
+  assert whole.cut(len(whole), special) is whole
+
+
+def test_a_long_answer_loses_its_end_and_a_mask_its_longest_request():
+  tokenizer = text.TextTokenizer()
+  special = tokenizer.token_ids
+  said = " ".join(f"w{i}" for i in range(40))
+  answered = text.tokenize_chat(tokenizer, _chat("what?", said))
+  cut = answered.cut(30, special)
+  np.testing.assert_array_equal(cut.ids, answered.ids[:30])
+  asked = _chat("left " * 30, "<mask>") + _chat("and right " * 10, "<mask>")
+  two = text.tokenize_chat(tokenizer, asked, num_codes=5)
+  cut = two.cut(len(two) - 12, special)
+  counts = np.bincount(two.requests) - np.bincount(cut.requests)
+  assert counts.tolist() == [0, 12, 0]
+  assert (cut.ids == special.ge_end).sum() == 2
+
+
+def _chat(asked, answer):
+  return [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
