@@ -45,26 +45,39 @@ class Interrupted(Exception):
   """SIGTERM came; everything is saved."""
 
 
-def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
+def run(
+  config: RunConfig,
+  workdir: str | pathlib.Path,
+  *,
+  accept_changed_data: bool = False,
+) -> dict[str, Any]:
   """Runs every task of a config, going on where an earlier call stopped.
 
   Args:
     config: the run.
     workdir: gets `config.json`, a folder for each task and, once the decoder
       has trained, `results.json` with its metrics on every split.
+    accept_changed_data: go on although the data are not those of before.
 
   Returns:
     The final metrics of each task.
 
   Raises:
     ConfigError: the directory belongs to another config, or a key is wrong.
+    DataError: the data changed, or cannot be read.
     Interrupted: after SIGTERM, once a checkpoint is complete.
   """
   workdir = pathlib.Path(workdir)
   claim(config, workdir)
   results, init_from = {}, config.init_from
   for task in config.tasks:
-    results[task] = train(config, task, workdir / task, init_from=init_from)
+    results[task] = train(
+      config,
+      task,
+      workdir / task,
+      init_from=init_from,
+      accept_changed_data=accept_changed_data,
+    )
     init_from = str(workdir / task)
   scores = workdir / "results.json"
   scored = distributed.agree(scores.exists())
@@ -105,6 +118,7 @@ def train(
   workdir: pathlib.Path,
   *,
   init_from: str | None = None,
+  accept_changed_data: bool = False,
 ) -> dict[str, float]:
   """Trains one task to its last step; measures an image tokenizer's ceiling.
 
@@ -114,6 +128,7 @@ def train(
     workdir: of this task: checkpoints, metrics, `results.json`.
     init_from: a checkpoint to start from; an image tokenizer's fills that part
       of a whole model.
+    accept_changed_data: as in `run`.
 
   Returns:
     Final metrics; read back when the task is done already.
@@ -184,7 +199,7 @@ def train(
   }
   if (latest := checkpoints.latest_step()) is not None:
     state, data_state = _restore(checkpoints, latest, state)
-    batches.set_state(data_state)
+    batches.set_state(data_state, force=accept_changed_data)
 
   def save(step):
     checkpoints.save(

@@ -11,8 +11,10 @@ from argenseg_jax.config import ConfigError
 HELP = """\
 argenseg train --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
   [--coordinator=HOST:PORT --num_processes=N --process_id=I]
+  [--accept_changed_data]
 
-Trains the tasks of a config in order and goes on where an earlier call stopped.
+Trains the tasks of a config in order and goes on where an earlier call stopped;
+data that changed meanwhile are refused unless you accept them.
 configs/base.py explains every key. On several hosts run the same command on
 each, with one --workdir that all see: TPU hosts and Slurm tasks find each
 other, the rest name process 0 and their own number (docs/pods.md).
@@ -32,6 +34,7 @@ def main(argv: list[str]) -> int:
   flags.DEFINE_string("coordinator", "", "", flag_values=values)
   flags.DEFINE_integer("num_processes", 0, "", flag_values=values)
   flags.DEFINE_integer("process_id", -1, "", flag_values=values)
+  flags.DEFINE_boolean("accept_changed_data", False, "", flag_values=values)
   config = parse(values, argv)
   if not values.workdir:
     raise ConfigError("give a work directory: --workdir=DIR.")
@@ -44,7 +47,11 @@ def main(argv: list[str]) -> int:
   from argenseg_jax import train
 
   try:
-    train.run(config, pathlib.Path(values.workdir))
+    train.run(
+      config,
+      pathlib.Path(values.workdir),
+      accept_changed_data=values.accept_changed_data,
+    )
   except train.Interrupted as stopped:
     print(f"argenseg train: {stopped}", file=sys.stderr)
     return train.INTERRUPTED

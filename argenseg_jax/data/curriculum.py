@@ -37,9 +37,9 @@ class Curriculum:
   def state(self) -> dict[str, Any]:
     return {name: part.state() for name, part in self._parts.items()}
 
-  def set_state(self, state: dict[str, Any]) -> None:
+  def set_state(self, state: dict[str, Any], *, force: bool = False) -> None:
     for name, part in self._parts.items():
-      part.set_state(state[name])
+      part.set_state(state[name], force=force)
 
   def close(self) -> None:
     for part in self._parts.values():

@@ -122,7 +122,8 @@ class TrainIterator:
     if state["fingerprint"] != self._fingerprint and not force:
       raise DataError(
         "the saved data state belongs to other data, data settings or "
-        "global_batch_size; go on with those of the run, or force it."
+        "global_batch_size; go on with those of the run, or accept the change "
+        "with --accept_changed_data."
       )
     self.close()
     self._step = state["next_index"] // self._global_batch_size

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -158,6 +159,48 @@ def test_resuming_is_exact_in_the_middle_of_an_epoch(config):
     shares.append(_take(resumed, 8))
   for step, batch in enumerate(whole[4:]):
     _assert_same(_join([share[step] for share in shares]), batch)
+
+
+def _hash(batch):
+  return hashlib.sha256(b"".join(a.tobytes() for a in batch)).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def wanted(config):
+  """The first global batches of one host without workers."""
+  return _take(pipeline.TrainIterator(_rows(config), 8), 8)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_depend_on_seed_and_step_alone(config, wanted, workers, hosts):
+  """From the start, and resumed in the middle of an epoch (which has 6.25
+  batches) from what one host without workers saved."""
+  saved = pipeline.TrainIterator(_rows(config), 8)
+  _take(saved, 4)
+  # Processes are slow to start: the last host stands for all, and resumes.
+  start = 4 if workers else 0
+  for host in range(hosts - 1 if workers else 0, hosts):
+    rows = _rows(config, workers=workers)
+    iterator = pipeline.TrainIterator(
+      rows, 8, host_index=host, host_count=hosts
+    )
+    if start:
+      iterator.set_state(json.loads(json.dumps(saved.state())))
+    share = slice(host * 8 // hosts, (host + 1) * 8 // hosts)
+    got = [_hash(batch) for batch in _take(iterator, 8 - start)]
+    assert got == [_hash([a[share] for a in b]) for b in wanted[start:]]
+
+
+def test_a_changed_file_is_refused(config, own_masks):
+  changes = {"source": "jsonl", "path": str(own_masks)}
+  state = pipeline.TrainIterator(_rows(config, **changes), 2).state()
+  pipeline.TrainIterator(_rows(config, **changes), 2).set_state(state)
+  own_masks.write_text(own_masks.read_text().replace("long", "wide"))
+  changed = pipeline.TrainIterator(_rows(config, **changes), 2)
+  with pytest.raises(DataError, match="--accept_changed_data"):
+    changed.set_state(state)
+  changed.set_state(state, force=True)
 
 
 @pytest.mark.parametrize(
