@@ -121,6 +121,7 @@ class DataConfig:
     "text_to_image",
     "folder",
     "ref_coco",
+    "array_record",
   ] = "ref_shapes"
   split: str = "train"  # Where the layout has splits.
   root: str | None = None  # Where its pictures are, if not in the usual place.

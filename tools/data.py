@@ -20,6 +20,7 @@ from argenseg_jax.tools import train
 # Name -> what `argenseg data --help` says of it; see tools/data_NAME.py.
 ACTIONS = {
   "check": "read a whole source; name every fault and count what it holds",
+  "build": "pack a source into ArrayRecord files",
   "show": "draw records as a model gets them",
 }
 
@@ -136,6 +137,14 @@ def with_sources(
     root = data.root if args.root else None
     found.append(dataclasses.replace(data, source=layout, path=path, root=root))
   return found
+
+
+def one_source(data: DataConfig, args: argparse.Namespace) -> DataConfig:
+  """As `with_sources`, where there can be only one."""
+  found = with_sources(data, args)
+  if len(found) > 1:
+    raise ConfigError("this takes one source; give one LAYOUT=PATH.")
+  return found[0]
 
 
 def of_checkpoint(path: str) -> tuple[Settings, typing.Any]:

@@ -39,16 +39,14 @@ def main(argv: list[str]) -> int:
     reconstruct = _round_trip(vqvae)
   else:
     settings = data_tool.settings(config_flags)
-  sources = data_tool.with_sources(settings.data, args)
-  if len(sources) > 1:
-    raise ConfigError("show draws one source; give one LAYOUT=PATH.")
-  made = rows.make_rows(sources[0], "mllm", settings.model, settings.tokenizer)
+  source = data_tool.one_source(settings.data, args)
+  made = rows.make_rows(source, "mllm", settings.model, settings.tokenizer)
   total = len(made.source)
   indices = range(args.first, min(args.first + args.count, total))
   if not indices or args.first < 0:
     raise ConfigError(
       f"--first={args.first} --count={args.count} names none of the {total} "
-      f"records of {sources[0].path}."
+      f"records of {source.path}."
     )
   contact_sheet.draw(made, indices, out, reconstruct=reconstruct)
   print(f"wrote {out}")

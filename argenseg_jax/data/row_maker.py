@@ -161,12 +161,7 @@ class RowMaker:
       for i in range(len(sample.images)):
         row.images[i], size = self._image(sample, i)
       if len(sample.images) == 1:  # Else: of which picture is the mask?
-        if sample.size not in (None, size):
-          raise DataError(
-            f"{sample.where}: its picture has {size[1]}x{size[0]} pixels, the "
-            f"annotations say {sample.size[1]}x{sample.size[0]}."
-          )
-        sample = dataclasses.replace(sample, size=size)
+        sample = sample.sized(size)
     row.mask_valid[: len(sample.seg_masks)] = True
     if self.codes is not None:
       row.codes[...] = self.codes[sample.index]

@@ -46,7 +46,7 @@ def decode_image(
   Raises:
     DataError: missing, truncated, or not a picture.
   """
-  data, name = _read(stored, where)
+  data, name = read_encoded(stored, where)
   if _is_whole(data):
     with contextlib.suppress(cv2.error):
       pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -64,7 +64,7 @@ def decode_seg_mask(
   stored: Encoded, *, where: str = ""
 ) -> UInt8[np.ndarray, "h w"]:
   """Decodes a picture of a mask; palette indices are kept as they are."""
-  data, name = _read(stored, where)
+  data, name = read_encoded(stored, where)
   try:
     with Image.open(io.BytesIO(data)) as picture:
       if picture.mode not in ("L", "P", "1"):
@@ -239,7 +239,7 @@ def binary_mask(grey: UInt8[np.ndarray, "h w"]) -> np.ndarray:
   return grey > 127
 
 
-def _read(stored: Encoded, where: str) -> tuple[bytes, str]:
+def read_encoded(stored: Encoded, where: str) -> tuple[bytes, str]:
   if isinstance(stored, bytes):
     return stored, where or "(bytes)"
   try:

@@ -56,13 +56,8 @@ class JsonLines:
     return parse_json(self._data[start:end].tobytes(), self.where(index), dict)
 
 
-class JsonlSource:
-  """ARGenSeg's and InternVL's chat records.
-
-  Reads "image" (absent, a path or a list), "mask" (absent, a path, a COCO
-  segmentation or a list of either), "conversations", and where given "dataset"
-  and "kind" ("absent" allows a mask without any pixel). Several masks, several
-  turns, several pictures, and text alone are all records of this layout.
+class _LinesSource:
+  """What the sources of this file share.
 
   Args:
     path: the jsonl file.
@@ -79,6 +74,16 @@ class JsonlSource:
 
   def __len__(self) -> int:
     return len(self._lines)
+
+
+class JsonlSource(_LinesSource):
+  """ARGenSeg's and InternVL's chat records.
+
+  Reads "image" (absent, a path or a list), "mask" (absent, a path, a COCO
+  segmentation or a list of either), "conversations", and where given "dataset"
+  and "kind" ("absent" allows a mask without any pixel). Several masks, several
+  turns, several pictures, and text alone are all records of this layout.
+  """
 
   def __getitem__(self, index: int) -> Sample:
     record, where = self._lines[index], self._lines.where(index)
@@ -112,27 +117,12 @@ class JsonlSource:
     )
 
 
-class TextToImageSource:
+class TextToImageSource(_LinesSource):
   """Pictures to generate: lines of {"image": path, "text": caption}.
 
   "caption" is read where "text" is missing. The picture becomes the target in
   place of a mask, so rows need `mask_channels` 3.
-
-  Args:
-    path: the jsonl file.
-    root: what picture paths are relative to; the jsonl's folder by default.
   """
-
-  def __init__(
-    self, path: str | pathlib.Path, root: str | pathlib.Path | None = None
-  ):
-    self.path = pathlib.Path(path)
-    self.root = pathlib.Path(root) if root else self.path.parent
-    self._lines = JsonLines(self.path)
-    self.fingerprint = self._lines.fingerprint
-
-  def __len__(self) -> int:
-    return len(self._lines)
 
   def __getitem__(self, index: int) -> Sample:
     record, where = self._lines[index], self._lines.where(index)

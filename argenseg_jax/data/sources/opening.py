@@ -10,6 +10,7 @@ from typing import Any
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.sources.array_record import ArrayRecordSource
 from argenseg_jax.data.sources.folder import FolderSource
 from argenseg_jax.data.sources.jsonl import JsonlSource, TextToImageSource
 from argenseg_jax.data.sources.reason_seg import ReasonSegSource
@@ -38,6 +39,7 @@ _SOURCES: dict[str, Callable[[str, str, str | None], Source]] = {
   "text_to_image": lambda path, split, root: TextToImageSource(path, root),
   "folder": lambda path, split, root: FolderSource(path),
   "ref_coco": lambda path, split, root: TfdsRefCocoSource(path, split),
+  "array_record": lambda path, split, root: ArrayRecordSource(path, split),
 }
 _META_KEYS = {
   "annotation",
@@ -77,7 +79,12 @@ def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
 def _has_options(source: Source) -> bool:
   parts = source.parts if isinstance(source, Mixture) else (source,)
   kinds = (Ade20kSource, CocoPanopticSource, TfdsRefCocoSource)
-  return any(isinstance(part, kinds) for part in parts)
+  return any(
+    part.has_options
+    if isinstance(part, ArrayRecordSource)
+    else isinstance(part, kinds)
+    for part in parts
+  )
 
 
 class Mixture:

@@ -80,6 +80,19 @@ class Sample:
       size = self.load_image().shape[:2]
     return masks.load_seg_mask(stored, size=size, where=self.where)
 
+  def sized(self, size: tuple[int, int]) -> "Sample":
+    """The sample with the size that its only picture turned out to have.
+
+    Raises:
+      DataError: the annotations say another one.
+    """
+    if self.size not in (None, size):
+      raise DataError(
+        f"{self.where}: its picture has {size[1]}x{size[0]} pixels, the "
+        f"annotations say {self.size[1]}x{self.size[0]}."
+      )
+    return dataclasses.replace(self, size=size)
+
   def choose(self, number: int) -> "Sample":
     """The sample that asks for one of its options."""
     option = self.options[number]

@@ -1,0 +1,52 @@
+"""`argenseg data build`: packs a source into ArrayRecord files."""
+
+import dataclasses
+import os
+
+from argenseg_jax.data import building
+from argenseg_jax.data.sources.opening import open_source
+from argenseg_jax.monitor import Progress
+from argenseg_jax.tools import data as data_tool
+
+
+def main(argv: list[str]) -> int:
+  parser = data_tool.parser(
+    "build",
+    "Packs the records of a source, pictures and masks included, into "
+    "ArrayRecord files of a TFDS data set, to be read as array_record=DIR. "
+    "The same command goes on with an interrupted build.",
+    "refer=refcoco --split=train,val --out=packed/refcoco",
+  )
+  parser.add_argument("--out", required=True, help="folder to write")
+  parser.add_argument("--records_per_shard", type=int, default=1_000)
+  parser.add_argument("--workers", type=int, default=os.cpu_count())
+  parser.add_argument(
+    "--max_bad_share",
+    type=float,
+    default=0.1,
+    help="more bad records stop the build; fewer are left out and named",
+  )
+  args, config_flags = parser.parse_known_args(argv)
+  settings = data_tool.settings(config_flags)
+  data = data_tool.one_source(settings.data, args)
+  sources = {
+    split: open_source(dataclasses.replace(data, split=split))
+    for split in data.split.split(",")
+  }
+  bar = Progress(f"build {args.out}", sum(map(len, sources.values())))
+  try:
+    built = building.build(
+      sources,
+      args.out,
+      records_per_shard=max(args.records_per_shard, 1),
+      workers=args.workers,
+      max_bad_share=args.max_bad_share,
+      on_progress=bar.update,
+    )
+  finally:
+    bar.close()
+  for split, what in built.items():
+    print(f"{args.out} {split}: {what.records} records")
+    for fault in what.faults:
+      print(f"  left out: {fault}")
+  return 0
