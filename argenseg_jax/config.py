@@ -153,10 +153,16 @@ class DataConfig:
   cache: bool = False  # Keep resized pictures and masks in memory.
   # Tokenise every mask once before the decoder trains, not in every step.
   cache_codes: bool = False
+  codes: str = ""  # A file of `argenseg data tokenize` instead.
   # An easier split (of ref_shapes) that the first steps are drawn from.
   warmup_split: str = ""
   warmup_steps: int = 0
   max_bad_share: float = 0.1  # Training stops when more records are bad.
+
+  @property
+  def tokenized(self) -> bool:
+    """Whether the decoder trains on codes, not on masks."""
+    return self.cache_codes or bool(self.codes)
 
 
 @dataclasses.dataclass(frozen=True)

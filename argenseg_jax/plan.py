@@ -71,7 +71,7 @@ def abstract_batch(config: RunConfig, model: ModelConfig, task: str) -> Batch:
       "uint8", m, data.mask_side, data.mask_side, data.mask_channels
     ),
     mask_valid=make("bool", m),
-    codes=make("int32", m, codes * (mllm and data.cache_codes)),
+    codes=make("int32", m, codes * (mllm and data.tokenized)),
     sample_weight=make("float32"),
     sample_id=make("int32"),
   )

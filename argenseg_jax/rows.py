@@ -1,20 +1,15 @@
 """Rows for a run: sizes agreed with the model, masks tokenised once."""
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from argenseg_jax import distributed, sharding
 from argenseg_jax.config import ConfigError, DataConfig, ModelConfig
 from argenseg_jax.data import pipeline, text
 from argenseg_jax.data.sources.opening import open_source
 from argenseg_jax.models.argenseg import normalize_seg_masks
-from argenseg_jax.models.vqvae import VQVAE
-from argenseg_jax.monitor import Progress
 
 
 def make_rows(
@@ -44,62 +39,6 @@ def make_rows(
     image_tokens=model.vision.num_embeddings,
     num_codes=codes,
   )
-
-
-def tokenized(
-  rows: pipeline.RowMaker, vqvae: VQVAE, path: pathlib.Path
-) -> pipeline.RowMaker:
-  """The same rows with the codes of their masks, kept in `path`."""
-  if distributed.agree(path.exists()):
-    codes = np.load(path)
-  else:
-    codes = tokenize(rows, vqvae)
-    if distributed.is_main():
-      with path.with_suffix(".partial").open("wb") as file:
-        np.save(file, codes)
-      path.with_suffix(".partial").rename(path)
-  return pipeline.RowMaker(
-    rows.source,
-    rows.config,
-    tokenizer=rows.tokenizer,
-    image_tokens=rows.image_tokens,
-    num_codes=rows.num_codes,
-    codes=codes,
-  )
-
-
-def tokenize(
-  rows: pipeline.RowMaker, vqvae: VQVAE, *, batch_size: int = 64
-) -> np.ndarray:
-  """Codes of all masks of a source, int32 [records m n]; 0 where none is."""
-  graph, state = nnx.split(vqvae)
-
-  @jax.jit
-  def encode(state, seg_masks):
-    return nnx.merge(graph, state).encode(normalize_seg_masks(seg_masks))
-
-  masks_only = dataclasses.replace(
-    rows.config, sequence_length=0, max_images=0, cache=False
-  )
-  reader = pipeline.RowMaker(
-    rows.source,
-    masks_only,
-    tokenizer=rows.tokenizer,
-    image_tokens=rows.image_tokens,
-    num_codes=rows.num_codes,
-  )
-  total = len(rows.source)
-  bar = Progress("tokenize masks", total)
-  parts = []
-  for batch in pipeline.eval_batches(reader, batch_size):
-    b, m, *shape = batch.seg_masks.shape
-    seg_masks = batch.seg_masks.reshape(b * m, *shape)
-    codes = encode(state, sharding.put_like(seg_masks, state))
-    codes = distributed.fetch(codes).reshape(b, m, -1)
-    parts.append(np.where(batch.mask_valid[:, :, None], codes, 0))
-    bar.update(min(len(parts) * batch_size, total))
-  bar.close()
-  return np.concatenate(parts)[:total]
 
 
 def of_split(

@@ -20,7 +20,7 @@ def row_sizes(config: RunConfig) -> dict[str, int | bool]:
     "length": config.data.sequence_length,
     "images": config.data.max_images,
     "seg_masks": config.data.max_masks,
-    "tokenized": config.data.cache_codes,
+    "tokenized": config.data.tokenized,
   }
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from argenseg_jax import (
   checkpoint,
   distributed,
+  mask_codes,
   sharding,
   speed,
   starting,
@@ -162,10 +163,10 @@ def train(
     if main:
       starting.keep_files(init_from, workdir)
   thaws = task == "mllm" and "vqvae" not in stage.optimizer.frozen
-  if config.data.cache_codes and thaws:
+  if config.data.tokenized and thaws:
     raise ConfigError(
-      "config key 'data.cache_codes' needs a frozen image tokenizer; add "
-      "'vqvae' to mllm.optimizer.frozen."
+      "config keys 'data.cache_codes' and 'data.codes' need a frozen image "
+      "tokenizer; add 'vqvae' to mllm.optimizer.frozen."
     )
   vqvae = nnx.merge(graph, variables).vqvae if task == "mllm" else None
   batches = _batches(config, rows, vqvae, workdir)
@@ -305,8 +306,10 @@ def _batches(config, rows, vqvae, workdir: pathlib.Path):
         file.write(line + "\n")
 
   def iterate(rows, name):
-    if vqvae and config.data.cache_codes:
-      rows = rows_lib.tokenized(rows, vqvae, workdir / f"codes_{name}.npy")
+    if vqvae and config.data.codes:
+      rows = mask_codes.read(rows, vqvae, pathlib.Path(config.data.codes))
+    elif vqvae and config.data.cache_codes:
+      rows = mask_codes.cached(rows, vqvae, workdir / f"codes_{name}.npz")
     return pipeline.TrainIterator(
       rows,
       config.stage(task).train.global_batch_size,
@@ -319,6 +322,11 @@ def _batches(config, rows, vqvae, workdir: pathlib.Path):
   steps = config.data.warmup_steps
   if not (vqvae and steps):
     return main
+  if config.data.codes:
+    raise ConfigError(
+      "config key 'data.codes' holds the codes of one split; set "
+      "'data.warmup_steps' to 0."
+    )
   easy = rows_lib.of_split(rows, config.data.warmup_split, evaluation=False)
   return Curriculum(iterate(easy, "warmup"), main, steps)
 

@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
   c.data.cache = False  # Keep resized pictures and masks in memory.
   # Tokenise every mask once before the decoder trains, not in every step.
   c.data.cache_codes = False
+  c.data.codes = ""  # A file of `argenseg data tokenize`, to be used instead.
   # An easier split (of ref_shapes) that the decoder's first steps draw from.
   c.data.warmup_split = ""
   c.data.warmup_steps = 0

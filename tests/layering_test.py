@@ -31,7 +31,12 @@ LAYERS = [
   ("argenseg_jax.checkpoint",),
   ("argenseg_jax.starting", "argenseg_jax.torch_weights"),
   ("argenseg_jax.parity",),
-  ("argenseg_jax.predict", "argenseg_jax.rows", "argenseg_jax.train_step"),
+  (
+    "argenseg_jax.mask_codes",
+    "argenseg_jax.predict",
+    "argenseg_jax.rows",
+    "argenseg_jax.train_step",
+  ),
   ("argenseg_jax.evaluate", "argenseg_jax.report"),
   ("argenseg_jax.contact_sheet",),
   ("argenseg_jax.speed", "argenseg_jax.upkeep"),

@@ -21,6 +21,7 @@ from argenseg_jax.tools import train
 ACTIONS = {
   "check": "read a whole source; name every fault and count what it holds",
   "build": "pack a source into ArrayRecord files",
+  "tokenize": "turn a source's masks into image codes, once",
   "show": "draw records as a model gets them",
 }
 

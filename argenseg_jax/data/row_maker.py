@@ -70,6 +70,17 @@ class RowMaker:
     # Samples whose pictures are in the cache, without their encoded bytes.
     self._cached_samples: dict[int, Sample] = {}
 
+  def with_codes(self, codes: np.ndarray) -> "RowMaker":
+    """The same rows with codes (see above) in place of their masks."""
+    return RowMaker(
+      self.source,
+      self.config,
+      tokenizer=self.tokenizer,
+      image_tokens=self.image_tokens,
+      num_codes=self.num_codes,
+      codes=codes,
+    )
+
   def __getstate__(self):
     return {**self.__dict__, "_cache": {}, "_cached_samples": {}}
 
@@ -77,7 +88,7 @@ class RowMaker:
   def fingerprint(self) -> str:
     """Changes with anything that changes the content or order of rows."""
     config = to_dict(self.config)
-    for key in (*_SPEED_KEYS, "path", "root", "text_tokenizer"):
+    for key in (*_SPEED_KEYS, "path", "root", "text_tokenizer", "codes"):
       del config[key]
     parts = (
       config,

@@ -71,12 +71,13 @@ def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
   else:
     source = _SOURCES[config.source](config.path, config.split, config.root)
   each = config.protocol == "per_expression"
-  if evaluation and (each or _has_options(source)):
+  if evaluation and (each or has_options(source)):
     return EachRequest(source, each_expression=each)
   return source
 
 
-def _has_options(source: Source) -> bool:
+def has_options(source: Source) -> bool:
+  """Whether its records ask for one of several things at each visit."""
   parts = source.parts if isinstance(source, Mixture) else (source,)
   kinds = (Ade20kSource, CocoPanopticSource, TfdsRefCocoSource)
   return any(

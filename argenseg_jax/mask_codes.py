@@ -1,0 +1,144 @@
+"""Masks tokenised once: the codes of a source's masks, kept in a file."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from argenseg_jax import distributed, sharding
+from argenseg_jax.config import ConfigError
+from argenseg_jax.data import pipeline
+from argenseg_jax.data.sources.opening import has_options
+from argenseg_jax.models.argenseg import normalize_seg_masks
+from argenseg_jax.models.vqvae import VQVAE
+from argenseg_jax.monitor import Progress
+
+# Settings that change what the image tokenizer sees.
+_SETTINGS = (
+  "mask_side",
+  "mask_intermediate_side",
+  "mask_channels",
+  "max_masks",
+  "pad_square",
+  "resize",
+)
+
+
+def cached(
+  rows: pipeline.RowMaker, vqvae: VQVAE, path: pathlib.Path
+) -> pipeline.RowMaker:
+  """The rows with the codes of their masks, from `path` if it holds them."""
+  if not distributed.agree(path.exists()):
+    write(rows, vqvae, path)
+    distributed.wait_for_all(f"codes {path.name}")
+  return read(rows, vqvae, path)
+
+
+def write(rows: pipeline.RowMaker, vqvae: VQVAE, path: pathlib.Path) -> None:
+  """Tokenises every mask and writes codes and a note of what made them.
+
+  Raises:
+    ConfigError: a record of the source asks for another mask at each visit.
+  """
+  codes = tokenize(rows, vqvae)
+  note = json.dumps(_note(rows, vqvae))
+  if distributed.is_main():
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+      np.savez(file, codes=codes, note=note)
+    partial.rename(path)
+
+
+def read(
+  rows: pipeline.RowMaker, vqvae: VQVAE, path: pathlib.Path
+) -> pipeline.RowMaker:
+  """The rows with the codes that `write` put into `path`.
+
+  Raises:
+    ConfigError: no such file, or one of other data, settings or image
+      tokenizer.
+  """
+  try:
+    with np.load(path) as file:
+      codes, note = file["codes"], json.loads(str(file["note"]))
+  except (OSError, ValueError, KeyError) as error:
+    raise ConfigError(
+      f"{path} is not a file of `argenseg data tokenize`: {error}."
+    ) from error
+  wanted = _note(rows, vqvae)
+  other = sorted(k for k in wanted if note.get(k) != wanted[k])
+  if other:
+    raise ConfigError(
+      f"the codes in {path} were made with another {', '.join(other)}; "
+      "tokenize again."
+    )
+  return rows.with_codes(codes)
+
+
+def tokenize(
+  rows: pipeline.RowMaker, vqvae: VQVAE, *, batch_size: int = 64
+) -> np.ndarray:
+  """Codes of all masks of a source, int32 [records m n]; 0 where none is."""
+  if has_options(rows.source):
+    raise ConfigError(
+      f"data source {rows.config.source!r} at {rows.config.path} asks for one "
+      "of several masks at each visit, so its codes cannot be kept; train from "
+      "the masks."
+    )
+  graph, state = nnx.split(vqvae)
+
+  @jax.jit
+  def encode(state, seg_masks):
+    return nnx.merge(graph, state).encode(normalize_seg_masks(seg_masks))
+
+  masks_only = dataclasses.replace(
+    rows.config, sequence_length=0, max_images=0, cache=False
+  )
+  reader = pipeline.RowMaker(
+    rows.source,
+    masks_only,
+    tokenizer=rows.tokenizer,
+    image_tokens=rows.image_tokens,
+    num_codes=rows.num_codes,
+  )
+  total = len(rows.source)
+  bar = Progress("tokenize masks", total)
+  parts = []
+  for batch in pipeline.eval_batches(reader, batch_size):
+    b, m, *shape = batch.seg_masks.shape
+    seg_masks = batch.seg_masks.reshape(b * m, *shape)
+    codes = encode(state, sharding.put_like(seg_masks, state))
+    codes = distributed.fetch(codes).reshape(b, m, -1)
+    parts.append(np.where(batch.mask_valid[:, :, None], codes, 0))
+    bar.update(min(len(parts) * batch_size, total))
+  bar.close()
+  return np.concatenate(parts)[:total]
+
+
+def _note(rows: pipeline.RowMaker, vqvae: VQVAE) -> dict:
+  settings = {name: getattr(rows.config, name) for name in _SETTINGS}
+  return {
+    "source": rows.source.fingerprint,
+    "image tokenizer": _fingerprint(vqvae),
+    **settings,
+  }
+
+
+def _fingerprint(vqvae: VQVAE) -> str:
+  """Of its variables in bfloat16, which a run may keep them in."""
+  content = hashlib.sha256()
+  leaves, _ = jax.tree_util.tree_flatten_with_path(
+    nnx.to_pure_dict(nnx.state(vqvae))
+  )
+  for path, leaf in leaves:
+    content.update(jax.tree_util.keystr(path).encode())
+    value = np.asarray(distributed.fetch(leaf))
+    if jnp.issubdtype(value.dtype, jnp.floating):
+      value = value.astype(jnp.bfloat16)
+    content.update(value.tobytes())
+  return content.hexdigest()[:16]
