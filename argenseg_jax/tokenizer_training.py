@@ -32,28 +32,11 @@ def start_codebook(
     key: picks the first centres.
     iterations: of Lloyd's algorithm.
   """
-  quantizer = model.quantizer
-  scales = quantizer.scales
   split = nnx.split(model)
   latent = jnp.concatenate(
     [_encode(*split, x) for x in _chunks(images, split[1])]
   )
-  num_codes = quantizer.codebook.shape[0]
-  ends = np.cumsum(scales.sides) * num_codes // sum(scales.sides)
-  starts = (0, *ends[:-1])
-  partial = jnp.zeros_like(latent)
-  # Rows not clustered yet lie too far away to be anybody's nearest code.
-  codebook = jnp.full_like(quantizer.codebook[...], 1e4)
-  for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
-    vectors = quantizer.vectors_at(latent - partial, k)
-    points = vectors.reshape(-1, vectors.shape[-1])
-    centres = _kmeans(
-      points, int(end - start), jax.random.fold_in(key, k), iterations
-    )
-    codebook = codebook.at[int(start) : int(end)].set(centres)
-    quantizer.codebook[...] = codebook
-    codes = quantizer.nearest(vectors, k)
-    partial = quantizer.add_scale(partial, codes, k)
+  model.quantizer.codebook[...] = _cluster(*split, latent, key, iterations)
 
 
 def revive_codes(
@@ -71,13 +54,8 @@ def revive_codes(
     key: picks the vectors.
   """
   split = nnx.split(model)
-  vectors = _vectors(*split, sharding.put_like(images, split[1]))
-  points = vectors.reshape(-1, vectors.shape[-1])
-  picks = jax.random.choice(key, points.shape[0], (usage.shape[0],))
-  codebook = model.quantizer.codebook
-  codebook[...] = jnp.where(
-    (usage == 0)[:, None], points[picks].astype(codebook.dtype), codebook[...]
-  )
+  images = sharding.put_like(images, split[1])
+  model.quantizer.codebook[...] = _revived(*split, images, usage, key)
 
 
 def constrain_entropy(
@@ -118,10 +96,39 @@ def _encode(graph, state, images):
   return nnx.merge(graph, state).encode_latent(images)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _cluster(graph, state, latent, key, iterations):
+  """The codebook that `start_codebook` sets."""
+  quantizer = nnx.merge(graph, state).quantizer
+  sides = quantizer.scales.sides
+  num_codes = quantizer.codebook.shape[0]
+  ends = [int(n) for n in np.cumsum(sides) * num_codes // sum(sides)]
+  partial = jnp.zeros_like(latent)
+  # Rows not clustered yet lie too far away to be anybody's nearest code.
+  codebook = jnp.full_like(quantizer.codebook[...], 1e4)
+  for k, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+    vectors = quantizer.vectors_at(latent - partial, k)
+    points = vectors.reshape(-1, vectors.shape[-1])
+    centres = _kmeans(
+      points, end - start, jax.random.fold_in(key, k), iterations
+    )
+    codebook = codebook.at[start:end].set(centres)
+    quantizer.codebook[...] = codebook
+    partial = quantizer.add_scale(partial, quantizer.nearest(vectors, k), k)
+  return codebook
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _vectors(graph, state, images):
+def _revived(graph, state, images, usage, key):
+  """The codebook after `revive_codes`."""
   model = nnx.merge(graph, state)
-  return model.quantizer(model.encode_latent(images)).vectors
+  vectors = model.quantizer(model.encode_latent(images)).vectors
+  points = vectors.reshape(-1, vectors.shape[-1])
+  picks = jax.random.choice(key, points.shape[0], usage.shape)
+  codebook = model.quantizer.codebook[...]
+  return jnp.where(
+    (usage == 0)[:, None], points[picks].astype(codebook.dtype), codebook
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -143,14 +150,11 @@ def _kmeans(points: Array, count: int, key: Array, iterations: int) -> Array:
   noise = jax.random.normal(key, (count, points.shape[1]))
   centres = points[picks] + 1e-3 * jnp.std(points) * noise
 
-  @jax.jit
-  def improve(centres):
+  def improve(_, centres):
     distances = jnp.sum(centres**2, -1) - 2 * points @ centres.T
     nearest = jnp.argmin(distances, -1)
     sums = jnp.zeros_like(centres).at[nearest].add(points)
     counts = jnp.zeros((count,)).at[nearest].add(1.0)[:, None]
     return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), centres)
 
-  for _ in range(iterations):
-    centres = improve(centres)
-  return centres
+  return jax.lax.fori_loop(0, iterations, improve, centres)

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
   c.data.request = "free"
   c.data.protocol = "per_expression"
   c.data.answer = "the {description}<mask>"
-  c.data.sequence_length = 180
+  c.data.sequence_length = 174
   c.data.image_side = 64
   c.data.mask_side = 64
   c.data.mask_intermediate_side = 0
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
   c.tokenizer_training.kmeans_seg_masks = 256
   c.tokenizer_training.revive_every = 20
   c.tokenizer_training.revive_until = 500
-  c.tokenizer_training.entropy_weight = 0.5
+  c.tokenizer_training.entropy_weight = 0.4
   c.tokenizer_training.entropy_from = 240
 
   c.mllm.optimizer.learning_rate = 2e-3
@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
   c.mllm.optimizer.frozen = ("vqvae",)
   c.mllm.train.steps = 3500
   c.mllm.train.global_batch_size = 16
-  c.mllm.train.eval_every = 500
+  c.mllm.train.eval_every = 1000
   c.loss.code_average = "scale"
   c.loss.drop_scale_inputs = 0.4
 

@@ -1,7 +1,7 @@
 """Trains the shipped text tokenizer: python -m argenseg_jax.data.text_corpus.
 
 The corpus is what the small model reads and writes: the chat template, request
-templates and generated requests.
+templates, generated requests and answers that describe their targets.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,6 +29,8 @@ def corpus() -> Iterator[str]:
         split, scene_id, seed=0, image_side=32
       ):
         yield join(record["expressions"])
+        if record["description"]:
+          yield f"the {record['description']}<mask>"
   for _ in range(_SCENES):
     for role in ("system", "user", "assistant"):
       yield f"<|im_start|>{role}\n<|im_end|>\n"
