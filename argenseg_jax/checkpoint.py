@@ -2,29 +2,34 @@
 
 A step holds three items: `model` (every variable of the model), `optimizer`
 (moments and counters) and `meta` (JSON: task, resolved model, run config, data
-state, format). Evaluation and prediction read `model` and `meta` only.
+state, format). Evaluation and prediction read `model` and `meta` only. Its
+manifest tells damage before anything is read (see `integrity`).
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from argenseg_jax import config as config_lib
-from argenseg_jax import sharding
+from argenseg_jax import distributed, integrity, sharding
 from argenseg_jax.config import MeshConfig, ModelConfig
 from argenseg_jax.data import text
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.vqvae import VQVAE
 
 FORMAT = 1
+DAMAGED = "damaged_checkpoints"  # In a work directory: steps put aside.
 KEPT = "torch"  # In a work directory: files of a PyTorch folder, for export.
 
 
@@ -61,11 +66,56 @@ class Checkpoints:
         ),
         "meta": ocp.JsonCheckpointHandler(),
       },
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        create=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._sign),
+      ),
     )
+    self._saving = -1
 
-  def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+  def newest_good(self) -> int | None:
+    """The newest step without damage; None where nothing was saved.
+
+    Newer ones, all damaged, are put aside in `damaged_checkpoints` of the work
+    directory, so that their steps can be saved again.
+
+    Raises:
+      CheckpointError: there are steps, and all are damaged.
+    """
+    none, all_damaged = -1, -2
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    chosen = all_damaged if steps else none
+    if distributed.is_main():
+      chosen = next(
+        (s for s in steps if not integrity.faults(self.directory / str(s))),
+        chosen,
+      )
+      for step in (s for s in steps if s > chosen >= 0):
+        self._put_aside(step)
+    chosen = distributed.from_main(chosen)
+    if chosen == all_damaged:
+      raise CheckpointError(_all_damaged(self.directory))
+    self._manager.reload()
+    return None if chosen == none else chosen
+
+  def _put_aside(self, step: int) -> None:
+    source = self.directory / str(step)
+    aside = self.directory.parent / DAMAGED
+    aside.mkdir(exist_ok=True)
+    count = sum(
+      path.name.split(".")[0] == source.name for path in aside.iterdir()
+    )
+    target = aside / (f"{step}.{count}" if count else f"{step}")
+    _warn(f"{_damage(source)}; moved to {target}, an older one is used.")
+    source.rename(target)
+
+  def _sign(self) -> None:
+    """Orbax calls this on one host when all files of a step are written, before
+    the step gets its final name."""
+    for directory in self.directory.iterdir():
+      if directory.name.split(".")[0] == str(self._saving):
+        integrity.sign(directory)
 
   def save(
     self, step: int, model: nnx.State, optimizer: Any, meta: dict[str, Any]
@@ -83,6 +133,8 @@ class Checkpoints:
     }
     if optimizer is not None:
       items["optimizer"] = ocp.args.StandardSave(_flat(optimizer))
+    self._manager.wait_until_finished()  # `_sign` of the last save has run.
+    self._saving = step
     self._manager.save(step, args=ocp.args.Composite(**items))
 
   def restore(
@@ -101,8 +153,11 @@ class Checkpoints:
     where = self.directory / str(step)
     wanted_model = nnx.to_pure_dict(_abstract(model))
     wanted_optimizer = _flat(_abstract(optimizer))
-    compare(wanted_model, _stored(where / "model"), where)
-    compare(wanted_optimizer, _stored(where / "optimizer"), where)
+    for name, wanted in (
+      ("model", wanted_model),
+      ("optimizer", wanted_optimizer),
+    ):
+      compare(wanted, _stored(where / name), where, dtypes=True)
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -141,25 +196,53 @@ class Loaded(Description):
 
 
 def step_directory(path: str | pathlib.Path) -> pathlib.Path:
-  """The newest step under a work directory, checkpoint directory or step.
+  """The newest undamaged step under a work directory or checkpoint directory; a
+  step directory itself.
 
   Raises:
-    CheckpointError: nothing there is a checkpoint.
+    CheckpointError: nothing there is a checkpoint, or none is undamaged.
   """
   root = pathlib.Path(path).absolute()
   if not root.exists():
     raise CheckpointError(f"checkpoint {path} does not exist.")
-  if (root / "meta").is_dir() and (root / "model").is_dir():
+  if root.name.isdigit() or (root / "meta").is_dir():
+    if integrity.faults(root):
+      raise CheckpointError(
+        f"{_damage(root)}; use another step, or read it as it is with "
+        "--skip_verification."
+      )
     return root
   for directory in (root / "checkpoints", root):
     if directory.is_dir():
       steps = [d for d in directory.iterdir() if d.name.isdigit()]
+      for step in sorted(steps, key=lambda d: int(d.name), reverse=True):
+        if not integrity.faults(step):
+          return step
+        _warn(f"{_damage(step)}; looking for an older one.")
       if steps:
-        return max(steps, key=lambda d: int(d.name))
+        raise CheckpointError(_all_damaged(directory))
   raise CheckpointError(
     f"{path} holds no checkpoint; give a work directory of `argenseg train` or "
     "`argenseg quickstart`, or one of its checkpoints/STEP directories."
   )
+
+
+def _damage(step: pathlib.Path) -> str:
+  found = integrity.faults(step)
+  more = f" and {len(found) - 2} more" if len(found) > 2 else ""
+  return f"checkpoint {step} is damaged: {', '.join(found[:2])}{more}"
+
+
+def _all_damaged(directory: pathlib.Path) -> str:
+  return (
+    f"every checkpoint in {directory} is damaged (`argenseg checkpoint verify` "
+    "lists the faults); put a good copy there or use another directory."
+  )
+
+
+@functools.cache  # Once each.
+def _warn(sentence: str) -> None:
+  print(sentence, file=sys.stderr, flush=True)
 
 
 def text_tokenizer_path(step: pathlib.Path) -> pathlib.Path:
@@ -258,6 +341,30 @@ def load(
   return Loaded(found.task, found.config, found.meta, found.path, model)
 
 
+def stored_variables(step: pathlib.Path) -> dict[str, Any]:
+  """Shape, dtype and sharding of a step's variables, by dotted name; without
+  reading them."""
+  return _by_name(_stored(step / "model"))
+
+
+def read_variables(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+  """The variables of a checkpoint by dotted name, all in host memory.
+
+  Raises:
+    CheckpointError: see `step_directory`.
+  """
+  item = step_directory(path) / "model"
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  wanted = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+    _stored(item),
+    is_leaf=lambda x: hasattr(x, "shape"),
+  )
+  with ocp.StandardCheckpointer() as reader:
+    values = _by_name(reader.restore(item, wanted))
+  return {name: np.asarray(value) for name, value in values.items()}
+
+
 def model_factory(
   task: str,
   config: ModelConfig,
@@ -304,8 +411,11 @@ def _with_values(state: nnx.State, values: dict[str, Any]) -> nnx.State:
   return state
 
 
-def compare(wanted: Any, found: Any, where: pathlib.Path) -> None:
-  """Raises `CheckpointError` naming the first leaf that does not fit."""
+def compare(
+  wanted: Any, found: Any, where: pathlib.Path, *, dtypes: bool = False
+) -> None:
+  """Raises `CheckpointError` naming the first leaf that does not fit, in shape
+  and, if asked, in dtype."""
   wanted, found = _by_name(wanted), _by_name(found)
   for name in sorted(wanted.keys() | found.keys()):
     if name not in found:
@@ -321,6 +431,11 @@ def compare(wanted: Any, found: Any, where: pathlib.Path) -> None:
       raise CheckpointError(
         f"checkpoint {where} holds {name} of shape {tuple(found[name].shape)}, "
         f"this model needs {tuple(wanted[name].shape)}."
+      )
+    if dtypes and wanted[name].dtype != found[name].dtype:
+      raise CheckpointError(
+        f"checkpoint {where} holds {name} as {found[name].dtype}, this run "
+        f"keeps it as {wanted[name].dtype}; set train.param_dtype to match."
       )
 
 

@@ -61,9 +61,14 @@ def is_main() -> bool:
 
 def agree(value: bool) -> bool:
   """What process 0 says."""
+  return bool(from_main(int(value)))
+
+
+def from_main(value: int) -> int:
+  """The number that process 0 holds."""
   if jax.process_count() == 1:
     return value
-  return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+  return int(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def wait_for_all(name: str) -> None:

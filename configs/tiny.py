@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
   for stage in (c.vqvae, c.mllm):
     stage.train.compute_dtype = "float32"
     stage.train.remat = "none"
-    stage.train.keep = 1
     stage.optimizer.b2 = 0.98
 
   c.vqvae.optimizer.learning_rate = 2e-3

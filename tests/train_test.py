@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from argenseg_jax import checkpoint, train
+from argenseg_jax import checkpoint, integrity, train
 from argenseg_jax.config import (
   ConfigError,
   MeshConfig,
@@ -21,6 +21,7 @@ from argenseg_jax.configs import tiny
 from argenseg_jax.data.ref_shapes import builder
 from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.predict import Predictor
+from argenseg_jax.tools import cli
 
 OVERRIDES = (
   "vision.width=16",
@@ -188,10 +189,17 @@ def test_checkpoint_of_another_variant_names_the_leaf(workdir, tmp_path):
   meta = json.loads(meta_path.read_text())
   meta["model"]["vqvae"]["num_codes"] = 17
   meta_path.write_text(json.dumps(meta))
+  integrity.sign(copy)
   with pytest.raises(
     checkpoint.CheckpointError, match=r"cost.*\(2, 16\).*\(2, 17\)"
   ):
     checkpoint.load(copy)
+
+
+def test_a_checkpoint_can_be_inspected(workdir, capsys):
+  assert cli.main(["checkpoint", "inspect", str(workdir / "vqvae")]) == 0
+  out = capsys.readouterr().out
+  assert "quantizer.codebook  float32[16, " in out
 
 
 def test_results_hold_metrics_with_their_intervals(workdir):

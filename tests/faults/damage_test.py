@@ -1,0 +1,187 @@
+"""A damaged checkpoint never loads; the newest good one does."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from argenseg_jax import checkpoint, integrity
+from argenseg_jax.checkpoint import CheckpointError, Checkpoints
+from argenseg_jax.tools import cli
+
+
+def _state(value):
+  return nnx.State({"kernel": nnx.Param(jnp.full((64, 3), value))})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A work directory with steps 1 and 2."""
+  workdir = tmp_path_factory.mktemp("saved")
+  checkpoints = Checkpoints(workdir, keep=3)
+  for step in (1, 2):
+    value = _state(float(step))
+    checkpoints.save(step, value, (jnp.zeros(2),), {"step": step})
+  checkpoints.wait()
+  checkpoints.close()
+  return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+  shutil.copytree(saved, tmp_path / "run")
+  return tmp_path / "run"
+
+
+def _largest(step):
+  files = [p for p in (step / "model").rglob("*") if p.is_file()]
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def _flip_bit(step):
+  path = _largest(step)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 4
+  path.write_bytes(data)
+
+
+def _truncate(step):
+  path = _largest(step)
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGE = {
+  "flipped bit": (_flip_bit, "has changed"),
+  "truncated": (_truncate, "bytes, not"),
+  "missing file": (lambda s: _largest(s).unlink(), "is missing"),
+  "missing item": (lambda s: shutil.rmtree(s / "model"), "is missing"),
+  "no manifest": (lambda s: (s / "manifest.json").unlink(), "is missing"),
+  "odd manifest": (
+    lambda s: (s / "manifest.json").write_text("[1]"),
+    "is unreadable",
+  ),
+  "odd notes": (
+    lambda s: (s / "_CHECKPOINT_METADATA").write_bytes(b"\xff{"),
+    "is unreadable",
+  ),
+  "file added": (lambda s: (s / "x").write_text("x"), "x is not in"),
+}
+
+
+def _restore(workdir):
+  checkpoints = Checkpoints(workdir, keep=3)
+  try:
+    step = checkpoints.newest_good()
+    state, _, meta = checkpoints.restore(step, _state(0.0), (jnp.zeros(2),))
+    checkpoints.save(3, state, (jnp.zeros(2),), {"step": 3})
+    checkpoints.wait()
+  finally:
+    checkpoints.close()
+  return step, float(state["kernel"][...][0, 0]), meta["step"]
+
+
+def test_undamaged_steps_have_no_faults(saved):
+  for step in (1, 2):
+    assert integrity.faults(saved / "checkpoints" / str(step)) == ()
+
+
+def test_every_file_of_a_step_is_signed(saved):
+  step = saved / "checkpoints" / "2"
+  signed = json.loads((step / "manifest.json").read_text())["files"]
+  files = {str(p.relative_to(step)) for p in step.rglob("*") if p.is_file()}
+  at_commit = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+  assert signed.keys() == files - {"manifest.json"} - at_commit
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_run_goes_back_to_the_newest_good_step(kind, workdir, capsys):
+  damage, said = DAMAGE[kind]
+  damage(workdir / "checkpoints" / "2")
+  assert _restore(workdir) == (1, 1.0, 1)
+  err = capsys.readouterr().err
+  assert f"{workdir / 'checkpoints' / '2'} is damaged" in err
+  assert said in err, err
+  # Put aside, not deleted: the step can be saved again.
+  assert (workdir / "damaged_checkpoints" / "2").is_dir()
+  assert not (workdir / "checkpoints" / "2").exists()
+  assert integrity.faults(workdir / "checkpoints" / "3") == ()
+
+
+def test_readers_pass_over_a_damaged_step(workdir, capsys):
+  checkpoints = workdir / "checkpoints"
+  _flip_bit(checkpoints / "2")
+  assert checkpoint.step_directory(workdir) == checkpoints / "1"
+  assert "looking for an older one" in capsys.readouterr().err
+  with pytest.raises(CheckpointError, match=r"2 is damaged: .*has changed"):
+    checkpoint.step_directory(checkpoints / "2")
+  with integrity.unverified():
+    assert checkpoint.step_directory(workdir) == checkpoints / "2"
+
+
+def test_nothing_is_moved_when_every_step_is_damaged(workdir):
+  for step in (1, 2):
+    _flip_bit(workdir / "checkpoints" / str(step))
+  with pytest.raises(
+    CheckpointError, match=r"every checkpoint in .* is damaged"
+  ):
+    _restore(workdir)
+  assert (workdir / "checkpoints" / "2").is_dir()
+  with pytest.raises(
+    CheckpointError, match=r"every checkpoint in .* is damaged"
+  ):
+    checkpoint.step_directory(workdir)
+
+
+def test_half_written_step_is_none(workdir):
+  checkpoints = workdir / "checkpoints"
+  (checkpoints / "2").rename(checkpoints / "2.orbax-checkpoint-tmp")
+  (checkpoints / "2.orbax-checkpoint-tmp" / "manifest.json").unlink()
+  assert _restore(workdir) == (1, 1.0, 1)
+
+
+def test_another_dtype_is_named(workdir):
+  checkpoints = Checkpoints(workdir, keep=3)
+  wanted = nnx.State({"kernel": nnx.Param(jnp.ones((64, 3), jnp.bfloat16))})
+  with pytest.raises(CheckpointError, match=r"kernel as float32.*bfloat16"):
+    checkpoints.restore(2, wanted, (jnp.zeros(2),))
+  checkpoints.close()
+
+
+def test_verify_names_every_damaged_file(workdir, capsys):
+  assert cli.main(["checkpoint", "verify", str(workdir)]) == 0
+  _truncate(workdir / "checkpoints" / "1")
+  assert cli.main(["checkpoint", "verify", str(workdir)]) == 1
+  out = capsys.readouterr().out
+  assert f"{workdir / 'checkpoints' / '1'}: damaged" in out
+  assert f"{workdir / 'checkpoints' / '2'}: good" in out
+  assert "bytes, not" in out
+
+
+def test_ls_shows_steps_with_the_last_loss_before_them(workdir, capsys):
+  (workdir / "metrics.jsonl").write_text(
+    '{"step": 1, "loss": 3.5}\n{"step": 2, "loss": 2.25}\n{"step": 3, "lo'
+  )
+  assert cli.main(["checkpoint", "ls", str(workdir)]) == 0
+  first, second = capsys.readouterr().out.splitlines()[1:]
+  assert first.split()[0] == "1"
+  assert "3.5000" in first
+  assert second.split()[0] == "2"
+  assert "2.2500" in second
+
+
+def test_diff_tells_how_far_two_steps_are_apart(workdir, capsys):
+  one, two = (str(workdir / "checkpoints" / n) for n in "12")
+  assert cli.main(["checkpoint", "diff", one, one]) == 0
+  assert cli.main(["checkpoint", "diff", one, two]) == 1
+  assert "kernel: differs by up to 1\n" in capsys.readouterr().out
+
+
+def test_verification_can_be_skipped(workdir, capsys):
+  _flip_bit(workdir / "checkpoints" / "2")
+  (workdir / "checkpoints" / "1" / "manifest.json").unlink()
+  arguments = ["checkpoint", "diff", str(workdir / "checkpoints" / "1")]
+  assert cli.main([*arguments, arguments[-1]]) == 2
+  assert "--skip_verification" in capsys.readouterr().err
+  assert cli.main([*arguments, arguments[-1], "--skip_verification"]) == 0
