@@ -386,6 +386,7 @@ class TrainConfig:
   eval_every: int  # 0: only at the end.
   save_every: int
   keep: int  # Checkpoints kept; the newest ones.
+  max_skipped: int  # Steps in a row without a finite loss; 0: any number.
   compute_dtype: Literal["float32", "bfloat16"]
   param_dtype: Literal["float32", "bfloat16"]
   remat: Literal["none", "full", "dots"]

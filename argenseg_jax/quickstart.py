@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import nnx
 
-from argenseg_jax import checkpoint, cpu, report, train
+from argenseg_jax import checkpoint, cpu, lock, report, train
 from argenseg_jax import rows as rows_lib
 from argenseg_jax.config import RunConfig
 from argenseg_jax.data.ref_shapes import builder
@@ -33,6 +33,13 @@ def run(
   done = workdir / "results.json"
   if done.exists():
     return json.loads(done.read_text())
+  with lock.owned(workdir):
+    return _run(config, workdir, num_train, num_eval)
+
+
+def _run(
+  config: RunConfig, workdir: pathlib.Path, num_train: int, num_eval: int
+) -> dict[str, Any]:
   seconds = _Stopwatch(workdir / "seconds.json")
   with seconds("data"):
     path = _build(workdir / "data", num_train, num_eval, config.seed)
@@ -61,7 +68,7 @@ def run(
     },
   }
   _write_report(config, loaded, splits, results, workdir)
-  done.write_text(json.dumps(results, indent=1))
+  (workdir / "results.json").write_text(json.dumps(results, indent=1))
   return results
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from argenseg_jax import (
   checkpoint,
   distributed,
+  lock,
   mask_codes,
   sharding,
   speed,
@@ -32,6 +33,7 @@ from argenseg_jax.evaluate import (
   tokenizer_ceiling,
 )
 from argenseg_jax.monitor import MetricsWriter, Progress
+from argenseg_jax.non_finite import NonFinite
 from argenseg_jax.optimizer import (
   init_moments,
   make_optimizer,
@@ -40,6 +42,7 @@ from argenseg_jax.optimizer import (
 from argenseg_jax.train_step import TrainState, make_train_step, state_part
 
 INTERRUPTED = 3  # Exit code of a run that was told to stop and has saved.
+DIVERGED = 4  # Exit code of a run whose loss stayed NaN or infinite.
 
 
 class Interrupted(Exception):
@@ -67,8 +70,16 @@ def run(
     ConfigError: the directory belongs to another config, or a key is wrong.
     DataError: the data changed, or cannot be read.
     Interrupted: after SIGTERM, once a checkpoint is complete.
+    Diverged: too many steps in a row had no finite loss.
   """
   workdir = pathlib.Path(workdir)
+  with _held(workdir):
+    return _run(config, workdir, accept_changed_data)
+
+
+def _run(
+  config: RunConfig, workdir: pathlib.Path, accept_changed_data: bool
+) -> dict[str, Any]:
   claim(config, workdir)
   results, init_from = {}, config.init_from
   for task in config.tasks:
@@ -92,6 +103,13 @@ def run(
         print(f"{split}: cIoU {values['ciou']:.3f} gIoU {values['giou']:.3f}")
     distributed.wait_for_all("results")
   return results
+
+
+def _held(workdir: pathlib.Path):
+  """One process of a run locks its work directory for all of them."""
+  if distributed.is_main():
+    return lock.owned(workdir)
+  return contextlib.nullcontext()
 
 
 def claim(config: RunConfig, workdir: pathlib.Path) -> None:
@@ -198,7 +216,7 @@ def train(
     "model": config_lib.to_dict(model_config),
     "run": config_lib.to_dict(config),
   }
-  if (latest := checkpoints.latest_step()) is not None:
+  if (latest := checkpoints.newest_good()) is not None:
     state, data_state = _restore(checkpoints, latest, state)
     batches.set_state(data_state, force=accept_changed_data)
 
@@ -233,15 +251,27 @@ def train(
   pending = None  # Metrics on their way from the device.
   step = int(state.step)
   pace = speed.Pace(config, task, model_config, mesh, start=step)
-  with _stop_on_sigterm() as told_to_stop, contextlib.closing(batches):
+  non_finite = NonFinite(
+    workdir / "non_finite.jsonl", stage.train.max_skipped, active=main
+  )
+  with (
+    _stop_on_sigterm() as told_to_stop,
+    contextlib.closing(batches),
+    contextlib.closing(checkpoints),  # Waits for a save, whatever happens.
+  ):
     while step < stage.train.steps:
-      batch = sharding.put_batch(next(batches), mesh)
-      state, metrics = make_step[step >= warm](state, batch)
+      batch = next(batches)
+      state, metrics = make_step[step >= warm](
+        state, sharding.put_batch(batch, mesh)
+      )
       step += 1
+      non_finite.note(step, metrics.pop("skipped"), batch.sample_id)
       if task == "vqvae":
         state = upkeep.maintain(config, graph, state, step, rows, mesh)
       if pending is not None:
+        non_finite.check(step - 1)
         values = _as_floats(jax.device_get(pending))
+        values["skipped"] = non_finite.skipped
         writer.write(step - 1, values | pace(step - 1))
         bar.update(step - 1, f"loss {values['loss']:.3f}")
         pending = None
@@ -263,10 +293,10 @@ def train(
       if stops and not last:
         checkpoints.wait()
         raise Interrupted(f"stopped at step {step}; a later call goes on.")
+    non_finite.check(step)
+    checkpoints.wait()
   bar.update(step)
   bar.close()
-  checkpoints.wait()
-  checkpoints.close()
 
   if task == "vqvae":
     results = tokenizer_ceiling(

@@ -227,6 +227,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """A function (state, batch) -> (state, metrics), to be jitted.
 
+  Where the loss or the gradient's norm is not finite, only the step count
+  changes and the metric "skipped" is True.
+
   Args:
     graph: of the module that `task` trains.
     optimizer: from `optimizer.make_optimizer`.
@@ -358,14 +361,13 @@ def make_train_step(
       average = update_average(
         average, params, state.step, stage.optimizer.ema_decay
       )
-    return TrainState(
-      step=state.step + 1,
-      params=params,
-      fixed=state.fixed,
-      optimizer=opt_state,
-      usage=usage,
-      average=average,
-    ), metrics
+    new = state._replace(
+      params=params, optimizer=opt_state, usage=usage, average=average
+    )
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+    metrics["skipped"] = ~finite
+    return new._replace(step=state.step + 1), metrics
 
   return step
 

@@ -124,6 +124,8 @@ def _stage(*, learning_rate: float, steps: int, batch: int) -> ConfigDict:
   s.train.eval_every = 0  # 0: only at the end.
   s.train.save_every = 500
   s.train.keep = 2  # Newest checkpoints kept.
+  # So many steps in a row without a finite loss or gradient end the run.
+  s.train.max_skipped = 20
   s.train.compute_dtype = "bfloat16"
   s.train.param_dtype = "float32"
   s.train.remat = "full"  # What is recomputed: "none", "dots", "full".

@@ -131,6 +131,10 @@ def start(config: RunConfig, sizes, task="mllm", slices=1):
 
 def take(config, sizes, **kwargs):
   step, inputs = start(config, sizes, **kwargs)
+  return results_of(step, *inputs)
+
+
+def results_of(step, *inputs):
   state, metrics = step(*inputs)
   return jax.device_get((nnx.to_pure_dict(state.params), metrics))
 
@@ -144,11 +148,19 @@ def assert_same(actual, expected):
 
 
 @pytest.fixture(scope="module")
-def one_device():
+def started():
+  """Step, state and batch of each task on one device."""
+  with jax.numpy_dtype_promotion("standard"):
+    config = make_config()
+    return {t: start(config, (1, 1, 1), task=t) for t in ("mllm", "vqvae")}
+
+
+@pytest.fixture(scope="module")
+def one_device(started):
   with jax.numpy_dtype_promotion("standard"):
     return {
-      task: take(make_config(), (1, 1, 1), task=task)
-      for task in ("mllm", "vqvae")
+      task: results_of(step, *inputs)
+      for task, (step, inputs) in started.items()
     }
 
 
@@ -210,6 +222,24 @@ def test_gradients_of_layers_and_head_are_reduce_scattered(over_fsdp):
   # Weights are gathered forward and once more backward, layer by layer.
   gathered = [c for c in found if c.kind == "all-gather" and c.runs == LAYERS]
   assert len(gathered) == 14
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf])
+def test_a_step_without_a_finite_loss_changes_nothing(started, weight):
+  step, (state, batch) = started["mllm"]
+  weights = np.ones(ROWS, np.float32)
+  weights[2] = weight
+  after, metrics = step(state, batch._replace(sample_weight=weights))
+  assert metrics["skipped"]
+  assert int(after.step) == int(state.step) + 1
+  jax.tree.map(
+    np.testing.assert_array_equal, after._replace(step=state.step), state
+  )
+
+
+def test_a_finite_step_is_not_skipped(one_device):
+  for _, metrics in one_device.values():
+    assert not metrics["skipped"]
 
 
 def test_frozen_parts_have_no_gradient_and_no_moment():

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     values.coordinator, values.num_processes, values.process_id
   )
   from argenseg_jax import train
+  from argenseg_jax.non_finite import Diverged
 
   try:
     train.run(
@@ -55,6 +56,9 @@ def main(argv: list[str]) -> int:
   except train.Interrupted as stopped:
     print(f"argenseg train: {stopped}", file=sys.stderr)
     return train.INTERRUPTED
+  except Diverged as error:
+    print(f"argenseg train: {error}", file=sys.stderr)
+    return train.DIVERGED
   return 0
 
 

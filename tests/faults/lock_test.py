@@ -1,0 +1,52 @@
+"""Two runs never write one work directory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from argenseg_jax import lock
+from argenseg_jax.config import ConfigError
+
+_HOLD = """
+import pathlib, sys, time
+from argenseg_jax import lock
+with lock.owned(pathlib.Path(sys.argv[1])):
+  print("held", flush=True)
+  time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+  """Another process that holds `tmp_path`."""
+  process = subprocess.Popen(
+    [sys.executable, "-c", _HOLD, str(tmp_path)],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == "held\n"
+  yield process
+  process.kill()
+  process.wait()
+  process.stdout.close()
+
+
+def test_a_second_run_is_refused_and_told_who_holds_it(holder, tmp_path):
+  owner = (tmp_path / lock.NAME).read_text()
+  with (
+    pytest.raises(ConfigError, match=f"in use by process {holder.pid} on "),
+    lock.owned(tmp_path),
+  ):
+    pass
+  assert (tmp_path / lock.NAME).read_text() == owner
+
+
+def test_a_killed_run_leaves_no_lock(holder, tmp_path):
+  holder.kill()
+  holder.wait()
+  with lock.owned(tmp_path):
+    owner = json.loads((tmp_path / lock.NAME).read_text())
+  assert owner["process"] == os.getpid()
