@@ -142,8 +142,9 @@ class DataConfig:
   mask_side: int = 256
   mask_intermediate_side: int | None = 512  # Masks take this size on the way.
   mask_channels: int = 3
-  max_images: int = 1  # Places for pictures in a row; 0: pictures unread.
+  max_images: int = 1  # Places for pictures of a sample; 0: pictures unread.
   max_masks: int = 1
+  pack: int = 1  # Samples of a row in training.
   pad_square: bool = False  # Keep the aspect of pictures and masks.
   resize: Literal["pillow", "opencv"] = "pillow"
   seed: int = 0  # Of the order and of all random choices.

@@ -52,8 +52,9 @@ def abstract_batch(config: RunConfig, model: ModelConfig, task: str) -> Batch:
   """Shapes and dtypes of a global batch."""
   data, b = config.data, config.stage(task).train.global_batch_size
   mllm = task == "mllm"
-  t, i = (data.sequence_length, data.max_images) if mllm else (0, 0)
-  m = data.max_masks
+  pack = data.pack if mllm else 1
+  t, i = (data.sequence_length, data.max_images * pack) if mllm else (0, 0)
+  m = data.max_masks * pack
   codes = sum(side * side for side in model.vqvae.scales)
 
   def make(dtype, *shape):
@@ -327,7 +328,7 @@ def _times(
       task,
       parts=sharding.num_shards(mesh),
       fsdp=mesh.shape["fsdp"],
-      **speed.row_sizes(config),
+      **speed.row_sizes(config, task),
     )
     / (chip.bandwidth / chip.devices),
     # A chip's links carry half of their rate in each direction.

@@ -29,8 +29,10 @@ def make_rows(
       f"config key 'data.mask_side' is {data.mask_side}, but the model's image "
       f"tokenizer takes {model.vqvae.image_side}."
     )
+  if data.pack < 1:
+    raise ConfigError(f"config key 'data.pack' is {data.pack}; use 1 or more.")
   if task == "vqvae":
-    data = dataclasses.replace(data, sequence_length=0, max_images=0)
+    data = dataclasses.replace(data, sequence_length=0, max_images=0, pack=1)
   codes = sum(side * side for side in model.vqvae.scales)
   return pipeline.RowMaker(
     open_source(data),

@@ -11,15 +11,17 @@ from argenseg_jax.kernels.chips import CHIPS, name_of
 
 def model_flops(config: RunConfig, task: str, model: ModelConfig) -> flops.Step:
   """FLOPs of a step as the config's rows are."""
-  return flops.train_step(model, config.stage(task), task, **row_sizes(config))
+  sizes = row_sizes(config, task)
+  return flops.train_step(model, config.stage(task), task, **sizes)
 
 
-def row_sizes(config: RunConfig) -> dict[str, int | bool]:
+def row_sizes(config: RunConfig, task: str) -> dict[str, int | bool]:
   """What `flops` wants to know of a row."""
+  pack = config.data.pack if task == "mllm" else 1
   return {
     "length": config.data.sequence_length,
-    "images": config.data.max_images,
-    "seg_masks": config.data.max_masks,
+    "images": config.data.max_images * pack,
+    "seg_masks": config.data.max_masks * pack,
     "tokenized": config.data.tokenized,
   }
 

@@ -42,8 +42,10 @@ def get_config() -> ConfigDict:
   c.data.mask_side = 256
   c.data.mask_intermediate_side = 512  # Masks take this size on the way; 0: no.
   c.data.mask_channels = 1  # 3 for pictures as targets.
-  c.data.max_images = 1  # Places for pictures in a row.
+  c.data.max_images = 1  # Places for pictures of a sample.
   c.data.max_masks = 1
+  # Samples that the decoder trains on in one row, each blind to the others.
+  c.data.pack = 1
   c.data.pad_square = False  # Keep the aspect of pictures and masks.
   c.data.resize = "pillow"  # Exact for released weights; "opencv" is faster.
   c.data.seed = 0  # Of the order and the choice of expressions.

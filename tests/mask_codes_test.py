@@ -3,78 +3,31 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_model
-from data import layouts
+import tiny_rows
 from flax import nnx
 
 from argenseg_jax import mask_codes
-from argenseg_jax.config import ConfigError, DataConfig, LossConfig
-from argenseg_jax.data import building, text
+from argenseg_jax.config import ConfigError, LossConfig
+from argenseg_jax.data import building
 from argenseg_jax.data.pipeline import TrainIterator
-from argenseg_jax.data.row_maker import RowMaker
 from argenseg_jax.data.sources.opening import open_source
-from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.train_step import mllm_loss
-
-TOKENIZER = text.TextTokenizer()
-
-
-def _rows(layout, folder, **changes):
-  folder.mkdir(exist_ok=True)
-  config = DataConfig(
-    **{
-      **layouts.write(layout, folder),
-      "sequence_length": 160,
-      "image_side": 16,
-      "mask_side": 16,
-      "mask_channels": 1,
-      **changes,
-    }
-  )
-  return RowMaker(
-    open_source(config),
-    config,
-    tokenizer=TOKENIZER,
-    image_tokens=4,
-    num_codes=21,
-  )
 
 
 @pytest.fixture(scope="module")
 def model():
-  config = tiny_model.config()
-  config = dataclasses.replace(
-    config,
-    token_ids=TOKENIZER.token_ids,
-    llm=dataclasses.replace(
-      config.llm, vocab_size=TOKENIZER.token_ids.first_code + 11
-    ),
-  )
-  made = nnx.eval_shape(lambda: ARGenSeg(config, rngs=nnx.Rngs(0)))
-  graph, state = nnx.split(made)
-  draw = np.random.default_rng(0)
-  state = jax.tree.map(
-    lambda x: jnp.asarray(0.3 * draw.normal(size=x.shape), x.dtype), state
-  )
-  return nnx.merge(graph, state)
+  return tiny_rows.model()
 
 
 def test_codes_give_the_loss_of_their_masks(model, tmp_path):
-  rows = _rows("jsonl", tmp_path / "from")
+  rows = tiny_rows.write("jsonl", tmp_path)
   building.build({"train": rows.source}, tmp_path / "packed")
-  packed = RowMaker(
-    open_source(
-      dataclasses.replace(
-        rows.config, source="array_record", path=str(tmp_path / "packed")
-      )
-    ),
-    rows.config,
-    tokenizer=TOKENIZER,
-    image_tokens=4,
-    num_codes=21,
+  packed = tiny_rows.of(
+    dataclasses.replace(
+      rows.config, source="array_record", path=str(tmp_path / "packed")
+    )
   )
   path = tmp_path / "codes.npz"
   mask_codes.write(packed, model.vqvae, path)
@@ -96,12 +49,12 @@ def test_codes_give_the_loss_of_their_masks(model, tmp_path):
 
 
 def test_codes_of_something_else_are_refused(model, tmp_path):
-  rows = _rows("jsonl", tmp_path)
+  rows = tiny_rows.write("jsonl", tmp_path)
   path = tmp_path / "codes.npz"
   first = mask_codes.cached(rows, model.vqvae, path)
   second = mask_codes.cached(rows, model.vqvae, path)
   np.testing.assert_array_equal(first.codes, second.codes)
-  other = _rows("jsonl", tmp_path, max_masks=3, pad_square=True)
+  other = tiny_rows.write("jsonl", tmp_path, max_masks=3, pad_square=True)
   with pytest.raises(ConfigError, match="another max_masks, pad_square; token"):
     mask_codes.read(other, model.vqvae, path)
   vqvae = nnx.clone(model.vqvae)
@@ -119,6 +72,6 @@ def test_codes_of_something_else_are_refused(model, tmp_path):
 
 
 def test_codes_need_one_mask_a_request(model, tmp_path):
-  rows = _rows("coco_panoptic", tmp_path)
+  rows = tiny_rows.write("coco_panoptic", tmp_path)
   with pytest.raises(ConfigError, match="one of several masks at each visit"):
     mask_codes.tokenize(rows, model.vqvae)

@@ -69,7 +69,7 @@ def check(
           continue
         count = counts.setdefault(sample.dataset, Counts())
         count.requests += 1
-        count.cut += row.cut
+        count.cut += len(row.cut)
         count.masks += np.count_nonzero(row.fields.mask_valid)
         tokens = np.count_nonzero(row.fields.segment_ids)
         count.longest = max(count.longest, tokens)

@@ -1,8 +1,9 @@
 """From a source to batches of fixed shapes, in an order that is a pure function
 of (seed, step).
 
-Position p of the endless stream is row p % B of global batch p // B, whatever
-the number of hosts, processes or threads; a host makes only its own contiguous
+Position p of the endless stream (of records, or of `data.pack` records each) is
+row p % B of global batch p // B, whatever the number of hosts, processes or
+threads; a host makes only its own contiguous
 share of each batch. The state of an iterator is therefore one number, and
 resuming is exact.
 """
@@ -16,6 +17,7 @@ from absl import flags
 
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.packing import Packer
 from argenseg_jax.data.row_maker import RowMaker, stack_rows
 from argenseg_jax.data.sources.opening import Mixture
 from argenseg_jax.types import Batch
@@ -55,10 +57,12 @@ class TrainIterator:
     self._step = 0
     self._batches: Iterator | None = None
     size = _host_batch_size(global_batch_size, host_count)
-    self._stream = (
-      _order(rows)
-      .random_map(rows)
-      .batch(size, drop_remainder=True, batch_fn=stack_rows)
+    order, make = _order(rows), rows
+    if rows.config.pack > 1:
+      order = order.batch(rows.config.pack, drop_remainder=True)
+      make = Packer(rows)
+    self._stream = order.random_map(make).batch(
+      size, drop_remainder=True, batch_fn=stack_rows
     )
 
   @property

@@ -23,11 +23,16 @@ _SPEED_KEYS = ("workers", "threads", "prefetch", "cache", "max_bad_share")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One row before batching; an `error` makes it a zero-weight substitute."""
+  """One row before batching."""
 
-  fields: Batch  # Without the batch axis.
-  error: str = ""
-  cut: bool = False  # Some words were left out to fit sequence_length.
+  fields: Batch  # Without the batch axis; of weight 0 where nothing is good.
+  bad: tuple[tuple[int, str], ...] = ()  # Records, and what is wrong with them.
+  cut: tuple[int, ...] = ()  # Records that lost words to fit sequence_length.
+
+  @property
+  def error(self) -> str:
+    """What is wrong with the first bad record."""
+    return self.bad[0][1] if self.bad else ""
 
 
 class Remarks(NamedTuple):
@@ -99,27 +104,42 @@ class RowMaker:
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-  def __call__(self, index: int, rng: np.random.Generator | None = None) -> Row:
-    """The row of a record.
+  def __call__(
+    self,
+    index: int,
+    rng: np.random.Generator | None = None,
+    *,
+    length: int | None = None,
+  ) -> Row:
+    """The row of a record; one of zero weight if it is bad.
 
     Args:
       index: of the record; beyond the last one a row of zero weight.
       rng: draws the expression in training; without it the first is taken.
+      length: positions that may be used, all by default.
     """
     if index >= len(self.source):
       return Row(self._empty(-1))
     try:
       sample = self._sample(index)
     except DataError as error:
-      return Row(self._empty(index), str(error))
-    return self.row(sample, rng)
+      return Row(self._empty(index), bad=((index, str(error)),))
+    return self.row(sample, rng, length=length)
 
-  def row(self, sample: Sample, rng: np.random.Generator | None = None) -> Row:
+  def row(
+    self,
+    sample: Sample,
+    rng: np.random.Generator | None = None,
+    *,
+    length: int | None = None,
+  ) -> Row:
     """The row of a sample that is read already; arguments as `__call__`."""
+    length = self.config.sequence_length if length is None else length
     try:
-      return self._make(sample, rng)
+      return self._make(sample, rng, length)
     except DataError as error:
-      return Row(self._empty(sample.index), str(error))
+      index = sample.index
+      return Row(self._empty(index), bad=((index, str(error)),))
 
   def conversation(
     self, sample: Sample, rng: np.random.Generator | None = None
@@ -150,8 +170,10 @@ class RowMaker:
       )
     return self.config.answer.replace(DESCRIPTION, sample.description)
 
-  def _make(self, sample: Sample, rng: np.random.Generator | None) -> Row:
-    config, cut = self.config, False
+  def _make(
+    self, sample: Sample, rng: np.random.Generator | None, length: int
+  ) -> Row:
+    config, cut = self.config, ()
     row = self._empty(sample.index)
     row.sample_weight[...] = 1
     chosen = bool(sample.options)
@@ -196,12 +218,12 @@ class RowMaker:
           system_message=config.system_message,
         )
         special = self.tokenizer.token_ids
-        fitting = tokens.cut(config.sequence_length, special)
+        fitting = tokens.cut(length, special)
         packed = text.text_row((fitting,), config.sequence_length, special)
       except DataError as error:
         raise DataError(f"{sample.where}: {error}") from error
       row = row._replace(**vars(packed))
-      cut = len(fitting) < len(tokens)
+      cut = (sample.index,) if len(fitting) < len(tokens) else ()
     return Row(row, cut=cut)
 
   def _sample(self, index: int) -> Sample:
@@ -286,6 +308,6 @@ def stack_rows(rows: list[Row]) -> tuple[Batch, Remarks]:
   """A batch of numpy arrays, and what to say of its records."""
   batch = Batch(*map(np.stack, zip(*(r.fields for r in rows), strict=True)))
   return batch, Remarks(
-    bad=[(int(r.fields.sample_id), r.error) for r in rows if r.error],
-    cut=[int(r.fields.sample_id) for r in rows if r.cut],
+    bad=[bad for row in rows for bad in row.bad],
+    cut=[cut for row in rows for cut in row.cut],
   )
