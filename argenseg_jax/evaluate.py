@@ -1,17 +1,19 @@
 """Measures a model on a split: masks, the image tokenizer, grounding."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool
 
-from argenseg_jax import checkpoint, distributed, sharding
+from argenseg_jax import checkpoint, distributed, predictions, sharding
 from argenseg_jax import rows as rows_lib
-from argenseg_jax.bootstrap import intervals
 from argenseg_jax.config import EvalConfig, RunConfig
 from argenseg_jax.data import pipeline
+from argenseg_jax.data.sources.sample import Sample
 from argenseg_jax.metrics import SegmentationSums, score
 from argenseg_jax.models.argenseg import normalize_seg_masks
 from argenseg_jax.monitor import Progress
@@ -25,7 +27,10 @@ from argenseg_jax.predict import (
 from argenseg_jax.train_step import grounding_gap
 from argenseg_jax.types import Batch
 
+_GAP_BATCHES = 4
+
 OnProgress = Callable[[int, int, str], None]  # done, total, note
+OnRecord = Callable[[dict[str, Any]], None]  # A line of predictions.jsonl.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,8 @@ class Evaluator:
     max_samples: int | None = None,
     num_examples: int = 0,
     on_progress: OnProgress | None = None,
+    on_record: OnRecord | None = None,
+    answered: Sequence[dict[str, Any]] = (),
   ) -> SplitResults:
     """Scores every sample once, at the pictures' own sizes.
 
@@ -87,59 +94,70 @@ class Evaluator:
       max_samples: fewer samples than the config's.
       num_examples: how many examples to return.
       on_progress: called after each batch.
+      on_record: called with each answered sample, see `predictions.record`.
+      answered: records of the first batches, from an interrupted call.
     """
-    sums, examples = SegmentationSums(), []
-    by_sample, pictures = [], []
-    true, wrong, batches = 0.0, 0.0, 0
+    scorer, examples = predictions.Scorer(), []
+    for record in answered:
+      scorer.add(record)
     limit = max_samples or self._config.max_samples or len(rows.source)
     total = min(limit, len(rows.source))
     size = self._config.batch_size
-    for batch in _batches(rows, size, total):
+    first = answered[-1]["sample"] // size + 1 if answered else 0
+    for batch in _batches(rows, size, total, first=first):
       prompts = [
         t[p] for t, p in zip(batch.tokens, batch.is_prompt, strict=True)
       ]
       inputs = left_pad(prompts, rows.tokenizer.token_ids.pad)
       inputs = sharding.put_like((*inputs, batch.images), state)
       answers = distributed.fetch(self._answer(state, *inputs))
-      if batches < 4 and np.all(batch.sample_weight > 0):
-        pair = distributed.fetch(
-          self._gap(state, sharding.put_like(batch, state))
-        )
-        true, wrong, batches = true + pair[0], wrong + pair[1], batches + 1
       for i in np.flatnonzero(batch.sample_weight):
         has_mask = bool(answers.num_masks[i])
         index = int(batch.sample_id[i])
-        one, prediction = _score_answer(
-          rows,
+        sample = rows.source[index]
+        truth = true_seg_mask(sample)
+        prediction = np.zeros_like(truth)
+        if has_mask:
+          prediction = _at_size(rows, answers.images[i, 0], truth)
+        record = predictions.record(
           index,
-          answers.images[i, 0],
-          has_mask,
-          rows.tokenizer.decode(answer_tokens(answers.tokens[i])),
+          sample,
+          prediction,
+          truth,
+          has_mask=has_mask,
+          text=rows.tokenizer.decode(answer_tokens(answers.tokens[i])),
         )
-        sums += one
-        by_sample.append(one)
-        pictures.append(rows.source[index].image_keys or index)
+        record["iou"] = scorer.add(record)
+        if on_record is not None:
+          on_record(record)
         if len(examples) < num_examples:
           examples.append(
             Example(
               index=index,
               prediction=prediction,
-              iou=one.iou,
+              iou=record["iou"],
               has_mask=has_mask,
               codes=answers.codes[i, 0],
             )
           )
       if on_progress is not None:
-        note = f"cIoU {sums.results()['ciou']:.3f}"
-        on_progress(sums.samples, total, note)
-    metrics = sums.results()
-    for name, (low, high) in intervals(by_sample, pictures).items():
-      if name in ("ciou", "giou"):
-        metrics |= {f"{name}_low": low, f"{name}_high": high}
-    if batches:
-      metrics["code_loss"] = float(true / batches)
-      metrics["grounding_gap"] = float((wrong - true) / batches)
+        note = f"cIoU {scorer.sums.results()['ciou']:.3f}"
+        on_progress(scorer.sums.samples, total, note)
+    metrics = scorer.results() | self._grounding(state, rows, total)
     return SplitResults(metrics, examples)
+
+  def _grounding(self, state, rows, total: int) -> dict[str, float]:
+    """Code loss and grounding gap of the first full batches."""
+    found = []
+    for batch in _batches(rows, self._config.batch_size, total):
+      if np.any(batch.sample_weight == 0) or len(found) == _GAP_BATCHES:
+        break
+      pair = self._gap(state, sharding.put_like(batch, state))
+      found.append(distributed.fetch(pair))
+    if not found:
+      return {}
+    true, wrong = np.mean(found, axis=0)
+    return {"code_loss": float(true), "grounding_gap": float(wrong - true)}
 
 
 def evaluate_checkpoint(
@@ -205,8 +223,8 @@ def tokenizer_ceiling(
     seg_masks = sharding.put_like(batch.seg_masks[:, 0], state)
     codes, decoded = distributed.fetch(round_trip(state, seg_masks))
     for i in np.flatnonzero(batch.mask_valid[:, 0]):
-      one, _ = _score_answer(rows, int(batch.sample_id[i]), decoded[i], True)
-      sums += one
+      truth = true_seg_mask(rows.source[int(batch.sample_id[i])])
+      sums += score(_at_size(rows, decoded[i], truth), truth)
       used.update(codes[i].tolist())
   metrics = sums.results()
   return {
@@ -217,9 +235,8 @@ def tokenizer_ceiling(
   }
 
 
-def true_seg_mask(rows: pipeline.RowMaker, index: int) -> np.ndarray:
-  """bool [h w] of a record at its picture's size; empty without a target."""
-  sample = rows.source[index]
+def true_seg_mask(sample: Sample) -> Bool[np.ndarray, "h w"]:
+  """The union of a sample's targets, at its picture's size."""
   if not sample.seg_masks:
     return np.zeros(sample.load_image().shape[:2], bool)
   union = np.stack(
@@ -228,20 +245,20 @@ def true_seg_mask(rows: pipeline.RowMaker, index: int) -> np.ndarray:
   return union.any(0)
 
 
-def _score_answer(rows, index, decoded, has_mask, text=""):
-  truth = true_seg_mask(rows, index)
-  prediction = np.zeros_like(truth)
-  if has_mask:
-    prediction = seg_mask_at_size(
-      decoded, truth.shape, pad_square=rows.config.pad_square
-    )
-  return score(prediction, truth, has_mask=has_mask, text=text), prediction
+def _at_size(rows, decoded, truth: np.ndarray) -> np.ndarray:
+  return seg_mask_at_size(
+    decoded, truth.shape, pad_square=rows.config.pad_square
+  )
 
 
-def _batches(rows: pipeline.RowMaker, size: int, total: int) -> Iterator[Batch]:
+def _batches(
+  rows: pipeline.RowMaker, size: int, total: int, *, first: int = 0
+) -> Iterator[Batch]:
   """Batches of the first `total` records; later rows get weight 0."""
-  seen = 0
-  for batch in pipeline.eval_batches(rows, size):
+  seen = first * size
+  if seen >= total:
+    return
+  for batch in pipeline.eval_batches(rows, size, first=first):
     keep = np.arange(size) < total - seen
     yield batch._replace(
       sample_weight=batch.sample_weight * keep,

@@ -147,14 +147,14 @@ def _write_report(config, loaded, splits, results, workdir) -> None:
       report.Shown(
         image=image,
         request=request,
-        truth=true_seg_mask(split_rows, example.index),
+        truth=true_seg_mask(sample),
         prediction=prediction.seg_mask,
         strip=prediction.strip,
         iou=example.iou,
         answer=prediction.text,
       )
-      for example, image, request, prediction in zip(
-        split.examples, images, requests, predictions, strict=True
+      for example, sample, image, request, prediction in zip(
+        split.examples, samples, images, requests, predictions, strict=True
       )
     ]
   shown = [row for rows in sections.values() for row in rows[:3]]

@@ -35,6 +35,7 @@ LAYERS = [
     "argenseg_jax.tokenizer_training",
   ),
   ("argenseg_jax.bootstrap",),
+  ("argenseg_jax.predictions",),
   ("argenseg_jax.checkpoint",),
   ("argenseg_jax.starting", "argenseg_jax.torch_weights"),
   ("argenseg_jax.parity",),

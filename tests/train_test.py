@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from argenseg_jax import checkpoint, integrity, train
+from argenseg_jax import checkpoint, integrity, predictions, train
 from argenseg_jax.config import (
   ConfigError,
   MeshConfig,
@@ -68,6 +68,7 @@ def config(tmp_path_factory) -> RunConfig:
   c.tokenizer_training.entropy_from = 4
   c.tokenizer_training.entropy_every = 2
   c.eval.max_samples = 8
+  c.eval.batch_size = 4
   c.eval.splits = ("val",)
   return run_config(c)
 
@@ -194,6 +195,33 @@ def test_checkpoint_of_another_variant_names_the_leaf(workdir, tmp_path):
     checkpoint.CheckpointError, match=r"cost.*\(2, 16\).*\(2, 17\)"
   ):
     checkpoint.load(copy)
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_results(
+  workdir, tmp_path, capsys
+):
+  command = ["eval", f"--checkpoint={workdir / 'mllm'}", "--split=val"]
+  whole, half = tmp_path / "whole", tmp_path / "half"
+  assert cli.main([*command, f"--out={whole}"]) == 0
+  (half / "val").mkdir(parents=True)
+  shutil.copy(whole / "eval.json", half)
+  lines = (whole / "val" / "predictions.jsonl").read_text().splitlines(True)
+  (half / "val" / "predictions.jsonl").write_text("".join(lines[:5]) + '{"sa')
+  assert cli.main([*command, f"--out={half}"]) == 0
+  for name in ("results.json", "val/predictions.jsonl"):
+    assert (half / name).read_text() == (whole / name).read_text()
+  found = json.loads((whole / "results.json").read_text())
+  trained = json.loads((workdir / "results.json").read_text())["val"]
+  assert found["metrics"]["val"] == trained
+  assert len(found["checkpoint"]["sha256"]) == 64
+  assert found["data"]["val"]["protocol"] == "per_expression"
+  again = predictions.rescore(whole / "val" / "predictions.jsonl")
+  assert again.items() <= trained.items()
+  assert cli.main([*command, f"--out={whole}"]) == 2
+  assert "results.json exists" in capsys.readouterr().err
+  (half / "results.json").unlink()
+  assert cli.main([*command, "--max_samples=3", f"--out={half}"]) == 2
+  assert "holds another evaluation" in capsys.readouterr().err
 
 
 def test_a_checkpoint_can_be_inspected(workdir, capsys):

@@ -165,11 +165,13 @@ def eval_batches(
   *,
   host_index: int = 0,
   host_count: int = 1,
+  first: int = 0,
   on_bad_record: OnBadRecord | None = None,
 ) -> Iterator[Batch]:
   """Every record once, in order; missing rows of the last batch have weight 0.
 
-  All hosts yield the same number of batches.
+  All hosts yield the same number of batches. The first `first` of them are
+  left out.
   """
   size = _host_batch_size(global_batch_size, host_count)
   steps = -(-len(rows.source) // global_batch_size)
@@ -178,10 +180,11 @@ def eval_batches(
     .map(rows)
     .batch(size, batch_fn=stack_rows)
   )
-  batches = _start(stream[host_index::host_count], rows.config)
+  stream = stream[first * host_count + host_index :: host_count]
+  batches = _start(stream, rows.config)
   seen: set[int] = set()
   try:
-    for _ in range(steps):
+    for _ in range(first, steps):
       with _dead_workers_named():
         batch, remarks = next(batches)
       _report(remarks.bad, seen, on_bad_record)
