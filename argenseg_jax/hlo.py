@@ -29,6 +29,8 @@ _TRIPS = re.compile(r'known_trip_count\D*?"?n"?\D*?(\d+)')
 _IOTA = re.compile(
   r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
 )
+_CHAIN = re.compile(r'frontend_attributes=\{[^}]*chain_id="(\d+)"')
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 
 
@@ -62,12 +64,14 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
   """All collectives of a program's `as_text()`, loops counted in `runs`.
 
-  A TPU's reduce-scatter is a fused all-reduce and slice; it is told by the name
-  of the fused computation.
+  A TPU's reduce-scatter may be a fused all-reduce and slice; it is told by the
+  name of the fused computation. What it runs beside other work stands in every
+  fusion that it overlaps with, under one chain id: it is counted once.
   """
   bodies, entry = _computations(text)
   runs = _runs(bodies, entry)
   found = []
+  chains = set()
   for name, lines in bodies.items():
     if not runs[name]:
       continue
@@ -80,6 +84,10 @@ def collectives(text: str) -> list[Collective]:
       group = _group(line)
       if len(group) == 1:
         continue
+      if chain := _CHAIN.search(line):
+        if (opcode, chain[1]) in chains:
+          continue
+        chains.add((opcode, chain[1]))
       shapes = [_shape(*s) for s in _SHAPE.findall(match[2])]
       if match[3].endswith("-start") and opcode == "all-gather":
         shapes = shapes[len(shapes) // 2 :]  # Inputs, then outputs.
@@ -163,6 +171,13 @@ def _group(line: str) -> tuple[int, ...]:
     if order is not None:
       ids = ids.transpose(order)
     return tuple(int(i) for i in ids.reshape(sizes)[0])
+  named = _NAMED.search(line)
+  if named:
+    sizes = dict(pair.split("=") for pair in named[1].split(","))
+    ids = np.arange(math.prod(map(int, sizes.values())))
+    ids = ids.reshape([int(size) for size in sizes.values()])
+    along = [slice(None) if n in named[2].split(",") else 0 for n in sizes]
+    return tuple(int(i) for i in ids[tuple(along)].ravel())
   listed = _LISTED.search(line)
   if listed and listed[1]:
     return tuple(map(int, listed[1].split(",")))

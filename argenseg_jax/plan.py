@@ -39,7 +39,7 @@ class Program:
     parts: bytes a device holds all the time, by kind.
     compiled: None if it needs more memory than there is.
     excess: then, the compiler's own words.
-    split_shapes: of whole parameters that fsdp splits, one layer each.
+    split_shapes: of whole matrices that fsdp splits, one layer each.
   """
 
   parts: dict[str, int]
@@ -202,7 +202,9 @@ def _split_shapes(params: nnx.State) -> tuple[tuple[int, ...], ...]:
   for _, variable in nnx.to_flat_state(params):
     if sharding.is_split(variable):
       stacked = "layers" in variable.get_metadata()["axes"]
-      shapes.add(tuple(sorted(variable.shape[stacked:])))
+      shape = tuple(sorted(variable.shape[stacked:]))
+      if len(shape) > 1:  # Vectors of that length may rightly be whole.
+        shapes.add(shape)
   return tuple(sorted(shapes))
 
 

@@ -5,6 +5,7 @@ network; `data` copies the parameters, `fsdp` splits them, and both split the
 batch; `tensor` splits heads and MLPs.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +16,10 @@ from flax import nnx
 from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from argenseg_jax.config import ConfigError, MeshConfig
+from argenseg_jax.kernels.collectives import scatter_sum
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
@@ -264,9 +267,8 @@ def gathers() -> bool:
 def gathered(state: Any) -> Any:
   """Whole parameters from the shards that this code sees.
 
-  The gradient of a gathered parameter is reduce-scattered, which is what
-  transposing an all-gather means: each device ends with the sum of its own
-  shard and the whole gradient is never kept.
+  The gradient of a gathered parameter is reduce-scattered: each device ends
+  with the sum of its own shard and the whole gradient is never kept.
   """
   if not gathers():
     return state
@@ -275,11 +277,25 @@ def gathered(state: Any) -> Any:
     if not is_split(variable):
       return variable
     dimension = tuple(local_spec(variable)).index("fsdp")
-    return variable.replace(
-      lax.all_gather(variable[...], "fsdp", axis=dimension, tiled=True)
-    )
+    return variable.replace(_whole(variable[...], dimension))
 
   return jax.tree.map(one, state, is_leaf=_is_variable)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _whole(shard: Array, dimension: int) -> Array:
+  return lax.all_gather(shard, "fsdp", axis=dimension, tiled=True)
+
+
+def _whole_forward(shard, dimension):
+  return _whole(shard, dimension), None
+
+
+def _whole_backward(dimension, _, gradient):
+  return (scatter_sum(gradient, "fsdp", dimension),)
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def sum_gradients(gradients: Any) -> Any:

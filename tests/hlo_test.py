@@ -48,3 +48,38 @@ def test_collectives_of_a_program():
   assert gather.sent == 2048 * 3 / 4 * 8
   assert reduce.sent == 24 / 2 * 2
   assert scatter.sent == 512 * 3 / 4
+
+
+OVERLAPPED = """HloModule jit_step
+
+%start (input: bf16[8,16]) -> bf16[64,16] {
+  ROOT %all-gather.1 = bf16[64,16]{1,0} all-gather(%input), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+
+%meanwhile (input: bf16[8,16]) -> bf16[64,16] {
+  ROOT %all-gather.2 = bf16[64,16]{1,0} all-gather(%input), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+
+%next (input: bf16[8,16]) -> bf16[64,16] {
+  ROOT %all-gather.3 = bf16[64,16]{1,0} all-gather(%input), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="8"}
+}
+
+ENTRY %main (p: bf16[8,16]) -> bf16[64,16] {
+  %a = bf16[64,16]{1,0} fusion(%p), kind=kCustom, calls=%start
+  %b = bf16[64,16]{1,0} fusion(%a), kind=kCustom, calls=%meanwhile
+  %c = bf16[64,16]{1,0} fusion(%b), kind=kCustom, calls=%next
+  ROOT %sum = f32[4]{0} all-reduce(%c), replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_a_gather_that_overlaps_with_several_fusions_counts_once():
+  gathers = [c for c in collectives(OVERLAPPED) if c.kind == "all-gather"]
+  assert gathers == 2 * [
+    Collective("all-gather", (64, 16), 2048, (0, 1, 2, 3), 1)
+  ]
+
+
+def test_groups_named_by_mesh_axes():
+  (reduce,) = [c for c in collectives(OVERLAPPED) if c.kind == "all-reduce"]
+  assert reduce.group == (0, 1, 4, 5)

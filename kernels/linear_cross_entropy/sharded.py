@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from argenseg_jax.kernels import dispatch
+from argenseg_jax.kernels.collectives import scatter_sum
 
 
 class Layout(NamedTuple):
@@ -138,9 +139,7 @@ def _backward(layout, z_loss, implementation, residuals, gradients):
     if layout.words is not None:
       d_hidden = lax.psum(d_hidden, layout.words)
     if layout.width is not None:
-      d_head = lax.psum_scatter(
-        d_head, layout.width, scatter_dimension=1, tiled=True
-      )
+      d_head = scatter_sum(d_head, layout.width, dimension=1)
     others = tuple(axis for axis in layout.rows if axis != layout.width)
     return d_hidden, lax.psum(d_head, others)
 
