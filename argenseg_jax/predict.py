@@ -15,6 +15,7 @@ from argenseg_jax import checkpoint
 from argenseg_jax import config as config_lib
 from argenseg_jax.config import DataConfig, EvalConfig
 from argenseg_jax.data import text, transforms
+from argenseg_jax.kernels import dispatch
 from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
 from argenseg_jax.sampling import generate
 from argenseg_jax.types import Array
@@ -65,11 +66,13 @@ def answer_batch(
     images: uint8 [b i h w 3].
     config: limits of an answer.
   """
+  if dispatch.target().platform == "cpu":
+    model.unstack()
   generated = generate(
     model,
     tokens=tokens,
     valid=valid,
-    images=normalize_images(images),
+    vision=model.vision_embeddings(normalize_images(images)),
     max_text=config.max_text,
     max_masks=config.max_masks,
     start_with_mask=config.start_with_mask,

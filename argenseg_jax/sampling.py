@@ -24,6 +24,7 @@ class Generated(NamedTuple):
   )
   codes: Array  # int32 [b m n]
   num_masks: Array  # int32 [b]
+  log_probs: Array  # float32 [b m n]: of the codes that were predicted.
   inputs: Array | None  # float32 [b m n d]: decoder inputs of the codes.
   hidden: Array | None  # float32 [b m n d]: what the code head read.
   positions: Array | None  # int32 [b m n]
@@ -41,8 +42,41 @@ class _State(NamedTuple):
   tokens: Array  # int32 [b text]
   text_length: Array  # int32 [b]
   codes: Array  # int32 [b m n]
+  log_probs: Array  # float32 [b m n]
   num_masks: Array  # int32 [b]
   trace: tuple | None
+
+
+def prefill_prefix(
+  model: ARGenSeg, tokens: Int[Array, "1 p"], vision: Float[Array, "1 v d"]
+) -> KVCache:
+  """Keys and values of what several prompts begin with, for `generate`.
+
+  Args:
+    model: bound parameters, plainly causal in the prompt.
+    tokens: the common beginning, with its picture.
+    vision: vision embeddings of the picture.
+
+  Raises:
+    ValueError: the model's prompts see their own ends.
+  """
+  _require_causal(model)
+  length = tokens.shape[1]
+  _, cache = model.llm.extend(
+    model.prompt_embeddings(tokens, vision),
+    KVCache.empty(model.config.llm, 1, length, model.llm.dtype),
+    positions=jnp.arange(length)[None],
+    valid=jnp.ones((1, length), bool),
+  )
+  return cache
+
+
+def _require_causal(model: ARGenSeg) -> None:
+  if model.config.bidirectional_prompt:
+    raise ValueError(
+      "this model's prompts see their own ends (bidirectional_prompt), so "
+      "their beginnings cannot be shared; share vision embeddings instead."
+    )
 
 
 def generate(
@@ -50,9 +84,12 @@ def generate(
   *,
   tokens: Int[Array, "b t"],
   valid: Bool[Array, "b t"],
-  images: Float[Array, "b i h w 3"],
+  vision: Float[Array, "b v d"] | None,
+  prefix: KVCache | None = None,
+  is_answer: Bool[Array, "b t"] | None = None,
   max_text: int,
   max_masks: int = 1,
+  num_scales: int | None = None,
   start_with_mask: bool = False,
   guidance: float | None = None,
   stop_after_masks: bool = False,
@@ -65,11 +102,15 @@ def generate(
     model: bound parameters.
     tokens: prompts up to and including the assistant's header, left-padded.
     valid: False in padding.
-    images: normalised pixels, in the order of their placeholders.
+    vision: vision embeddings in the order of their placeholders; None where
+      the prompts have none.
+    prefix: from `prefill_prefix`: what stands before all prompts.
+    is_answer: where prompts end with an answer's first words: True in those.
     max_text: most text tokens of an answer.
     max_masks: most masks of an answer; a further `<ge_start>` ends it.
-    start_with_mask: take `<ge_start>` as said and skip the text before it (the
-      prompt may end with the answer's words).
+    num_scales: predict only so many scales of a mask, the coarsest first, and
+      leave the codes of the others 0; needs a mask that ends the answer.
+    start_with_mask: take `<ge_start>` as said and skip the text before it.
     guidance: None, or the strength of guidance: rows are then pairs, all
       conditional rows first, then their unconditional twins, which follow the
       timing of the former.
@@ -80,28 +121,51 @@ def generate(
   """
   config, scales = model.config, model.scales
   ids = config.token_ids
-  b, t = tokens.shape
   n = scales.num_codes
   width = config.llm.width
-  # Rows out of step may each be the longest in one part of their answers.
-  slots = t + (max_masks + 1) * max_text + max_masks * (n + 1)
   dtype = model.llm.dtype
+  forced = int(start_with_mask)
+  one_mask = max_masks == 1 and stop_after_masks
+  num_scales = len(scales) if num_scales is None else num_scales
+  if num_scales < len(scales) and not one_mask:
+    raise ValueError("a mask of fewer scales must end its answer.")
+  if is_answer is None:
+    is_answer = jnp.zeros_like(valid)
+  if start_with_mask:
+    tokens, valid, is_answer = (
+      jnp.pad(x, ((0, 0), (0, 1)), constant_values=value)
+      for x, value in ((tokens, ids.ge_start), (valid, True), (is_answer, True))
+    )
+  b, t = tokens.shape
+  shared = 0 if prefix is None else prefix.valid.shape[1]
+  # Rows out of step may each be the longest in one part of their answers.
+  parts = max_masks - forced + (not stop_after_masks)
+  slots = shared + t + parts * max_text + max_masks * (n + 1)
   rows = b // 2 if guidance is not None else b
 
   def lead(x):
     """Unconditional rows follow their conditional twins."""
     return x if guidance is None else jnp.concatenate((x[:rows], x[:rows]))
 
-  positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+  cache = KVCache.empty(config.llm, b, slots, dtype)
+  if prefix is not None:
+    _require_causal(model)
+    cache = cache.starting_with(prefix)
+  positions = shared + jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
   reach = None
   if config.bidirectional_prompt:
-    reach = jnp.full((b, t), t - 1, jnp.int32)
+    end = t - 1 - jnp.sum(is_answer, 1, keepdims=True, dtype=jnp.int32)
+    reach = jnp.where(is_answer, jnp.arange(t), end)
+  embeddings = model.llm.embed(tokens)
+  if vision is not None:
+    embeddings = model.prompt_embeddings(tokens, vision)
   hidden, cache = model.llm.extend(
-    model.prompt_embeddings(tokens, model.vision_embeddings(images)),
-    KVCache.empty(config.llm, b, slots, dtype),
+    embeddings,
+    cache,
     positions=positions,
     valid=valid,
     reach=reach,
+    visible_slots=shared + t,
   )
   trace = None
   if collect:
@@ -114,12 +178,13 @@ def generate(
     cache=cache,
     last_hidden=hidden[:, -1],
     token=jnp.full((b,), ids.ge_start, jnp.int32),
-    next_position=jnp.sum(valid, axis=1, dtype=jnp.int32),
+    next_position=shared - forced + jnp.sum(valid, axis=1, dtype=jnp.int32),
     at_mask=jnp.full((b,), start_with_mask),
     finished=jnp.zeros((b,), bool),
     tokens=jnp.zeros((b, max_text), jnp.int32),
     text_length=jnp.zeros((b,), jnp.int32),
     codes=jnp.zeros((b, max_masks, n), jnp.int32),
+    log_probs=jnp.zeros((b, max_masks, n), jnp.float32),
     num_masks=jnp.zeros((b,), jnp.int32),
     trace=trace,
   )
@@ -135,18 +200,24 @@ def generate(
     )
 
   def feed(state: _State, token, rows_fed) -> _State:
-    """Runs one token of some rows through the decoder."""
-    hidden, cache = model.llm.extend(
-      model.llm.embed(token[:, None]),
-      state.cache,
-      positions=state.next_position[:, None],
-      valid=rows_fed[:, None],
-    )
-    return state._replace(
-      cache=cache,
-      last_hidden=jnp.where(rows_fed[:, None], hidden[:, 0], state.last_hidden),
-      next_position=state.next_position + rows_fed.astype(jnp.int32),
-    )
+    """Runs one token of some rows through the decoder, if there are any."""
+
+    def run(state: _State) -> _State:
+      hidden, cache = model.llm.extend(
+        model.llm.embed(token[:, None]),
+        state.cache,
+        positions=state.next_position[:, None],
+        valid=rows_fed[:, None],
+        visible_slots=shared + t + max_text if one_mask else None,
+      )
+      fed = rows_fed[:, None]
+      return state._replace(
+        cache=cache,
+        last_hidden=jnp.where(fed, hidden[:, 0], state.last_hidden),
+        next_position=state.next_position + rows_fed.astype(jnp.int32),
+      )
+
+    return jax.lax.cond(jnp.any(rows_fed), run, lambda s: s, state)
 
   def text_step(state: _State) -> _State:
     active = ~(state.at_mask | state.finished)
@@ -170,21 +241,19 @@ def generate(
     state = say(state, token, spoken)
     return feed(state, token, spoken & ~state.finished)
 
-  def mask_step(state: _State) -> _State:
+  def predict_scale(state, cache, partial, k, hidden):
+    """Scale k of the masked rows; `hidden` where the decoder has run it."""
     masked = state.at_mask
-    partial = jnp.zeros(
-      (b, scales.latent_side, scales.latent_side, config.vqvae.latent_channels)
-    )
-    quantizer = model.vqvae.quantizer
-    x = model.llm.embed(state.token[:, None])
-    codes, traces = [], []
-    cache = state.cache
-    for k, (offset, count) in enumerate(
-      zip(scales.offsets, scales.counts, strict=True)
-    ):
-      if k:
-        x = model.slot_embeddings(quantizer.next_input(partial, k - 1), offset)
-      places = state.next_position[:, None] + jnp.arange(offset, offset + count)
+    offset, count = scales.offsets[k], scales.counts[k]
+    if k:
+      feature = model.vqvae.quantizer.next_input(partial, k - 1)
+      x = model.slot_embeddings(feature, offset)
+    else:
+      x = model.llm.embed(state.token[:, None])
+    places = state.next_position[:, None] + jnp.arange(offset, offset + count)
+    if hidden is None:
+      # What this mask, and the text after it, will still need stays unseen.
+      unused = n - offset - count + 1 + (not stop_after_masks) * max_text
       full = config.full_attention_in_scale
       hidden, cache = model.llm.extend(
         x,
@@ -192,32 +261,59 @@ def generate(
         positions=places,
         valid=jnp.broadcast_to(masked[:, None], (b, count)),
         reach=jnp.full((b, count), count - 1, jnp.int32) if full else None,
+        visible_slots=slots - unused,
       )
-      traces.append((x.astype(jnp.float32), hidden.astype(jnp.float32), places))
-      if guidance is not None:
-        ramp = guidance * k / max(len(scales) - 1, 1)
-        hidden = (1 + ramp) * hidden[:rows] - ramp * hidden[rows:]
-      code, _ = scale_prediction(
-        hidden, model.code_head.astype(hidden.dtype), quantizer.codebook[...]
+    seen = (x.astype(jnp.float32), hidden.astype(jnp.float32), places)
+    if guidance is not None:
+      ramp = guidance * k / max(len(scales) - 1, 1)
+      hidden = (1 + ramp) * hidden[:rows] - ramp * hidden[rows:]
+    code, _, scores = scale_prediction(
+      hidden,
+      model.code_head.astype(hidden.dtype),
+      model.vqvae.quantizer.codebook[...],
+      return_scores=True,
+    )
+    code, log_prob = lead(code), lead(scores.logits - scores.log_sum_exp)
+    if given_codes is not None:
+      mask = jnp.minimum(state.num_masks, max_masks - 1)
+      code = given_codes[jnp.arange(b), mask, offset : offset + count]
+    return cache, code, log_prob, seen
+
+  def mask_step(state: _State, *, fed: bool = False) -> _State:
+    """Predicts a mask; `fed`: `<ge_start>` has been through the decoder."""
+    masked = state.at_mask
+    quantizer = model.vqvae.quantizer
+    side, channels = scales.latent_side, config.vqvae.latent_channels
+    partial = jnp.zeros((b, side, side, channels))
+    codes, log_probs, traces = [], [], []
+    cache = state.cache
+    for k in range(num_scales):
+      hidden = state.last_hidden[:, None] if fed and k == 0 else None
+      cache, code, log_prob, seen = predict_scale(
+        state, cache, partial, k, hidden
       )
-      code = lead(code)
-      if given_codes is not None:
-        mask = jnp.minimum(state.num_masks, max_masks - 1)
-        given = given_codes[jnp.arange(b), mask]
-        code = given[:, offset : offset + count]
       codes.append(code)
-      partial = quantizer.add_scale(partial, code, k)
+      log_probs.append(log_prob)
+      traces.append(seen)
+      if k + 1 < num_scales:
+        partial = quantizer.add_scale(partial, code, k)
     place = (jnp.arange(b), jnp.where(masked, state.num_masks, max_masks))
+
+    def write(old, parts):
+      new = jnp.concatenate(parts, 1)
+      rest = [(0, 0), (0, n - new.shape[1])] + [(0, 0)] * (new.ndim - 2)
+      return old.at[place].set(jnp.pad(new, rest), mode="drop")
+
     trace = state.trace
     if collect:
-      parts = [jnp.concatenate(part, 1) for part in zip(*traces, strict=True)]
       trace = tuple(
-        old.at[place].set(new, mode="drop")
-        for old, new in zip(trace, parts, strict=True)
+        write(old, part)
+        for old, part in zip(trace, zip(*traces, strict=True), strict=True)
       )
     state = state._replace(
       cache=cache,
-      codes=state.codes.at[place].set(jnp.concatenate(codes, 1), mode="drop"),
+      codes=write(state.codes, codes),
+      log_probs=write(state.log_probs, log_probs),
       num_masks=state.num_masks + masked.astype(jnp.int32),
       next_position=state.next_position + jnp.where(masked, n, 0),
       at_mask=jnp.zeros_like(masked),
@@ -239,8 +335,19 @@ def generate(
     )
     return jax.lax.cond(jnp.any(state.at_mask), mask_step, lambda s: s, state)
 
-  state = jax.lax.while_loop(unfinished, answer_part, state)
+  if start_with_mask:
+    state = mask_step(state, fed=True)
+  elif one_mask:
+    state = answer_part(state)
+  if not one_mask:
+    state = jax.lax.while_loop(unfinished, answer_part, state)
   inputs, hidden, places = state.trace if collect else (None, None, None)
   return Generated(
-    state.tokens, state.codes, state.num_masks, inputs, hidden, places
+    tokens=state.tokens,
+    codes=state.codes,
+    num_masks=state.num_masks,
+    log_probs=state.log_probs,
+    inputs=inputs,
+    hidden=hidden,
+    positions=places,
   )

@@ -10,7 +10,7 @@ import tiny_model
 from flax import nnx
 
 from argenseg_jax.models.llm import KVCache
-from argenseg_jax.sampling import generate
+from argenseg_jax.sampling import generate, prefill_prefix
 from argenseg_jax.types import ModelInputs
 
 IDS = tiny_model.TOKEN_IDS
@@ -35,8 +35,11 @@ VARIANTS = {
   ),
 )
 def run(graph, state, inputs, guidance=None, **kwargs):
+  model = nnx.merge(graph, state)
+  inputs = dict(inputs)
+  vision = model.vision_embeddings(inputs.pop("images"))
   return generate(
-    nnx.merge(graph, state), **inputs, guidance=guidance, collect=True, **kwargs
+    model, **inputs, vision=vision, guidance=guidance, collect=True, **kwargs
   )
 
 
@@ -158,3 +161,128 @@ def test_guidance_of_equal_rows_changes_nothing():
   guided = run(*nnx.split(model), twins, guidance=4.0, **kwargs)
   np.testing.assert_array_equal(guided.codes[0], plain.codes[0])
   np.testing.assert_array_equal(guided.codes[1], plain.codes[0])
+
+
+def generated(model, inputs, **kwargs):
+  """`generate` of a model whose vision embeddings are known."""
+  graph, state = nnx.split(model)
+
+  @jax.jit
+  def run(state, inputs):
+    return generate(nnx.merge(graph, state), **inputs, **kwargs)
+
+  return run(state, inputs)
+
+
+def test_a_shared_prefix_changes_nothing():
+  model = tiny_model.model()
+  inputs = prompts(rows=1)
+  tokens = inputs["tokens"]
+  graph, state = nnx.split(model)
+
+  @jax.jit
+  def prepare(state):
+    model = nnx.merge(graph, state)
+    vision = model.vision_embeddings(inputs["images"])
+    return vision, prefill_prefix(model, tokens[:, 1:7], vision)
+
+  # The padding of row 0 comes first: drop it, then branch off twice.
+  vision, prefix = prepare(state)
+  endings = jnp.asarray([[12, 13, 14], [IDS.pad, 15, 16]], jnp.int32)
+  valid = endings != IDS.pad
+  shared = generated(
+    model,
+    dict(tokens=endings, valid=valid, vision=None, prefix=prefix),
+    max_text=4,
+  )
+  beginning = jnp.repeat(tokens[:, 1:7], 2, 0)
+  whole = generated(
+    model,
+    dict(
+      tokens=jnp.concatenate((beginning, endings), 1),
+      valid=jnp.concatenate((jnp.ones_like(beginning, bool), valid), 1),
+      vision=jnp.repeat(vision, 2, 0),
+    ),
+    max_text=4,
+  )
+  np.testing.assert_array_equal(shared.tokens, whole.tokens)
+  np.testing.assert_array_equal(shared.codes, whole.codes)
+  np.testing.assert_allclose(shared.log_probs, whole.log_probs, atol=1e-4)
+
+
+def test_a_prefix_cannot_be_shared_where_prompts_see_their_ends():
+  model = tiny_model.model(bidirectional_prompt=True)
+  with pytest.raises(ValueError, match="bidirectional_prompt"):
+    prefill_prefix(model, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 0, 32)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fewer_scales_are_the_first_scales(variant):
+  model = tiny_model.model(**VARIANTS[variant])
+  kwargs = dict(max_text=3, start_with_mask=True, stop_after_masks=True)
+  inputs = prompts()
+  inputs["vision"] = model.vision_embeddings(inputs.pop("images"))
+  whole = generated(model, inputs, **kwargs)
+  few = generated(model, inputs, num_scales=2, **kwargs)
+  used = model.scales.offsets[2]
+  np.testing.assert_array_equal(few.codes[..., :used], whole.codes[..., :used])
+  np.testing.assert_array_equal(few.codes[..., used:], 0)
+  with pytest.raises(ValueError, match="fewer scales"):
+    generated(model, inputs, num_scales=2, max_text=3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_forced_beginning_equals_teacher_forcing(variant):
+  model = tiny_model.model(**VARIANTS[variant])
+  ids = model.config.token_ids
+  inputs = prompts()
+  inputs["vision"] = model.vision_embeddings(inputs.pop("images"))
+  answers = jnp.asarray([[12, 13], [14, 15]], jnp.int32)
+  forced = dict(
+    tokens=jnp.concatenate((inputs["tokens"], answers), 1),
+    valid=jnp.pad(inputs["valid"], ((0, 0), (0, 2)), constant_values=True),
+    is_answer=jnp.pad(
+      jnp.zeros_like(inputs["valid"]), ((0, 0), (0, 2)), constant_values=True
+    ),
+    vision=inputs["vision"],
+  )
+  skipped = generated(
+    model, forced, max_text=2, start_with_mask=True, stop_after_masks=True
+  )
+  n = model.scales.num_codes
+  slots = jnp.asarray([[ids.ge_start] + [ids.mask_context] * (n - 1)] * 2)
+  valid = jnp.pad(forced["valid"], ((0, 0), (0, n)), constant_values=True)
+  is_prompt = jnp.pad(inputs["valid"], ((0, 0), (0, 2 + n)))
+  hidden = model(
+    ModelInputs(
+      tokens=jnp.concatenate((forced["tokens"], slots), 1),
+      positions=jnp.maximum(jnp.cumsum(valid, 1) - 1, 0),
+      segment_ids=valid.astype(jnp.int32),
+      is_prompt=is_prompt,
+      images=prompts()["images"],
+      scale_inputs=model.vqvae.quantizer.scale_inputs(skipped.codes[:, 0])[
+        :, None
+      ],
+    )
+  )[:, 11:]
+  logits = jax.nn.log_softmax(hidden @ model.code_head.T)
+  np.testing.assert_array_equal(skipped.codes[:, 0], jnp.argmax(logits, -1))
+  np.testing.assert_allclose(
+    skipped.log_probs[:, 0], jnp.max(logits, -1), atol=1e-4
+  )
+  np.testing.assert_array_equal(skipped.num_masks, 1)
+
+
+def test_layers_one_by_one_give_what_the_stack_gives():
+  stacked, apart = tiny_model.model(), tiny_model.model()
+  apart.unstack()
+  kwargs = dict(max_text=3, start_with_mask=True)
+  inputs = prompts()
+  inputs["vision"] = stacked.vision_embeddings(inputs["images"])
+  np.testing.assert_allclose(
+    apart.vision_embeddings(inputs.pop("images")), inputs["vision"], atol=1e-5
+  )
+  expected = generated(stacked, inputs, **kwargs)
+  found = generated(apart, inputs, **kwargs)
+  np.testing.assert_array_equal(found.codes, expected.codes)
+  np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-4)

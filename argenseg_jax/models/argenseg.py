@@ -106,6 +106,12 @@ class ARGenSeg(nnx.Module):
     side, grid = self.config.vision.embeddings_side, self.scales.latent_side
     return jnp.asarray(layers.sincos_2d(side, shape[1], grid), dtype)
 
+  def unstack(self) -> None:
+    """Takes the layers of tower and decoder apart, see `layers.unstack`."""
+    if self.vision.tower.layers is not None:
+      self.vision.tower.layers = layers.unstack(self.vision.tower.layers)
+    self.llm.layers = layers.unstack(self.llm.layers)
+
   @property
   def code_head(self) -> Float[Array, "codes d"]:
     """The rows of the head that predict image codes."""

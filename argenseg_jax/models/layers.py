@@ -288,8 +288,31 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
   return stacked
 
 
+def first_of(stacked: nnx.Pytree, count: int) -> nnx.Pytree:
+  """The first `count` layers of `stack` or `unstack`."""
+  if isinstance(stacked, nnx.List):
+    return nnx.List(stacked[:count])
+  graph, state = nnx.split(stacked)
+  return nnx.merge(graph, jax.tree.map(lambda p: p[:count], state))
+
+
+def unstack(stacked: nnx.Pytree) -> nnx.Pytree:
+  """The layers of `stack` one by one, for `layer_scan`.
+
+  A CPU copies the layer that a loop cuts out of a stack, each time it runs.
+  """
+  if isinstance(stacked, nnx.List):
+    return stacked
+  graph, state = nnx.split(stacked)
+  depth = jax.tree.leaves(state)[0].shape[0]
+  return nnx.List(
+    nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state))
+    for i in range(depth)
+  )
+
+
 def layer_scan(
-  stacked: nnx.Module,
+  stacked: nnx.Pytree,
   step: Callable,
   carry,
   xs=None,
@@ -302,13 +325,20 @@ def layer_scan(
   just before it runs, and once more in the backward pass.
 
   Args:
-    stacked: from `stack`.
+    stacked: from `stack`, or `unstack` (then it is no loop, and nothing is
+      recomputed or gathered: for inference on one device).
     step: pure apart from reading its layer.
     carry: any pytree.
     xs: pytree with a leading layer axis, or None.
     remat_policy: False keeps activations; None recomputes all of them; else a
       policy of `jax.checkpoint_policies`.
   """
+  if isinstance(stacked, nnx.List):
+    outputs = []
+    for i, layer in enumerate(stacked):
+      carry, y = step(layer, carry, jax.tree.map(lambda x, i=i: x[i], xs))
+      outputs.append(y)
+    return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
   graph, state = nnx.split(stacked)
 
   def body(carry, inputs):

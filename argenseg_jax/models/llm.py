@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -45,6 +46,22 @@ class KVCache(NamedTuple):
       values=jnp.zeros(shape, dtype),
       valid=jnp.zeros((batch, slots), bool),
       length=jnp.zeros((), jnp.int32),
+    )
+
+  def starting_with(self, prefix: "KVCache") -> "KVCache":
+    """This empty cache with a full one of a single row before all rows."""
+    shape = (self.keys.shape[1], prefix.valid.shape[1])
+    corner = (0, 0, 0, 0, 0)
+
+    def write(old, new):
+      new = jnp.broadcast_to(new, (len(old), *shape, *old.shape[3:]))
+      return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), corner)
+
+    return KVCache(
+      keys=write(self.keys, prefix.keys),
+      values=write(self.values, prefix.values),
+      valid=self.valid.at[:, : shape[1]].set(prefix.valid),
+      length=prefix.length,
     )
 
 
@@ -284,6 +301,7 @@ class Decoder(nnx.Module):
     positions: Int[Array, "b t"],
     valid: Bool[Array, "b t"],
     reach: Int[Array, "b t"] | None = None,
+    visible_slots: int | None = None,
     rope_length: int = 0,
   ) -> tuple[Float[Array, "b t d"], KVCache]:
     """Runs t more positions over the cache; prefill and decoding alike.
@@ -294,6 +312,8 @@ class Decoder(nnx.Module):
       positions: RoPE positions.
       valid: False where a row has nothing to say; such slots are never seen.
       reach: last visible index *within this call*; None is causal.
+      visible_slots: no slot from here on is filled after this call, so that
+        attention need not read it; None knows nothing.
       rope_length: see `__call__`.
 
     Returns:
@@ -307,9 +327,10 @@ class Decoder(nnx.Module):
     attn_mask = attention_mask(
       start + reach,
       jnp.ones((b, t), jnp.int32),
-      slots_valid.astype(jnp.int32),
+      slots_valid[:, :visible_slots].astype(jnp.int32),
     )
     frequencies = self.frequencies(rope_length)
+    seen_shape = (b, attn_mask.shape[2], *cache.keys.shape[3:])
 
     def step(layer, carry, index):
       x, keys, values = carry
@@ -323,8 +344,10 @@ class Decoder(nnx.Module):
       values = jax.lax.dynamic_update_slice(
         values, v[None].astype(values.dtype), corner
       )
-      all_k = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
-      all_v = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
+      all_k, all_v = (
+        jax.lax.dynamic_slice(x, (index, 0, 0, 0, 0), (1, *seen_shape))[0]
+        for x in (keys, values)
+      )
       attended = layers.attend(
         q, all_k.astype(q.dtype), all_v.astype(q.dtype), attn_mask
       )
@@ -334,6 +357,6 @@ class Decoder(nnx.Module):
       self.layers,
       step,
       (x.astype(self.dtype), cache.keys, cache.values),
-      jnp.arange(self.config.num_layers),
+      np.arange(self.config.num_layers),
     )
     return self.norm(x), KVCache(keys, values, slots_valid, start + t)

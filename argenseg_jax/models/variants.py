@@ -126,6 +126,35 @@ def _tiny() -> ModelConfig:
   )
 
 
+def _bench() -> ModelConfig:
+  """Between tiny and 1B, at the full scales: what a CPU can time."""
+  text_vocab, num_codes = 8192, 4096
+  special = dict(zip(("pad", "im_start", "im_end"), range(3), strict=True))
+  ids = ("img_start", "img_end", "img_context", "mask")
+  ids += ("ge_start", "ge_end", "mask_context")
+  special |= dict(
+    zip(ids, range(text_vocab - len(ids), text_vocab), strict=True)
+  )
+  return ModelConfig(
+    name="bench",
+    vision=VisionConfig(width=256, num_layers=4, num_heads=4, mlp_width=1024),
+    llm=LLMConfig(
+      vocab_size=text_vocab + num_codes,
+      width=512,
+      num_layers=8,
+      num_heads=8,
+      num_kv_heads=4,
+      head_dim=64,
+      mlp_width=1408,
+      rope_scaling="dynamic",
+      rope_factor=2.0,
+      max_positions=4096,
+    ),
+    vqvae=VQVAEConfig(width=64),
+    token_ids=TokenIds(first_code=text_vocab, **special),
+  )
+
+
 def _variants() -> dict[str, ModelConfig]:
   eight = _internlm2(
     "argenseg_8b",
@@ -135,6 +164,7 @@ def _variants() -> dict[str, ModelConfig]:
   )
   return {
     "tiny": _tiny(),
+    "bench": _bench(),
     "argenseg_1b": _qwen2(
       "argenseg_1b",
       dict(

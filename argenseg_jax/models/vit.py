@@ -161,10 +161,8 @@ class VisionTower(nnx.Module):
     if drop_path is not None:
       noise = jnp.moveaxis(drop_path, 0, 2)[:count]
       drops = (jnp.asarray(self.drop_rates[:count]), noise)
-    graph, state = nnx.split(self.layers)
-    used = nnx.merge(graph, jax.tree.map(lambda p: p[:count], state))
     x, _ = layers.layer_scan(
-      used,
+      layers.first_of(self.layers, count),
       lambda layer, x, drop: (layer(x, drop), None),
       x,
       drops,

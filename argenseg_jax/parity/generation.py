@@ -52,7 +52,7 @@ def checks(golden: Golden, case: str, graph, state, decode) -> dict[str, Check]:
       model,
       tokens=jnp.asarray(tokens, jnp.int32),
       valid=jnp.asarray(golden[f"in.{case}.attention_mask"] > 0),
-      images=jnp.asarray(pixels)[:, None],
+      vision=model.vision_embeddings(jnp.asarray(pixels)[:, None]),
       max_text=max_text,
       max_masks=max_masks,
       guidance=guidance,

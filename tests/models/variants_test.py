@@ -9,6 +9,7 @@ from argenseg_jax.models.argenseg import ARGenSeg
 
 BILLIONS = {
   "tiny": (0.0005, 0.002),
+  "bench": (0.03, 0.08),
   "argenseg_1b": (0.9, 1.2),
   "argenseg_2b": (2.2, 2.6),
   "argenseg_4b": (3.6, 4.4),

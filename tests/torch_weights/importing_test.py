@@ -420,7 +420,7 @@ def test_an_imported_bf16_model_answers(tmp_path, tiny, folder, dtype):
       model,
       tokens=jnp.array([prompt], jnp.int32),
       valid=jnp.ones((1, 5), bool),
-      images=jnp.zeros((1, 1, 28, 28, 3)),
+      vision=model.vision_embeddings(jnp.zeros((1, 1, 28, 28, 3))),
       max_text=3,
       start_with_mask=True,
     )
