@@ -4,6 +4,7 @@ Random weights of the same sizes: Llama layers and cache of `transformers`, a
 plain vision tower and VAR's VQ decoder. One mask at batch 1, in float32.
 """
 
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,12 @@ from argenseg_jax.cpu import num_cores
 from argenseg_jax.tools.bench_generate import median_seconds
 
 _PROMPT_TEXT = 40
+# `transformers` has renamed the argument.
+_CACHE = (
+  "cache"
+  if "cache" in inspect.signature(LlamaModel.forward).parameters
+  else "past_key_values"
+)
 
 
 class VisionTower(nn.Module):
@@ -146,16 +153,14 @@ class Peer(nn.Module):
     text = torch.randn(1, _PROMPT_TEXT, self.config.llm.width)
     cache = DynamicCache(config=self.llm.config)
     prompt = torch.cat((text[:, :5], vision, text[:, 5:]), 1)
-    self.llm(inputs_embeds=prompt, past_key_values=cache)
+    self.llm(inputs_embeds=prompt, **{_CACHE: cache})
     latent = torch.zeros(1, self.config.vqvae.latent_channels, side, side)
     x, images = text[:, :1], []
     for k, now in enumerate(scales):
       if k:
         feature = F.interpolate(latent, (now, now), mode="area")
         x = self.word_embed(feature.flatten(2).mT)
-      hidden = self.llm(
-        inputs_embeds=x, past_key_values=cache
-      ).last_hidden_state
+      hidden = self.llm(inputs_embeds=x, **{_CACHE: cache}).last_hidden_state
       codes = self.code_head(hidden).argmax(-1)
       rows = self.codebook(codes).mT.reshape(1, -1, now, now)
       if now != side:
