@@ -66,10 +66,14 @@ def config(**changes) -> ModelConfig:
   )
 
 
-@functools.cache
 def model(**changes) -> ARGenSeg:
-  """A model with random code embeddings (they start at zero)."""
+  """A model with random code embeddings (they start at zero), a new one at each
+  call."""
+  return nnx.merge(*_parts(**changes))
 
+
+@functools.cache
+def _parts(**changes) -> tuple[nnx.GraphDef, nnx.State]:
   @jax.jit
   def build():
     made = ARGenSeg(config(**changes), rngs=nnx.Rngs(0))
@@ -82,4 +86,4 @@ def model(**changes) -> ARGenSeg:
       param[...] = 0.5 * jax.random.normal(key, param.shape)
     return nnx.split(made)
 
-  return nnx.merge(*build())
+  return build()
