@@ -116,7 +116,7 @@ class ARGenSeg(nnx.Module):
   def code_head(self) -> Float[Array, "codes d"]:
     """The rows of the head that predict image codes."""
     first = self.config.token_ids.first_code
-    return self.llm.head[first : first + self.config.vqvae.num_codes]
+    return self.llm.head_rows(first, self.config.vqvae.num_codes)
 
   def vision_embeddings(
     self, images: Float[Array, "b i h w 3"], **kwargs

@@ -217,10 +217,14 @@ class Decoder(nnx.Module):
         param_dtype,
       )
     )
+    # [vocab], where `quantized.quantize` made the head's numbers eight-bit.
+    self.head_scale = None
 
   def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
     """Word embeddings; the row of `pad_id` gets no gradient."""
     x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
+    if self.head_scale is not None and self.untied_head is None:
+      x = x * jnp.take(self.head_scale[...], tokens)[..., None].astype(x.dtype)
     if self.config.pad_id is None:
       return x
     is_pad = (tokens == self.config.pad_id)[:, :, None]
@@ -229,6 +233,30 @@ class Decoder(nnx.Module):
   @property
   def head(self) -> Float[Array, "vocab d"]:
     """The output matrix, for words and codes alike."""
+    return self.head_rows()
+
+  def head_rows(
+    self, first: int = 0, count: int | None = None
+  ) -> Float[Array, "rows d"]:
+    """Some rows of the output matrix."""
+    chosen = slice(first, None if count is None else first + count)
+    rows = self._head_numbers()[chosen]
+    if self.head_scale is None:
+      return rows
+    scaled = rows.astype(jnp.float32) * self.head_scale[...][chosen, None]
+    return scaled.astype(self.dtype)
+
+  def logits(self, hidden: Float[Array, "b d"]) -> Float[Array, "b vocab"]:
+    """Logits of all words and codes, float32."""
+    logits = jnp.einsum(
+      "bd,vd->bv",
+      hidden,
+      self._head_numbers().astype(self.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return logits if self.head_scale is None else logits * self.head_scale[...]
+
+  def _head_numbers(self):
     if self.untied_head is None:
       return self.embedding[...]
     return self.untied_head[...]
