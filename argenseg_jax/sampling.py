@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from argenseg_jax.choice import GREEDY, Choice, choose_words
 from argenseg_jax.kernels.scale_prediction import scale_prediction
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.llm import KVCache
@@ -24,7 +25,7 @@ class Generated(NamedTuple):
   )
   codes: Array  # int32 [b m n]
   num_masks: Array  # int32 [b]
-  log_probs: Array  # float32 [b m n]: of the codes that were predicted.
+  log_probs: Array  # float32 [b m n]: of predicted codes, temperature 1.
   inputs: Array | None  # float32 [b m n d]: decoder inputs of the codes.
   hidden: Array | None  # float32 [b m n d]: what the code head read.
   positions: Array | None  # int32 [b m n]
@@ -44,6 +45,7 @@ class _State(NamedTuple):
   codes: Array  # int32 [b m n]
   log_probs: Array  # float32 [b m n]
   num_masks: Array  # int32 [b]
+  key: Array | None  # Random key of what is yet to be drawn.
   trace: tuple | None
 
 
@@ -95,8 +97,11 @@ def generate(
   stop_after_masks: bool = False,
   collect: bool = False,
   given_codes: Int[Array, "b m n"] | None = None,
+  text_choice: Choice = GREEDY,
+  code_choice: Choice = GREEDY,
+  key: Key[Array, ""] | None = None,
 ) -> Generated:
-  """Greedy answers to left-padded prompts.
+  """Answers to left-padded prompts, greedy by default.
 
   Args:
     model: bound parameters.
@@ -118,6 +123,8 @@ def generate(
     collect: also return inputs, hidden states and positions of all codes.
     given_codes: taken instead of the predicted ones, for `max_masks` masks of
       each row; with `collect`, this scores masks that are known.
+    text_choice, code_choice: how words and codes are chosen.
+    key: random key, needed unless both are greedy.
   """
   config, scales = model.config, model.scales
   ids = config.token_ids
@@ -186,6 +193,7 @@ def generate(
     codes=jnp.zeros((b, max_masks, n), jnp.int32),
     log_probs=jnp.zeros((b, max_masks, n), jnp.float32),
     num_masks=jnp.zeros((b,), jnp.int32),
+    key=key,
     trace=trace,
   )
 
@@ -219,15 +227,16 @@ def generate(
 
     return jax.lax.cond(jnp.any(rows_fed), run, lambda s: s, state)
 
+  def next_key(state: _State):
+    if state.key is None:
+      return state, None
+    left, key = jax.random.split(state.key)
+    return state._replace(key=left), key
+
   def text_step(state: _State) -> _State:
     active = ~(state.at_mask | state.finished)
-    logits = jnp.einsum(
-      "bd,vd->bv",
-      state.last_hidden,
-      model.llm.head.astype(dtype),
-      preferred_element_type=jnp.float32,
-    )
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    state, key = next_key(state)
+    token = choose_words(model.llm.logits(state.last_hidden), text_choice, key)
     token = jnp.where(active, token, state.token)
     at_mask = active & lead(token == ids.ge_start)
     exhausted = at_mask & (state.num_masks >= max_masks)
@@ -241,7 +250,7 @@ def generate(
     state = say(state, token, spoken)
     return feed(state, token, spoken & ~state.finished)
 
-  def predict_scale(state, cache, partial, k, hidden):
+  def predict_scale(state, cache, partial, k, hidden, key):
     """Scale k of the masked rows; `hidden` where the decoder has run it."""
     masked = state.at_mask
     offset, count = scales.offsets[k], scales.counts[k]
@@ -271,6 +280,9 @@ def generate(
       hidden,
       model.code_head.astype(hidden.dtype),
       model.vqvae.quantizer.codebook[...],
+      key=None if key is None else jax.random.fold_in(key, k),
+      temperature=code_choice.temperature,
+      top_k=code_choice.top_k,
       return_scores=True,
     )
     code, log_prob = lead(code), lead(scores.logits - scores.log_sum_exp)
@@ -281,6 +293,7 @@ def generate(
 
   def mask_step(state: _State, *, fed: bool = False) -> _State:
     """Predicts a mask; `fed`: `<ge_start>` has been through the decoder."""
+    state, key = next_key(state)
     masked = state.at_mask
     quantizer = model.vqvae.quantizer
     side, channels = scales.latent_side, config.vqvae.latent_channels
@@ -290,7 +303,7 @@ def generate(
     for k in range(num_scales):
       hidden = state.last_hidden[:, None] if fed and k == 0 else None
       cache, code, log_prob, seen = predict_scale(
-        state, cache, partial, k, hidden
+        state, cache, partial, k, hidden, key
       )
       codes.append(code)
       log_probs.append(log_prob)

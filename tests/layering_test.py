@@ -24,6 +24,7 @@ LAYERS = [
   ("argenseg_jax.data",),
   ("argenseg_jax.models",),
   (
+    "argenseg_jax.choice",
     "argenseg_jax.flops",
     "argenseg_jax.hlo",
     "argenseg_jax.losses",
