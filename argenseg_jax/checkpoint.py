@@ -25,6 +25,7 @@ from argenseg_jax import config as config_lib
 from argenseg_jax import distributed, integrity, sharding
 from argenseg_jax.config import MeshConfig, ModelConfig
 from argenseg_jax.data import text
+from argenseg_jax.models import quantized
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.vqvae import VQVAE
 
@@ -304,6 +305,7 @@ def load(
   *,
   mesh: Mesh | None = None,
   dtype: DTypeLike = jnp.float32,
+  weights: quantized.Weights | None = None,
 ) -> Loaded:
   """Reads the model of a checkpoint, each variable onto its own shards.
 
@@ -313,11 +315,18 @@ def load(
     path: see `step_directory`.
     mesh: all devices along `data` by default.
     dtype: compute dtype of the returned model.
+    weights: eight bits for the decoder's weights, for inference only.
 
   Raises:
-    CheckpointError: no checkpoint there, or a leaf that does not fit.
+    CheckpointError: no checkpoint there, a leaf that does not fit, or no
+      decoder for `weights`.
   """
   found = describe(path)
+  if weights is not None and found.task == "vqvae":
+    raise CheckpointError(
+      f"checkpoint {found.path} holds an image tokenizer only; {weights} "
+      "weights are for decoders."
+    )
   mesh = mesh or sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
   make = model_factory(found.task, found.config, dtype=dtype)
   graph, abstract = nnx.split(nnx.eval_shape(make))
@@ -338,6 +347,8 @@ def load(
   with ocp.StandardCheckpointer() as reader:
     values = reader.restore(found.path / "model", wanted)
   model = nnx.merge(graph, _with_values(abstract, values))
+  if weights is not None:
+    quantized.quantize(model.llm, weights)
   return Loaded(found.task, found.config, found.meta, found.path, model)
 
 

@@ -16,6 +16,7 @@ from argenseg_jax import config as config_lib
 from argenseg_jax.config import DataConfig, EvalConfig
 from argenseg_jax.data import text, transforms
 from argenseg_jax.kernels import dispatch
+from argenseg_jax.models import quantized
 from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
 from argenseg_jax.sampling import generate
 from argenseg_jax.types import Array
@@ -148,10 +149,15 @@ class Predictor:
 
   @classmethod
   def from_checkpoint(
-    cls, path: str | pathlib.Path, settings: EvalConfig | None = None
+    cls,
+    path: str | pathlib.Path,
+    settings: EvalConfig | None = None,
+    *,
+    weights: quantized.Weights | None = None,
   ) -> "Predictor":
-    """Opens a checkpoint; see `checkpoint.load` for what may go wrong."""
-    return cls(checkpoint.load(path), settings)
+    """Opens a checkpoint; see `checkpoint.load` for what may go wrong, and for
+    `weights`."""
+    return cls(checkpoint.load(path, weights=weights), settings)
 
   def segment(self, image: np.ndarray, request: str) -> Prediction:
     """One mask for one picture.

@@ -164,6 +164,13 @@ def test_image_tokenizer_does_not_predict(workdir):
     Predictor(loaded)
 
 
+def test_decoders_load_with_eight_bit_weights(workdir):
+  loaded = checkpoint.load(workdir / "mllm", weights="int8")
+  assert loaded.model.llm.layers.mlp.up.kernel.dtype == "int8"
+  with pytest.raises(checkpoint.CheckpointError, match="are for decoders"):
+    checkpoint.load(workdir / "vqvae", weights="int8")
+
+
 def test_predictions_have_the_size_of_the_picture(workdir):
   predictor = Predictor.from_checkpoint(workdir / "mllm")
   image = np.full((40, 60, 3), 90, np.uint8)

@@ -43,6 +43,12 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--dtype", default="float32", choices=("float32", "bfloat16")
   )
+  parser.add_argument(
+    "--weights",
+    default="",
+    choices=("", "int8", "float8_e4m3fn"),
+    help="round the decoder's weights to eight bits first",
+  )
   parser.add_argument("--batches", default="1", help="comma-separated")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument(
@@ -58,14 +64,14 @@ def main(argv: list[str]) -> int:
 
   config = variants.get(args.variant)
   print(
-    f"{config.name}, {args.dtype}, {jax.devices()[0].device_kind}, "
-    f"jax {jax.__version__}\n"
+    f"{config.name}, {args.weights or args.dtype}, "
+    f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n"
   )
   print("| stage | batch | s | s a mask | compiled in s |")
   print("|---|---:|---:|---:|---:|")
   found = []
   for batch in map(int, batches):
-    for timed in _ours(config, args.dtype, batch, args.repeats):
+    for timed in _ours(config, args, batch):
       found.append(timed)
       print(
         f"| {timed.name} | {batch} | {timed.seconds:.3f} | "
@@ -84,7 +90,7 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def _ours(config, dtype, batch: int, repeats: int):
+def _ours(config, args: argparse.Namespace, batch: int):
   """Yields `Timed` of each stage, then of whole programs."""
   import jax
   import jax.numpy as jnp
@@ -93,6 +99,7 @@ def _ours(config, dtype, batch: int, repeats: int):
 
   from argenseg_jax.kernels import dispatch
   from argenseg_jax.kernels.scale_prediction import scale_prediction
+  from argenseg_jax.models import quantized
   from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
   from argenseg_jax.models.llm import KVCache
   from argenseg_jax.sampling import generate, prefill_prefix
@@ -101,9 +108,11 @@ def _ours(config, dtype, batch: int, repeats: int):
     model = ARGenSeg(
       config,
       rngs=nnx.Rngs(0),
-      dtype=jnp.dtype(dtype),
-      param_dtype=jnp.dtype(dtype),
+      dtype=jnp.dtype(args.dtype),
+      param_dtype=jnp.dtype(args.dtype),
     )
+    if args.weights:
+      quantized.quantize(model.llm, args.weights)
     if dispatch.target().platform == "cpu":
       model.unstack()
     return model
@@ -199,7 +208,7 @@ def _ours(config, dtype, batch: int, repeats: int):
     result = jax.block_until_ready(program(state, *inputs))
     first = time.perf_counter() - began
     seconds = median_seconds(
-      lambda: jax.block_until_ready(program(state, *inputs)), repeats
+      lambda: jax.block_until_ready(program(state, *inputs)), args.repeats
     )
     return result, Timed(name, batch, seconds, first - seconds)
 

@@ -30,13 +30,14 @@ def main(argv: list[str]) -> int:
   if out is not None and (out / RESULTS).exists():
     raise ConfigError(f"{out / RESULTS} exists; give another --out.")
   distributed.initialize()
-  loaded = checkpoint.load(args.checkpoint)
+  loaded = checkpoint.load(args.checkpoint, weights=args.weights or None)
   predictor = Predictor(loaded)  # Knows the data settings and the tokenizer.
   asked = _data_sets(predictor.data, args)
   report: dict[str, Any] = {
     "checkpoint": {"path": str(loaded.path), "sha256": _hash(loaded.path)},
     "model": to_dict(loaded.config),
     "eval": to_dict(predictor.settings) | {"max_samples": args.max_samples},
+    "weights": args.weights,
     "data": {name: to_dict(data) for name, data in asked.items()},
     "versions": {
       name: importlib.metadata.version(name)
@@ -87,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     "--protocol", choices=("merged", "per_expression"), default=None
   )
   parser.add_argument("--max_samples", type=int, default=0)
+  parser.add_argument(
+    "--weights",
+    default="",
+    choices=("", "int8", "float8_e4m3fn"),
+    help="round the decoder's weights to eight bits first",
+  )
   parser.add_argument(
     "--out",
     default="",

@@ -17,6 +17,12 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--image", required=True, help="any common format")
   parser.add_argument("--text", required=True, help="what to segment")
   parser.add_argument("--out", default="mask.png")
+  parser.add_argument(
+    "--weights",
+    default="",
+    choices=("", "int8", "float8_e4m3fn"),
+    help="round the decoder's weights to eight bits first",
+  )
   parser.add_argument("--force", action="store_true", help="overwrite files")
   args = parser.parse_args(argv)
   from PIL import Image
@@ -37,9 +43,10 @@ def main(argv: list[str]) -> int:
   if not out.parent.is_dir():
     raise ConfigError(f"folder {out.parent} of --out does not exist.")
   image = transforms.decode_image(pathlib.Path(args.image))
-  prediction = Predictor.from_checkpoint(args.checkpoint).segment(
-    image, args.text
+  predictor = Predictor.from_checkpoint(
+    args.checkpoint, weights=args.weights or None
   )
+  prediction = predictor.segment(image, args.text)
   pictures = (
     prediction.seg_mask,
     report.overlay(image, prediction.seg_mask),
