@@ -3,12 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
+import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 from argenseg_jax import distributed, sharding
 from argenseg_jax.config import ConfigError
@@ -27,6 +31,7 @@ _SETTINGS = (
   "pad_square",
   "resize",
 )
+_NOTE_BYTES = 1 << 20  # More than the note and numpy's headers take.
 
 
 def cached(
@@ -63,13 +68,8 @@ def read(
     ConfigError: no such file, or one of other data, settings or image
       tokenizer.
   """
-  try:
-    with np.load(path) as file:
-      codes, note = file["codes"], json.loads(str(file["note"]))
-  except (OSError, ValueError, KeyError) as error:
-    raise ConfigError(
-      f"{path} is not a file of `argenseg data tokenize`: {error}."
-    ) from error
+  shape = (len(rows.source), rows.config.max_masks, rows.num_codes)
+  codes, note = stored(path, shape, vqvae.quantizer.codebook.shape[0])
   wanted = _note(rows, vqvae)
   other = sorted(k for k in wanted if note.get(k) != wanted[k])
   if other:
@@ -77,7 +77,46 @@ def read(
       f"the codes in {path} were made with another {', '.join(other)}; "
       "tokenize again."
     )
+  if codes.shape != shape:
+    raise ConfigError(
+      f"the codes in {path} have shape {codes.shape}, not {shape}; tokenize "
+      "again."
+    )
   return rows.with_codes(codes)
+
+
+def stored(
+  path: pathlib.Path, shape: tuple[int, int, int], num_codes: int
+) -> tuple[Int[np.ndarray, "records m n"], dict]:
+  """Codes and note of a file, of which nothing is believed.
+
+  Args:
+    path: what `write` wrote.
+    shape: that the codes must have; a file that holds more is not unpacked.
+    num_codes: of the codebook.
+
+  Raises:
+    ConfigError: no such file.
+  """
+  try:
+    with zipfile.ZipFile(path) as archive:
+      unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > math.prod(shape) * 8 + _NOTE_BYTES:
+      raise ValueError(f"it unpacks to {unpacked} bytes")
+    with np.load(path) as file:
+      codes, note = file["codes"], json.loads(str(file["note"]))
+    if not isinstance(note, dict):
+      raise ValueError("its note is no JSON object")
+    if codes.dtype.kind != "i" or np.any((codes < 0) | (codes >= num_codes)):
+      raise ValueError(f"it holds something else than codes below {num_codes}")
+  except (
+    *(OSError, ValueError, KeyError, EOFError, RecursionError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),
+  ) as error:
+    raise ConfigError(
+      f"{path} is not a file of `argenseg data tokenize`: {error}."
+    ) from error
+  return codes, note
 
 
 def tokenize(

@@ -130,7 +130,10 @@ def rescore(path: str | pathlib.Path) -> dict[str, Any]:
         try:
           values = json.loads(line)
           scorer.add({key: values[key] for key in _NEEDED})
-        except (DataError, ValueError, KeyError, TypeError) as error:
+        except (
+          *(DataError, ValueError, KeyError, TypeError),
+          *(AttributeError, RecursionError),
+        ) as error:
           raise DataError(
             f"{path}:{number} is not an answered sample ({error}); give a "
             f"{FILE} of `argenseg eval`."

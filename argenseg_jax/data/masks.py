@@ -7,11 +7,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from pycocotools import mask as coco
 
 from argenseg_jax.data import transforms
 from argenseg_jax.data.errors import DataError
+
+_MAX_SHIFT = 40  # Of a run length's bits; no picture has so many pixels.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +126,12 @@ def _draw(
 ) -> np.ndarray:
   if size is None:
     raise DataError(f"{where}: a polygon needs the size of its picture.")
+  _check_size(size, where)
   pixels = np.zeros(size, np.uint8)
   for polygon, fill in zip(stored.polygons, stored.fills, strict=True):
-    points = np.array(polygon, np.float64).astype(np.int32)[None]
+    points = np.array(polygon, np.float64)
+    _check_outline(points, size, where)
+    points = points.astype(np.int32)[None]
     cv2.fillPoly(pixels, points, int(fill))
     cv2.polylines(pixels, points, True, int(fill), 1)
   return pixels
@@ -136,10 +141,13 @@ def _from_run_lengths(stored: dict, where: str) -> np.ndarray:
   try:
     height, width = (int(n) for n in stored["size"])
     counts = stored["counts"]
-  except (KeyError, TypeError, ValueError) as error:
+    if not isinstance(counts, (str, bytes)):
+      counts = list(counts)
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
     raise DataError(
       f'{where}: a run-length mask needs "size" [height, width] and "counts".'
     ) from error
+  _check_size((height, width), where)
   if isinstance(counts, str):
     counts = counts.encode("ascii", "replace")
   runs = _read_runs(counts, where) if isinstance(counts, bytes) else counts
@@ -166,6 +174,8 @@ def _read_runs(counts: bytes, where: str) -> list[int]:
     chunk = character - 48
     if not 0 <= chunk < 64:
       raise DataError(f"{where}: the run-length text of the mask is broken.")
+    if shift > _MAX_SHIFT:
+      raise DataError(f"{where}: a run length of the mask is too large.")
     value |= (chunk & 0x1F) << shift
     shift += 5
     if not chunk & 0x20:  # The last character of this run.
@@ -185,12 +195,50 @@ def _from_polygons(
     raise DataError(f"{where}: a polygon needs the size of its picture.")
   polygons = stored if stored and isinstance(stored[0], list) else [stored]
   if any(
-    len(p) < 6 or len(p) % 2 or not all(isinstance(n, (int, float)) for n in p)
+    not isinstance(p, list)
+    or len(p) < 6
+    or len(p) % 2
+    or not all(isinstance(n, (int, float)) for n in p)
     for p in polygons
   ):
     raise DataError(
       f"{where}: a polygon is a list of at least three x, y pairs."
     )
+  _check_size(size, where)
+  for polygon in polygons:
+    try:
+      points = np.array(polygon, np.float64).reshape(-1, 2)
+    except OverflowError as error:
+      raise DataError(f"{where}: a polygon's corner is too far out.") from error
+    _check_outline(points, size, where)
   height, width = size
   parts = coco.frPyObjects(polygons, height, width)
   return _from_run_lengths(coco.merge(parts), where)
+
+
+def _check_size(size: tuple[int, int], where: str) -> None:
+  """Refuses a size before memory is taken for it."""
+  height, width = size
+  if height < 1 or width < 1 or height * width > transforms.MAX_PIXELS:
+    raise DataError(
+      f"{where}: the height and width of a mask must be above 0, and their "
+      f"product at most {transforms.MAX_PIXELS}."
+    )
+
+
+def _check_outline(
+  points: Float[np.ndarray, "n 2"], size: tuple[int, int], where: str
+) -> None:
+  """Refuses what pycocotools and OpenCV would draw far outside, or for ever:
+  they keep every point of an outline, and compute in 32 bits."""
+  height, width = size
+  if not np.all(np.abs(points) <= 2 * max(height, width) + 100):
+    raise DataError(
+      f"{where}: a polygon's corner is far outside its {width}x{height} "
+      "picture, or no number."
+    )
+  steps = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1)
+  if steps.sum() > 4 * height * width + 1000 * (height + width):
+    raise DataError(
+      f"{where}: a polygon's outline is longer than its picture has room for."
+    )

@@ -9,6 +9,7 @@ resuming is exact.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -138,7 +139,7 @@ class TrainIterator:
     if batches is not None:
       batches.close()
 
-  @property
+  @functools.cached_property
   def _fingerprint(self) -> str:
     return f"{self._rows.fingerprint}-{self._global_batch_size}"
 

@@ -20,6 +20,9 @@ from argenseg_jax.data.errors import DataError
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
 
 SHIPPED = pathlib.Path(__file__).parent / "tokenizer.json"
+# Of one conversation; longer ones are refused before they are tokenised.
+MAX_CHARACTERS = 1 << 18
+_MAX_CACHED = 2048  # Characters of a text whose ids are remembered.
 IGNORE_LABEL = -100  # The authors' mark for "no loss here".
 
 # Field of `TokenIds` -> the token's text.
@@ -174,6 +177,8 @@ class TextTokenizer:
 
     The array is shared between calls and cannot be written to.
     """
+    if len(text) > _MAX_CACHED:
+      return self._encode_uncached(text)
     return self._encode(text)
 
   def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
@@ -347,6 +352,18 @@ def _chat_blocks(
   if turns and turns[0][0] == "system":
     system_message = turns[0][1]
     turns = turns[1:]
+  length = len(system_message) + sum(len(text) for _, text in turns)
+  if length > MAX_CHARACTERS:
+    raise DataError(
+      f"a conversation of {length} characters is too long; at most "
+      f"{MAX_CHARACTERS} are read."
+    )
+  try:
+    "".join((system_message, *(text for _, text in turns))).encode()
+  except UnicodeEncodeError as error:
+    raise DataError(
+      f"a conversation holds {error.object[error.start]!r}, half a character."
+    ) from error
   human = [text for role, text in turns if role == "human"]
   if not turns or turns[0][0] != "human":
     raise DataError("a conversation must begin with a human turn.")

@@ -9,6 +9,7 @@ does with it.
 import contextlib
 import io
 import pathlib
+from collections.abc import Iterator
 from typing import Literal
 
 import cv2
@@ -26,13 +27,21 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 Backend = Literal["pillow", "opencv"]
 Encoded = bytes | str | pathlib.Path
 
-_PILLOW = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
-_PILLOW_ERRORS = (
-  OSError,
-  ValueError,
-  SyntaxError,
-  Image.DecompressionBombError,
+# A larger picture is refused before it is decoded; Pillow's own limit.
+MAX_PIXELS = 89_478_485
+# What Pillow is allowed to open. Some of its other formats run programs.
+_FORMATS = (
+  "BMP",
+  "GIF",
+  "JPEG",
+  "JPEG2000",
+  "PNG",
+  "PPM",
+  "TIFF",
+  "WEBP",
 )
+
+_PILLOW = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
 _OPENCV = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}
 
 
@@ -44,20 +53,18 @@ def decode_image(
   Grey, CMYK, palette and 16-bit pictures are converted; alpha is dropped.
 
   Raises:
-    DataError: missing, truncated, or not a picture.
+    DataError: missing, truncated, not a picture, or of more than MAX_PIXELS.
   """
   data, name = read_encoded(stored, where)
-  if _is_whole(data):
-    with contextlib.suppress(cv2.error):
-      pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-      if pixels is not None:
-        return pixels
-  # Other formats, and a second opinion on what OpenCV refuses.
-  try:
-    with Image.open(io.BytesIO(data)) as picture:
-      return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-  except _PILLOW_ERRORS as error:
-    raise _undecodable("picture", name, error) from error
+  with _opened(data, "picture", name) as picture:
+    if _is_whole(data):
+      with contextlib.suppress(cv2.error):
+        encoded = np.frombuffer(data, np.uint8)
+        pixels = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
+        if pixels is not None:
+          return pixels
+    # A second opinion on what OpenCV refuses.
+    return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
 
 
 def decode_seg_mask(
@@ -65,13 +72,24 @@ def decode_seg_mask(
 ) -> UInt8[np.ndarray, "h w"]:
   """Decodes a picture of a mask; palette indices are kept as they are."""
   data, name = read_encoded(stored, where)
+  with _opened(data, "mask", name) as picture:
+    if picture.mode not in ("L", "P", "1"):
+      picture = picture.convert("L")
+    return np.array(picture, dtype=np.uint8)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, what: str, name: str) -> Iterator[Image.Image]:
+  """A picture whose header is read and whose pixels are not yet; anything that
+  goes wrong within becomes a DataError."""
   try:
-    with Image.open(io.BytesIO(data)) as picture:
-      if picture.mode not in ("L", "P", "1"):
-        picture = picture.convert("L")
-      return np.array(picture, dtype=np.uint8)
-  except _PILLOW_ERRORS as error:
-    raise _undecodable("mask", name, error) from error
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+      width, height = picture.size
+      if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are too many")
+      yield picture
+  except Exception as error:  # Pillow raises all kinds on broken files.
+    raise _undecodable(what, name, error) from error
 
 
 def resize(
@@ -246,6 +264,8 @@ def read_encoded(stored: Encoded, where: str) -> tuple[bytes, str]:
     return pathlib.Path(stored).read_bytes(), str(stored)
   except OSError as error:
     raise DataError(f"cannot read {stored}: {error.strerror}.") from error
+  except ValueError as error:  # A name that no file can have.
+    raise DataError(f"cannot read {str(stored)!r}: {error}.") from error
 
 
 def _undecodable(what: str, name: str, error: Exception) -> DataError:

@@ -57,7 +57,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     config = json.loads(path.read_text())
   except OSError as error:
     raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise WeightsError(f"{path} is no JSON: {error}.") from error
   if not isinstance(config, dict):
     raise WeightsError(f"{path} is no JSON object.")
@@ -294,7 +294,10 @@ def _tokenizer_ids(
         ids |= {text: int(i) for text, i in values.items()}
       for entry in values.get("added_tokens", []):
         ids[entry["content"]] = int(entry["id"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+      *(ValueError, KeyError, TypeError, AttributeError),
+      *(OverflowError, RecursionError),
+    ) as error:
       raise WeightsError(
         f"{path} is no file of a text tokenizer ({error!r})."
       ) from error

@@ -31,6 +31,7 @@ DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
+_MAX_RANK = 32
 _INDEX = "model.safetensors.index.json"
 
 
@@ -110,7 +111,9 @@ class SafetensorsFile:
       numbers = [*shape, begin, stop]
     except (TypeError, KeyError, ValueError) as error:
       raise self._error(f"the entry of tensor {name!r} is malformed") from error
-    if not all(type(n) is int and n >= 0 for n in numbers):
+    if len(numbers) > _MAX_RANK or not all(
+      type(n) is int and 0 <= n < 1 << 60 for n in numbers
+    ):
       raise self._error(f"the entry of tensor {name!r} is malformed")
     if stop - begin != math.prod(shape) * dtype.itemsize:
       raise self._error(
@@ -210,10 +213,23 @@ class PickleFile:
     self._bfloat16 = torch.bfloat16
     self._bits = torch.int16
     self.tensors = {}
+    dtypes = {dtype.name: dtype for dtype in DTYPES.values()}
+    room = self.path.stat().st_size
     for name, value in state.items():
       kind = str(value.dtype).removeprefix("torch.")
-      dtype = DTYPES["BF16"] if kind == "bfloat16" else np.dtype(kind)
-      self.tensors[name] = TensorInfo(tuple(value.shape), dtype)
+      # A view may be endless: all its values may share one place.
+      if (
+        kind not in dtypes
+        or value.layout != torch.strided
+        or value.is_quantized
+      ):
+        raise WeightsError(f"{path} is refused: tensor {name!r} is a {kind}.")
+      if value.numel() * value.element_size() > room:
+        raise WeightsError(
+          f"{path} is refused: tensor {name!r} {list(value.shape)} is larger "
+          "than the file."
+        )
+      self.tensors[name] = TensorInfo(tuple(value.shape), dtypes[kind])
 
   def read(self, name: str) -> np.ndarray:
     value = self._state[name].detach().contiguous()
@@ -338,7 +354,10 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
   try:
     weight_map = json.loads(path.read_text())["weight_map"]
     pairs = list(weight_map.items())
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    RecursionError,
+  ) as error:
     raise WeightsError(f"{path} is no index of safetensors files.") from error
   for tensor, name in pairs:
     if not isinstance(name, str) or pathlib.Path(name).name != name:

@@ -7,6 +7,7 @@ from typing import Any
 import cv2
 
 from argenseg_jax.data import transforms
+from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import (
   Option,
   Sample,
@@ -35,7 +36,11 @@ class ArrayRecordSource:
     note = self.path / NOTE
     raw = read_file(note, "give a folder that `argenseg data build` wrote")
     self._records = TfdsRecords(self.path, split)
-    self.has_options = parse_json(raw, str(note), dict)[split]["options"]
+    splits = parse_json(raw, str(note), dict)
+    try:
+      self.has_options = bool(splits[split]["options"])
+    except (KeyError, TypeError) as error:
+      raise DataError(f"{note} says nothing of split {split!r}.") from error
     self.fingerprint = digest(raw, split)
 
   def __len__(self) -> int:
@@ -82,7 +87,24 @@ def encode(sample: Sample) -> dict[str, Any]:
 
 
 def decode(record: dict[str, Any], index: int) -> Sample:
-  """The sample of a record."""
+  """The sample of a record.
+
+  Raises:
+    DataError: it is not one that `encode` made.
+  """
+  try:
+    return _decode(record, index)
+  except (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RecursionError,
+  ) as error:
+    raise DataError(f"record {index} is malformed ({error}).") from error
+
+
+def _decode(record: dict[str, Any], index: int) -> Sample:
   meta = json.loads(as_text(record["meta"]))
   seg_masks = tuple(record["seg_masks"])
   options = meta["options"]

@@ -154,6 +154,9 @@ def _open_entry(
       f"{where} has an unknown key {unknown[0]!r}; use "
       f"{', '.join(sorted(_META_KEYS))}."
     )
+  for key in ("annotation", "root", "source", "split", "request"):
+    if not isinstance(entry.get(key), (str, type(None))):
+      raise DataError(f"{where} has {key} {entry[key]!r}, which is no text.")
   kind, request = entry.get("source", "jsonl"), entry.get("request", "")
   if kind not in _SOURCES:
     raise DataError(
@@ -166,7 +169,7 @@ def _open_entry(
     )
   root = entry.get("root")
   source = _SOURCES[kind](
-    str(folder / entry["annotation"]),
+    str(folder / (entry["annotation"] or "")),
     entry.get("split", split),
     None if root is None else str(folder / root),
   )
@@ -175,7 +178,10 @@ def _open_entry(
     raise DataError(
       f"{where} says length {length}, but there are {len(source)} records."
     )
-  weight = entry.get("weight", entry.get("repeat_time", 1) * len(source))
-  if not isinstance(weight, (int, float)) or weight <= 0:
+  times = entry.get("repeat_time", 1)
+  if not isinstance(times, (int, float)):
+    times = 0
+  weight = entry.get("weight", times * len(source))
+  if not isinstance(weight, (int, float)) or not 0 < weight < 1e15:
     raise DataError(f"{where} needs a weight or repeat_time above 0.")
   return source, weight, request

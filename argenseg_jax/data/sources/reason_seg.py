@@ -9,7 +9,7 @@ import numpy as np
 
 from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.sources.sample import Sample, digest
+from argenseg_jax.data.sources.sample import Sample, digest, read_file
 
 
 class ReasonSegSource:
@@ -52,7 +52,7 @@ class ReasonSegSource:
       try:
         label = str(shape["label"]).lower()
         points = tuple((float(x), float(y)) for x, y in shape["points"])
-      except (KeyError, TypeError, ValueError) as error:
+      except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
           f'{file} has a shape without "label" and "points" [[x, y], ...].'
         ) from error
@@ -77,7 +77,7 @@ class ReasonSegSource:
 
 
 def _read(file: pathlib.Path) -> dict[str, Any]:
-  raw = file.read_bytes()
+  raw = read_file(file, "it was there when the split was opened")
   for encoding in (
     "utf-8",
     "cp1252",
@@ -87,8 +87,8 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
       break
     except UnicodeDecodeError:
       continue
-    except json.JSONDecodeError as error:
-      raise DataError(f"{file} is not JSON: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:
+      raise DataError(f"{file} is not JSON: {error}.") from error
   else:
     raise DataError(f"{file} is not UTF-8 text.")
   if not isinstance(record, dict):

@@ -3,6 +3,7 @@
 import io
 import pathlib
 import pickle
+import pickletools
 from typing import Any
 
 from argenseg_jax.data import masks
@@ -23,6 +24,15 @@ class _Builtins(pickle.Unpickler):
     raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
+def _load_plain(raw: bytes) -> Any:
+  """What a pickle holds; its memory is bounded by its length."""
+  for opcode, argument, _ in pickletools.genops(raw):
+    # Python makes room for as many objects as the largest number says.
+    if opcode.name.endswith("PUT") and argument > len(raw):
+      raise pickle.UnpicklingError(f"it numbers an object {argument}")
+  return _Builtins(io.BytesIO(raw), encoding="latin1").load()
+
+
 def read_refs(path: pathlib.Path) -> list[dict[str, Any]]:
   """The references of a `refs(...).p` or `grefs(...).json`.
 
@@ -34,19 +44,36 @@ def read_refs(path: pathlib.Path) -> list[dict[str, Any]]:
     refs = parse_json(raw, str(path), list)
   else:
     try:
-      refs = _Builtins(io.BytesIO(raw), encoding="latin1").load()
+      refs = _load_plain(raw)
     except Exception as error:  # Anything can happen in a broken pickle.
       raise DataError(
         f"{path} is not a pickle of plain lists and dictionaries: {error}."
       ) from error
-  keys = {"ref_id", "ann_id", "image_id", "split", "sentences"}
-  if not isinstance(refs, list) or not all(
-    isinstance(r, dict) and keys <= r.keys() for r in refs
-  ):
+  if not isinstance(refs, list) or not all(map(_is_ref, refs)):
     raise DataError(
-      f"{path} is not a list of references with {', '.join(sorted(keys))}."
+      f"{path} is not a list of references with {', '.join(sorted(_KEYS))}."
     )
   return refs
+
+
+_KEYS = {"ref_id", "ann_id", "image_id", "split", "sentences"}
+
+
+def _is_ref(ref: Any) -> bool:
+  """Numbers and text only where one is needed: what a pickle holds may be
+  shared a thousandfold, and be endless when it is printed."""
+  return (
+    isinstance(ref, dict)
+    and ref.keys() >= _KEYS
+    and isinstance(ref["split"], str)
+    and _is_number(ref["image_id"])
+    and _is_number(ref["ref_id"])
+    and all(map(_is_number, _as_tuple(ref["ann_id"])))
+  )
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int) and abs(value) < 1 << 63
 
 
 class ReferSource:
@@ -91,14 +118,19 @@ class ReferSource:
     coco = parse_json(raw, str(self._instances), dict)
     pictures = {r["image_id"] for r in self._refs}
     wanted = {i for r in self._refs for i in _as_tuple(r["ann_id"])}
-    self._images = {
-      i["id"]: i for i in coco.get("images", ()) if i["id"] in pictures
-    }
-    self._annotations = {
-      a["id"]: a["segmentation"]
-      for a in coco.get("annotations", ())
-      if a["id"] in wanted
-    }
+    try:
+      self._images = {
+        i["id"]: i for i in coco.get("images", ()) if i["id"] in pictures
+      }
+      self._annotations = {
+        a["id"]: a["segmentation"]
+        for a in coco.get("annotations", ())
+        if a["id"] in wanted
+      }
+    except (AttributeError, KeyError, TypeError) as error:
+      raise DataError(
+        f"{self._instances} has a malformed image or annotation ({error})."
+      ) from error
     self.fingerprint = digest(path.read_bytes(), raw, split)
 
   def __len__(self) -> int:
@@ -114,11 +146,13 @@ class ReferSource:
         "does not hold."
       )
     try:
-      expressions = tuple(str(s["sent"]) for s in ref["sentences"])
+      expressions = tuple(s["sent"] for s in ref["sentences"])
       file = below(self.root, picture["file_name"], where)
       size = int(picture["height"]), int(picture["width"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
       raise DataError(f"{where} or its image lacks {error}.") from error
+    if not all(isinstance(text, str) for text in expressions):
+      raise DataError(f"{where} has a sentence that is no text.")
     targets = tuple(
       self._segmentation(number, where)
       for number in _as_tuple(ref["ann_id"])

@@ -71,6 +71,8 @@ class Sample:
 
   def load_image(self, number: int = 0) -> np.ndarray:
     """Decodes a picture to uint8 [h w 3]; DataError when it cannot be."""
+    if number >= len(self.images):
+      raise DataError(f"{self.where} has no picture, which its mask needs.")
     return transforms.decode_image(self.images[number], where=self.where)
 
   def load_seg_mask(self, number: int = 0) -> np.ndarray:
@@ -165,6 +167,8 @@ def read_file(path: pathlib.Path, advice: str) -> bytes:
     raise DataError(
       f"cannot read {path}: {error.strerror}; {advice}."
     ) from error
+  except ValueError as error:  # A name that no file can have.
+    raise DataError(f"cannot read {str(path)!r}: {error}.") from error
 
 
 def parse_json(raw: bytes, where: str, kind: type) -> Any:
@@ -173,8 +177,8 @@ def parse_json(raw: bytes, where: str, kind: type) -> Any:
     value = json.loads(raw.decode("utf-8"))
   except UnicodeDecodeError as error:
     raise DataError(f"{where} is not UTF-8 text.") from error
-  except json.JSONDecodeError as error:
-    raise DataError(f"{where} is not JSON: {error.msg}.") from error
+  except (ValueError, RecursionError) as error:  # Numbers, nesting too long.
+    raise DataError(f"{where} is not JSON: {error}.") from error
   if not isinstance(value, kind):
     noun = "object" if kind is dict else "list"
     raise DataError(f"{where} is not a JSON {noun}.")
@@ -221,9 +225,14 @@ class TfdsRecords:
       path / "dataset_info.json", "give the folder of a prepared data set"
     )
     info = parse_json(raw, str(path / "dataset_info.json"), dict)
-    self._counts = {
-      s["name"]: sum(map(int, s["shardLengths"])) for s in info["splits"]
-    }
+    try:
+      self._counts = {
+        str(s["name"]): sum(map(int, s["shardLengths"])) for s in info["splits"]
+      }
+    except (KeyError, TypeError, ValueError) as error:
+      raise DataError(
+        f"{path / 'dataset_info.json'} has no splits as TFDS writes them."
+      ) from error
     if split not in self._counts:
       raise DataError(
         f"{path} has no split {split!r}; it has {', '.join(self._counts)}."

@@ -9,6 +9,7 @@ from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import (
   Option,
   Sample,
+  below,
   digest,
   parse_json,
   read_file,
@@ -38,8 +39,8 @@ class CocoPanopticSource:
         for c in coco["categories"]
       }
       self._images = {i["id"]: i for i in coco["images"]}
-      self._annotations = coco["annotations"]
-    except (KeyError, TypeError) as error:
+      self._annotations = list(coco["annotations"])
+    except (KeyError, TypeError, AttributeError) as error:
       raise DataError(
         f"{self.path} is not COCO panoptic: it lacks {error}."
       ) from error
@@ -54,11 +55,18 @@ class CocoPanopticSource:
     segments: dict[str, list[int]] = {}
     try:
       picture = self._images[annotation["image_id"]]
-      file = self.root / picture["file_name"]
-      png = self.path.with_suffix("") / annotation["file_name"]
+      file = below(self.root, picture["file_name"], where)
+      labels = self.path.with_suffix("")
+      png = below(labels, annotation["file_name"], where)
       for segment in annotation["segments_info"]:
         name = self._names[segment["category_id"]]
-        segments.setdefault(name, []).append(segment["id"])
+        segments.setdefault(name, []).append(int(segment["id"]))
+    except ValueError as error:
+      if isinstance(error, DataError):
+        raise
+      raise DataError(
+        f"{where} has a segment whose id is no number."
+      ) from error
     except (KeyError, TypeError) as error:
       raise DataError(f"{where} lacks {error}.") from error
     return _semantic(
@@ -91,8 +99,14 @@ class Ade20kSource:
     raw = read_file(self.path / "objectInfo150.txt", "ADE20K's class names")
     self._names = {}
     for line in raw.decode("utf-8", "replace").splitlines()[1:]:
-      number, *_, names = line.split("\t")
-      self._names[int(number)] = names.split(",")[0].strip()
+      number, _, rest = line.partition("\t")
+      names = rest.rpartition("\t")[2]
+      if not (number.strip().isascii() and number.strip().isdecimal()):
+        raise DataError(
+          f"{self.path / 'objectInfo150.txt'} has the line {line[:40]!r}, not "
+          "a number, a tab and names."
+        )
+      self._names[int(number[:9])] = names.split(",")[0].strip()
     listing = "".join(f"{p.name} {p.stat().st_size}\n" for p in self._labels)
     self.fingerprint = digest(raw, listing)
 

@@ -1,0 +1,258 @@
+"""Files made to do harm are refused with a sentence, in bounded memory."""
+
+import io
+import json
+import pickle
+import struct
+import tracemalloc
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from data import layouts
+
+from argenseg_jax import mask_codes
+from argenseg_jax.config import ConfigError, DataConfig
+from argenseg_jax.data import masks, text, transforms
+from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.sources.opening import open_source
+from argenseg_jax.data.sources.refer import read_refs
+from argenseg_jax.torch_weights import tensors
+from argenseg_jax.torch_weights.tensors import WeightsError
+
+
+@pytest.fixture(autouse=True)
+def _bounded_memory():
+  """No test takes more than 64 MB at a time, whatever its file says."""
+  tracemalloc.start()
+  yield
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 64e6
+
+
+class _Calls:
+  def __init__(self, function, *arguments):
+    self._call = function, arguments
+
+  def __reduce__(self):
+    return self._call
+
+
+def _shared_lists():
+  """Forty lists, each twice in the next: endless when printed."""
+  value = []
+  for _ in range(40):
+    value = [value, value]
+  return value
+
+
+@pytest.mark.parametrize(
+  ("raw", "said"),
+  [
+    (pickle.dumps([_Calls(eval, "1/0")]), "asks for builtins.eval"),
+    (pickle.dumps([_Calls(bytearray, 9)]), "asks for builtins.bytearray"),
+    (b"]r\xff\xff\xff\x7f.", "numbers an object"),  # A memo of 16 GB.
+    (b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".", "not a pickle"),
+    (b"\x8d" + struct.pack("<Q", 1 << 40) + b"x.", "not a pickle"),
+    (b"cos\nsystem\n(S'true'\ntR.", "asks for os.system"),
+    (pickle.dumps([{"split": "a"}]), "not a list of references"),
+    (b"(" * 10_000, "not a pickle"),
+  ],
+)
+def test_a_pickle_holds_plain_values_only(raw, said, tmp_path):
+  path = tmp_path / "refs(unc).p"
+  path.write_bytes(raw)
+  with pytest.raises(DataError, match=said):
+    read_refs(path)
+
+
+@pytest.mark.parametrize("field", ["split", "image_id", "ref_id", "ann_id"])
+def test_values_shared_a_thousandfold_are_not_printed(field, tmp_path):
+  path = tmp_path / "refs(unc).p"
+  ref = {"ref_id": 0, "ann_id": 0, "image_id": 0, "split": "train"}
+  ref |= {"sentences": [{"sent": "x"}], field: _shared_lists()}
+  path.write_bytes(pickle.dumps([ref]))
+  with pytest.raises(DataError, match="not a list of references"):
+    read_refs(path)
+
+
+def test_a_sentence_must_be_text(tmp_path):
+  layouts.write("refer", tmp_path)
+  path = tmp_path / "refs(unc).p"
+  refs = pickle.loads(path.read_bytes())
+  refs[0]["sentences"] = [{"sent": _shared_lists()}]
+  path.write_bytes(pickle.dumps(refs))
+  source = open_source(DataConfig(str(path), source="refer"))
+  with pytest.raises(DataError, match="ref_id 0 has a sentence that is no"):
+    source[0]
+
+
+@pytest.mark.parametrize(
+  "name", ["../a.jpg", "/etc/passwd", "x/../../a.jpg", "a\0b", "", 7, None]
+)
+def test_no_record_reads_outside_its_folder(name, tmp_path):
+  folder = tmp_path / "data"
+  folder.mkdir()
+  layouts.picture(tmp_path / "a.jpg", 0)
+  record = {"image": name, "mask": [], "conversations": layouts.chat("a", "b")}
+  chat = layouts.write_lines(folder / "x.jsonl", [record])
+  pair = layouts.write_lines(folder / "y.jsonl", [{"image": name, "text": "a"}])
+  panoptic = folder / "panoptic"
+  layouts.write("coco_panoptic", panoptic)
+  coco = json.loads((panoptic / "panoptic.json").read_text())
+  coco["images"][0]["file_name"] = name
+  coco["annotations"][1]["file_name"] = name
+  (panoptic / "panoptic.json").write_text(json.dumps(coco))
+  for path, source, indices in (
+    (chat, "jsonl", (0,)),
+    (pair, "text_to_image", (0,)),
+    (panoptic / "panoptic.json", "coco_panoptic", (0, 1)),
+  ):
+    if source == "jsonl" and not name and name != 0:
+      continue  # Text alone.
+    for index in indices:
+      with pytest.raises(DataError, match=r"names|cannot read"):
+        _read(open_source(DataConfig(str(path), source=source)), index)
+
+
+def _read(source, index):
+  """Opens every file of a record."""
+  sample = source[index]
+  sample = sample.choose(0) if sample.options else sample
+  for number in range(len(sample.images)):
+    sample.load_image(number)
+  sample.load_seg_mask()
+
+
+def _png(width: int, height: int) -> bytes:
+  """A whole PNG of one colour, 8 bits a pixel: small however large it is."""
+
+  def chunk(kind, data):
+    check = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + check
+
+  packer = zlib.compressobj(9)
+  row = bytes(1 + min(width, 60_000))
+  data = b"".join(packer.compress(row) for _ in range(min(height, 100)))
+  return (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    + chunk(b"IDAT", data + packer.flush())
+    + chunk(b"IEND", b"")
+  )
+
+
+@pytest.mark.parametrize(
+  "raw",
+  [
+    _png(60_000, 60_000),
+    _png(2**31 - 1, 2**31 - 1),
+    b"P5 100000 100000 255\n" + b"a" * 99,
+    b"BM"
+    + struct.pack("<IHHIIiiHH", 99, 0, 0, 54, 40, 60_000, 60_000, 1, 24)
+    + bytes(24),
+  ],
+)
+def test_a_picture_larger_than_any_is_not_decoded(raw):
+  for decode in (transforms.decode_image, transforms.decode_seg_mask):
+    with pytest.raises(DataError, match=r"cannot decode .* \(bytes\)"):
+      decode(raw)
+
+
+def test_a_picture_that_is_a_program_is_not_run():
+  with pytest.raises(DataError, match="not a known picture format"):
+    transforms.decode_image(
+      b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    )
+
+
+@pytest.mark.parametrize(
+  ("stored", "size"),
+  [
+    ({"size": [10**6, 10**6], "counts": [10**12]}, None),
+    ({"size": [-4, -6], "counts": [24]}, None),
+    ({"size": [10**5000, 1], "counts": [1]}, None),
+    ({"size": [4, 6], "counts": "P" * 100_000}, None),
+    ({"size": [4, 6], "counts": 7}, None),
+    ([[0.0, 0.0, 2**31, 5.0, 7.0, 1e9]], (20, 30)),
+    ([[0.0, 0.0, float("nan"), 5.0, 7.0, 9.0]], (20, 30)),
+    ([[0.0, 0.0, 10**400, 5.0, 7.0, 9.0]], (20, 30)),
+    ([[0.0, 0.0, 30.0, 20.0] * 20_000], (20, 30)),
+    ([[0, 0, 9, 9, 9, 0], {}], (20, 30)),
+    ([[0.0, 0.0, 9.0, 9.0, 9.0, 0.0]], (10**6, 10**6)),
+    (masks.Shapes((((0.0, 0.0), (1e300, 1.0)),), (True,)), (20, 30)),
+    (masks.Shapes((((0.0, 0.0), (1.0, 1.0)),), (True,)), (10**6, 10**6)),
+  ],
+)
+def test_a_mask_out_of_range_is_refused(stored, size):
+  with pytest.raises(DataError):
+    masks.load_seg_mask(stored, size=size)
+
+
+@pytest.mark.parametrize("words", ["a" * 1_000_000, "a b " * 250_000])
+def test_a_prompt_of_a_million_characters_is_refused(words):
+  tokenizer = text.TextTokenizer()
+  for turns in (
+    layouts.chat(words, "b"),
+    layouts.chat("a", words),
+    [{"from": "system", "value": words}, *layouts.chat("a", "b")],
+  ):
+    with pytest.raises(DataError, match=r"1000\d\d\d characters is too long"):
+      text.tokenize_chat(tokenizer, turns)
+  with pytest.raises(DataError, match="too long"):
+    text.chat_prompt(layouts.chat(words, "b")[:1])
+
+
+def test_half_a_character_is_refused():
+  turns = layouts.chat("left \ud800 box", "b")  # As JSON may write it.
+  with pytest.raises(DataError, match="half a character"):
+    text.tokenize_chat(text.TextTokenizer(), turns)
+
+
+@pytest.mark.parametrize(
+  "line", ["[" * 100_000, "9" * 5_000, '{"image": ' + "9" * 5_000 + "}", "{}"]
+)
+def test_json_that_no_parser_likes_is_refused(line, tmp_path):
+  path = tmp_path / "x.jsonl"
+  path.write_text(line + "\n")
+  with pytest.raises(DataError, match=r"x.jsonl line 1"):
+    open_source(DataConfig(str(path), source="jsonl"))[0]
+
+
+@pytest.mark.parametrize(
+  ("shape", "offsets"),
+  [
+    ([1 << 62], [0, 1 << 64]),
+    ([1 << 40, 0], [0, 8]),
+    ([10**4000, 0], [0, 0]),
+    ([1] * 1_000, [0, 4]),
+    ([2], [4, 12]),
+  ],
+)
+def test_a_safetensors_header_is_not_believed(shape, offsets, tmp_path):
+  path = tmp_path / "x.safetensors"
+  header = json.dumps(
+    {"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}
+  ).encode()
+  path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+  with pytest.raises(WeightsError, match=r"x.safetensors is damaged"):
+    tensors.SafetensorsFile(path)
+
+
+def test_codes_that_unpack_to_gigabytes_are_not_unpacked(tmp_path):
+  path = tmp_path / "codes.npz"
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with archive.open("codes.npy", "w") as file:
+      for _ in range(40):
+        file.write(bytes(1 << 20))
+    archive.writestr("../../note.npy", b"x")
+  with pytest.raises(ConfigError, match=r"codes.npz is not .* unpacks to 4"):
+    mask_codes.stored(path, (3, 1, 5), 16)
+  for codes in (np.full((3, 1, 5), 16, np.int32), np.zeros(3, object)):
+    file = io.BytesIO()
+    np.savez(file, codes=codes, note="{}")
+    path.write_bytes(file.getvalue())
+    with pytest.raises(ConfigError, match="is not a file of `argenseg data"):
+      mask_codes.stored(path, (3, 1, 5), 16)
