@@ -6,11 +6,16 @@ state, format). Evaluation and prediction read `model` and `meta` only. Its
 manifest tells damage before anything is read (see `integrity`).
 """
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import json
+import math
+import os
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,6 +36,7 @@ from argenseg_jax.models.vqvae import VQVAE
 
 FORMAT = 1
 DAMAGED = "damaged_checkpoints"  # In a work directory: steps put aside.
+_FULL = os.strerror(errno.ENOSPC)
 KEPT = "torch"  # In a work directory: files of a PyTorch folder, for export.
 
 
@@ -44,6 +50,8 @@ class Checkpoints:
   Args:
     workdir: holds them in `checkpoints`.
     keep: how many.
+    keep_every: steps that are multiples of it stay too; 0 keeps none.
+    keep_best: so many with the highest score (see `save`) stay too.
     concurrent_gb: most gigabytes that wait in host memory to be written; no
       single variable may be larger.
   """
@@ -53,6 +61,8 @@ class Checkpoints:
     workdir: str | pathlib.Path,
     *,
     keep: int = 1,
+    keep_every: int = 0,
+    keep_best: int = 0,
     concurrent_gb: float = 96,
   ):
     self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
@@ -68,8 +78,10 @@ class Checkpoints:
         "meta": ocp.JsonCheckpointHandler(),
       },
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
+        preservation_policy=_retention(keep, keep_every, keep_best),
+        best_fn=_score if keep_best else None,
         create=True,
+        cleanup_tmp_directories=True,  # What a killed save has left.
         async_options=ocp.AsyncOptions(post_finalization_callback=self._sign),
       ),
     )
@@ -119,12 +131,19 @@ class Checkpoints:
         integrity.sign(directory)
 
   def save(
-    self, step: int, model: nnx.State, optimizer: Any, meta: dict[str, Any]
+    self,
+    step: int,
+    model: nnx.State,
+    optimizer: Any,
+    meta: dict[str, Any],
+    *,
+    score: float | None = None,
   ) -> None:
     """Starts an asynchronous save; an existing step is left as it is.
 
     Without an `optimizer` (imported weights) the step is a starting point,
-    which `load` opens and `restore` does not.
+    which `load` opens and `restore` does not. A step is among the best only by
+    a finite `score`; higher is better.
     """
     if step in self._manager.all_steps():
       return
@@ -134,9 +153,15 @@ class Checkpoints:
     }
     if optimizer is not None:
       items["optimizer"] = ocp.args.StandardSave(_flat(optimizer))
-    self._manager.wait_until_finished()  # `_sign` of the last save has run.
+    self.wait()  # `_sign` of the last save has run.
     self._saving = step
-    self._manager.save(step, args=ocp.args.Composite(**items))
+    scored = score is not None and math.isfinite(score)
+    with self._writing():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(**items),
+        metrics={"score": float(score)} if scored else None,
+      )
 
   def restore(
     self, step: int, model: nnx.State, optimizer: Any
@@ -152,6 +177,7 @@ class Checkpoints:
       CheckpointError: a leaf is missing, unexpected or of another shape.
     """
     where = self.directory / str(step)
+    _read_meta(where)  # Refuses another format.
     wanted_model = nnx.to_pure_dict(_abstract(model))
     wanted_optimizer = _flat(_abstract(optimizer))
     for name, wanted in (
@@ -172,11 +198,51 @@ class Checkpoints:
     return _with_values(model, restored.model), optimizer, restored.meta
 
   def wait(self) -> None:
-    """Blocks until running saves are on disk; raises what went wrong."""
-    self._manager.wait_until_finished()
+    """Blocks until running saves are on disk.
+
+    Raises:
+      CheckpointError: one could not be written, perhaps to a full disk.
+    """
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    self._manager.close()
+    with self._writing():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # Orbax and TensorStore have kinds of their own.
+      said = str(error).strip() or type(error).__name__
+      if _FULL in said:
+        said = _FULL
+      raise CheckpointError(
+        f"cannot write checkpoint {self.directory / str(self._saving)}: "
+        f"{said.splitlines()[0].rstrip('.')}; earlier ones are as they were. "
+        "Make room or mend the disk and start again."
+      ) from error
+
+
+def _score(metrics: Any) -> float:
+  return metrics["score"]
+
+
+def _retention(keep: int, keep_every: int, keep_best: int):
+  policy = ocp.checkpoint_managers
+  policies = [policy.LatestN(keep)]
+  if keep_every:
+    policies.append(policy.EveryNSteps(keep_every))
+  if keep_best:
+    policies.append(
+      policy.BestN(
+        get_metric_fn=_score,
+        n=keep_best,
+        keep_checkpoints_without_metrics=False,
+      )
+    )
+  return policy.AnyPreservationPolicy(policies)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,21 +349,32 @@ def describe(path: str | pathlib.Path) -> Description:
     CheckpointError: no checkpoint there, or none of this format.
   """
   where = step_directory(path)
-  meta_path = where / "meta" / "metadata"
+  meta = _read_meta(where)
   try:
-    meta = json.loads(meta_path.read_text())
     config = config_lib.from_mapping(ModelConfig, meta["model"])
     task = meta["task"]
-  except (OSError, ValueError, KeyError) as error:
-    raise CheckpointError(
-      f"checkpoint {where} has unreadable meta data ({error})."
-    ) from error
-  if meta.get("format") != FORMAT:
-    raise CheckpointError(
-      f"checkpoint {where} has format {meta.get('format')}, this version reads "
-      f"{FORMAT}."
-    )
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise _unreadable_meta(where, error) from error
   return Description(task, config, meta, where)
+
+
+def _read_meta(step: pathlib.Path) -> dict[str, Any]:
+  try:
+    meta = json.loads((step / "meta" / "metadata").read_text())
+    found = meta.get("format")
+  except (OSError, ValueError, AttributeError, RecursionError) as error:
+    raise _unreadable_meta(step, error) from error
+  if found != FORMAT:
+    raise CheckpointError(
+      f"checkpoint {step} has format {found}, this version reads {FORMAT}."
+    )
+  return meta
+
+
+def _unreadable_meta(step: pathlib.Path, error: Exception) -> CheckpointError:
+  return CheckpointError(
+    f"checkpoint {step} has unreadable meta data ({error})."
+  )
 
 
 def load(

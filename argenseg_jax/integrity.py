@@ -42,13 +42,24 @@ def sign(step: pathlib.Path) -> None:
       name: {"bytes": (step / name).stat().st_size, "sha256": digest}
       for name, digest in zip(names, digests, strict=True)
     }
-  text = json.dumps({"files": entries}, indent=1)
-  new = step / f"{MANIFEST}.new"
+  write_whole(step / MANIFEST, json.dumps({"files": entries}, indent=1))
+
+
+def write_whole(path: pathlib.Path, text: str, *, durable: bool = True) -> None:
+  """Writes a file that is there with all its text, or not at all.
+
+  Args:
+    path: of the file; `PATH.new` is used on the way.
+    text: all of it.
+    durable: wait until it is on disk.
+  """
+  new = path.with_name(f"{path.name}.new")
   with new.open("w") as file:
     file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  new.rename(step / MANIFEST)
+    if durable:
+      file.flush()
+      os.fsync(file.fileno())
+  new.replace(path)
 
 
 def faults(step: pathlib.Path) -> tuple[str, ...]:
@@ -61,7 +72,7 @@ def faults(step: pathlib.Path) -> tuple[str, ...]:
   try:
     if (step / _NOTES).exists():
       json.loads((step / _NOTES).read_text())
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return (f"{_NOTES} is unreadable",)
   files = [(name, (step / name).stat()) for name in _files(step)]
   state = tuple((n, s.st_size, s.st_mtime_ns) for n, s in files)
@@ -77,7 +88,10 @@ def _faults(
     wanted = {n: (e["bytes"], e["sha256"]) for n, e in entries.items()}
   except FileNotFoundError:
     return (f"{MANIFEST} is missing",)
-  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+  except (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    RecursionError,
+  ):
     return (f"{MANIFEST} is unreadable",)
   sizes = {name: size for name, size, _ in state}
   found = {n: f"{n} is missing" for n in wanted.keys() - sizes.keys()}

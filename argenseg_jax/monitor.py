@@ -23,11 +23,23 @@ class MetricsWriter:
     self._warned = False
     if not active:
       return
+    self._end_line()
     try:
       from tensorboardX import SummaryWriter
 
       self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
-    except (ImportError, OSError) as error:
+    except Exception as error:  # Whatever is wrong with it, training goes on.
+      self._warn(error)
+
+  def _end_line(self) -> None:
+    """A kill may have cut the last line off: it must not spoil the next."""
+    try:
+      with self._path.open("rb+") as file:
+        if file.seek(0, 2) and file.seek(-1, 2) + 1 and file.read(1) != b"\n":
+          file.write(b"\n")
+    except FileNotFoundError:
+      pass
+    except OSError as error:
       self._warn(error)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -40,7 +52,7 @@ class MetricsWriter:
       if self._board is not None:
         for name, value in values.items():
           self._board.add_scalar(name, value, step)
-    except OSError as error:
+    except Exception as error:  # TensorBoard's writer raises all kinds.
       self._warn(error)
 
   def _warn(self, error: Exception) -> None:
@@ -50,7 +62,10 @@ class MetricsWriter:
 
   def close(self) -> None:
     if self._board is not None:
-      self._board.close()
+      try:
+        self._board.close()
+      except Exception as error:
+        self._warn(error)
 
 
 class Progress:

@@ -72,5 +72,8 @@ class NonFinite:
       flush=True,
     )
     line = {"step": step, "records": [int(i) for i in records]}
-    with self._path.open("a") as file:
-      file.write(json.dumps(line) + "\n")
+    try:
+      with self._path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    except OSError as error:  # The log is worth less than the run.
+      print(f"{line} is not written: {error}", file=sys.stderr, flush=True)

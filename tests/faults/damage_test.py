@@ -185,3 +185,43 @@ def test_verification_can_be_skipped(workdir, capsys):
   assert cli.main([*arguments, arguments[-1]]) == 2
   assert "--skip_verification" in capsys.readouterr().err
   assert cli.main([*arguments, arguments[-1], "--skip_verification"]) == 0
+
+
+def test_another_format_is_refused_before_anything_is_restored(workdir):
+  step = workdir / "checkpoints" / "2"
+  path = step / "meta" / "metadata"
+  meta = json.loads(path.read_text()) | {"format": 99}
+  path.write_text(json.dumps(meta))
+  integrity.sign(step)
+  with pytest.raises(
+    CheckpointError, match=r"2 has format 99, this version reads 1"
+  ):
+    _restore(workdir)
+
+
+def test_another_shape_or_leaf_is_named(workdir):
+  checkpoints = Checkpoints(workdir, keep=3)
+  for wanted, said in (
+    ({"kernel": jnp.ones((64, 4))}, r"kernel of shape \(64, 3\).*\(64, 4\)"),
+    ({"other": jnp.ones((64, 3))}, r"kernel, which this model has not"),
+  ):
+    state = nnx.State({name: nnx.Param(x) for name, x in wanted.items()})
+    with pytest.raises(CheckpointError, match=said):
+      checkpoints.restore(2, state, (jnp.zeros(2),))
+  checkpoints.close()
+
+
+def test_latest_regular_and_best_steps_are_kept(tmp_path):
+  scores = {1: 0.5, 2: 0.9, 3: float("nan"), 4: 0.1, 5: None, 6: 0.2, 7: 0.3}
+  for _ in range(2):  # A run that goes on knows the scores of before.
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_every=4, keep_best=1)
+    for step, score in scores.items():
+      value = _state(float(step))
+      checkpoints.save(step, value, (jnp.zeros(2),), {}, score=score)
+    checkpoints.wait()
+    checkpoints.close()
+    scores = {8: float("inf"), 9: 0.4}
+  kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+  assert kept == [2, 4, 8, 9]
+  for step in kept:
+    assert integrity.faults(tmp_path / "checkpoints" / str(step)) == ()
