@@ -256,3 +256,34 @@ def test_codes_that_unpack_to_gigabytes_are_not_unpacked(tmp_path):
     path.write_bytes(file.getvalue())
     with pytest.raises(ConfigError, match="is not a file of `argenseg data"):
       mask_codes.stored(path, (3, 1, 5), 16)
+
+
+def test_a_polygon_without_its_picture_is_refused(tmp_path):
+  """Found by fuzzing: it ended the run."""
+  record = {"mask": [[layouts.box(layouts.LEFT)]]}
+  record["conversations"] = layouts.chat("a", "<mask>")
+  path = layouts.write_lines(tmp_path / "x.jsonl", [record])
+  sample = open_source(DataConfig(str(path), source="jsonl"))[0]
+  with pytest.raises(DataError, match="line 1 has no picture"):
+    sample.load_seg_mask()
+
+
+@pytest.mark.parametrize("key", ["annotation", "root", "split"])
+def test_a_meta_file_names_things_by_text(key, tmp_path):
+  """Found by fuzzing."""
+  layouts.write("meta", tmp_path)
+  path = tmp_path / "meta.json"
+  content = json.loads(path.read_text())
+  content["chat"][key] = []
+  path.write_text(json.dumps(content))
+  with pytest.raises(DataError, match=rf"'chat' has {key} \[\], which is no"):
+    open_source(DataConfig(str(path), source="meta"))
+
+
+def test_a_line_of_class_names_without_number_is_named(tmp_path):
+  """Found by fuzzing."""
+  keys = layouts.write("ade20k", tmp_path)
+  with (tmp_path / "objectInfo150.txt").open("a") as file:
+    file.write("sky, heaven\n")
+  with pytest.raises(DataError, match="has the line 'sky, heaven'"):
+    open_source(DataConfig(**keys))
