@@ -88,8 +88,10 @@ def fetch(tree: Any) -> Any:
   return jax.tree.map(one, tree)
 
 
-def stop_requested(step: int, came_here: bool) -> bool:
-  """Whether to stop at this step: SIGTERM here, or at any of several hosts."""
-  if jax.process_count() == 1:
-    return came_here
-  return multihost_utils.reached_preemption_sync_point(step)
+def stop_requested(poll: int) -> bool:
+  """Whether SIGTERM came to any of several hosts; the same answer on all.
+
+  Args:
+    poll: how often this has been asked, counted alike on every host.
+  """
+  return multihost_utils.reached_preemption_sync_point(poll)

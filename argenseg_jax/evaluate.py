@@ -31,6 +31,7 @@ _GAP_BATCHES = 4
 
 OnProgress = Callable[[int, int, str], None]  # done, total, note
 OnRecord = Callable[[dict[str, Any]], None]  # A line of predictions.jsonl.
+OnBatch = Callable[[], None]  # Before each batch; may raise.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Evaluator:
     num_examples: int = 0,
     on_progress: OnProgress | None = None,
     on_record: OnRecord | None = None,
+    on_batch: OnBatch = lambda: None,
     answered: Sequence[dict[str, Any]] = (),
   ) -> SplitResults:
     """Scores every sample once, at the pictures' own sizes.
@@ -94,6 +96,7 @@ class Evaluator:
       max_samples: fewer samples than the config's.
       num_examples: how many examples to return.
       on_progress: called after each batch.
+      on_batch: called before each batch.
       on_record: called with each answered sample, see `predictions.record`.
       answered: records of the first batches, from an interrupted call.
     """
@@ -105,6 +108,7 @@ class Evaluator:
     size = self._config.batch_size
     first = answered[-1]["sample"] // size + 1 if answered else 0
     for batch in _batches(rows, size, total, first=first):
+      on_batch()
       prompts = [
         t[p] for t, p in zip(batch.tokens, batch.is_prompt, strict=True)
       ]
@@ -161,7 +165,11 @@ class Evaluator:
 
 
 def evaluate_checkpoint(
-  config: RunConfig, loaded: checkpoint.Loaded, *, num_examples: int = 0
+  config: RunConfig,
+  loaded: checkpoint.Loaded,
+  *,
+  num_examples: int = 0,
+  on_batch: OnBatch = lambda: None,
 ) -> dict[str, SplitResults]:
   """Scores a run's model on every split of its config, with progress.
 
@@ -169,6 +177,7 @@ def evaluate_checkpoint(
     config: the run.
     loaded: its checkpoint.
     num_examples: how many examples each split returns.
+    on_batch: called before each batch.
   """
   tokenizer = checkpoint.text_tokenizer(loaded)
   rows = rows_lib.make_rows(config.data, "mllm", loaded.config, tokenizer)
@@ -184,6 +193,7 @@ def evaluate_checkpoint(
       split_rows,
       num_examples=num_examples,
       on_progress=lambda done, _, note, bar=bar: bar.update(done, note),
+      on_batch=on_batch,
     )
     bar.close()
   return results

@@ -11,6 +11,7 @@ from flax import nnx
 
 from argenseg_jax import checkpoint, cpu, lock, report, train
 from argenseg_jax import rows as rows_lib
+from argenseg_jax import workdir as workdir_lib
 from argenseg_jax.config import RunConfig
 from argenseg_jax.data.ref_shapes import builder
 from argenseg_jax.evaluate import evaluate_checkpoint, true_seg_mask
@@ -46,7 +47,7 @@ def _run(
   config = dataclasses.replace(
     config, data=dataclasses.replace(config.data, path=str(path))
   )
-  train.claim(config, workdir)
+  workdir_lib.claim(config, workdir)
   with seconds("vqvae"):
     ceiling = train.train(config, "vqvae", workdir / "vqvae")
   with seconds("mllm"):

@@ -4,7 +4,6 @@ import contextlib
 import json
 import pathlib
 import shutil
-import signal
 from typing import Any
 
 import jax
@@ -15,23 +14,23 @@ from flax import nnx
 from argenseg_jax import (
   checkpoint,
   distributed,
-  lock,
-  mask_codes,
+  integrity,
   sharding,
   speed,
   starting,
+  stopping,
   upkeep,
 )
 from argenseg_jax import config as config_lib
 from argenseg_jax import rows as rows_lib
+from argenseg_jax import workdir as workdir_lib
 from argenseg_jax.config import ConfigError, RunConfig
-from argenseg_jax.data import pipeline
-from argenseg_jax.data.curriculum import Curriculum
 from argenseg_jax.evaluate import (
   Evaluator,
   evaluate_checkpoint,
   tokenizer_ceiling,
 )
+from argenseg_jax.goodput import Goodput
 from argenseg_jax.monitor import MetricsWriter, Progress
 from argenseg_jax.non_finite import NonFinite
 from argenseg_jax.optimizer import (
@@ -39,14 +38,12 @@ from argenseg_jax.optimizer import (
   make_optimizer,
   trainable_filter,
 )
+from argenseg_jax.scores import Scores
+from argenseg_jax.train_batches import open_batches
 from argenseg_jax.train_step import TrainState, make_train_step, state_part
+from argenseg_jax.watchdog import Watchdog
 
-INTERRUPTED = 3  # Exit code of a run that was told to stop and has saved.
 DIVERGED = 4  # Exit code of a run whose loss stayed NaN or infinite.
-
-
-class Interrupted(Exception):
-  """SIGTERM came; everything is saved."""
 
 
 def run(
@@ -69,18 +66,22 @@ def run(
   Raises:
     ConfigError: the directory belongs to another config, or a key is wrong.
     DataError: the data changed, or cannot be read.
-    Interrupted: after SIGTERM, once a checkpoint is complete.
+    stopping.Interrupted: after SIGTERM, once a checkpoint is complete.
     Diverged: too many steps in a row had no finite loss.
   """
   workdir = pathlib.Path(workdir)
-  with _held(workdir):
-    return _run(config, workdir, accept_changed_data)
+  grace = config.stage(config.tasks[-1]).train.grace_seconds
+  with workdir_lib.held(workdir), stopping.listening(grace) as stop:
+    return _run(config, workdir, accept_changed_data, stop)
 
 
 def _run(
-  config: RunConfig, workdir: pathlib.Path, accept_changed_data: bool
+  config: RunConfig,
+  workdir: pathlib.Path,
+  accept_changed_data: bool,
+  stop: stopping.Stopping,
 ) -> dict[str, Any]:
-  claim(config, workdir)
+  workdir_lib.claim(config, workdir)
   results, init_from = {}, config.init_from
   for task in config.tasks:
     results[task] = train(
@@ -95,40 +96,14 @@ def _run(
   scored = distributed.agree(scores.exists())
   if "mllm" in config.tasks and not scored:
     loaded = checkpoint.load(workdir / "mllm")
-    splits = evaluate_checkpoint(config, loaded)
+    splits = evaluate_checkpoint(config, loaded, on_batch=stop.check)
     metrics = {split: result.metrics for split, result in splits.items()}
     if distributed.is_main():
-      scores.write_text(json.dumps(metrics, indent=1))
+      integrity.write_whole(scores, json.dumps(metrics, indent=1))
       for split, values in metrics.items():
         print(f"{split}: cIoU {values['ciou']:.3f} gIoU {values['giou']:.3f}")
     distributed.wait_for_all("results")
   return results
-
-
-def _held(workdir: pathlib.Path):
-  """One process of a run locks its work directory for all of them."""
-  if distributed.is_main():
-    return lock.owned(workdir)
-  return contextlib.nullcontext()
-
-
-def claim(config: RunConfig, workdir: pathlib.Path) -> None:
-  """Writes `config.json`; refuses a directory of another config."""
-  path = workdir / "config.json"
-  mine = config_lib.to_dict(config)
-  if path.exists():
-    theirs = json.loads(path.read_text())
-    if theirs != mine:
-      keys = ", ".join(sorted(_differences(theirs, mine))[:5])
-      raise ConfigError(
-        f"work directory {workdir} belongs to another config (it differs in "
-        f"{keys}); give another directory or that config."
-      )
-    return
-  distributed.wait_for_all("claim")  # All have looked before one writes.
-  if distributed.is_main():
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=1))
 
 
 def train(
@@ -155,6 +130,14 @@ def train(
   done = workdir / "results.json"
   if distributed.agree(done.exists()):
     return json.loads(done.read_text())
+  stage = config.stage(task)
+  with stopping.listening(stage.train.grace_seconds) as stop:
+    return _train(config, task, workdir, init_from, accept_changed_data, stop)
+
+
+def _train(config, task, workdir, init_from, accept_changed_data, stop):
+  """`train`, once it is known that there is something to do."""
+  goodput = Goodput()
   workdir.mkdir(parents=True, exist_ok=True)
   main = distributed.is_main()
   stage = config.stage(task)
@@ -187,7 +170,7 @@ def train(
       "tokenizer; add 'vqvae' to mllm.optimizer.frozen."
     )
   vqvae = nnx.merge(graph, variables).vqvae if task == "mllm" else None
-  batches = _batches(config, rows, vqvae, workdir)
+  batches = open_batches(config, rows, vqvae, workdir)
   trains = trainable_filter(stage.optimizer, variables)
   graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
   optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
@@ -210,7 +193,12 @@ def train(
   )(params)
   state = jax.device_put(state._replace(optimizer=moments), shardings)
 
-  checkpoints = checkpoint.Checkpoints(workdir, keep=stage.train.keep)
+  checkpoints = checkpoint.Checkpoints(
+    workdir,
+    keep=stage.train.keep,
+    keep_every=stage.train.keep_every,
+    keep_best=stage.train.keep_best,
+  )
   meta = {
     "task": task,
     "model": config_lib.to_dict(model_config),
@@ -221,12 +209,14 @@ def train(
     batches.set_state(data_state, force=accept_changed_data)
 
   def save(step):
-    checkpoints.save(
-      step,
-      state.variables,
-      _counters(state),
-      meta | {"data": batches.state()},
-    )
+    with goodput.spent("save"), watchdog.paused():
+      checkpoints.save(
+        step,
+        state.variables,
+        _counters(state),
+        meta | {"data": data_state},
+        score=scores(stage.train.best_by),
+      )
 
   make_step = {
     quantize: jax.jit(
@@ -250,21 +240,39 @@ def train(
   )
   pending = None  # Metrics on their way from the device.
   step = int(state.step)
+  data_state = batches.state()  # After `step` steps.
+  scores = Scores()
   pace = speed.Pace(config, task, model_config, mesh, start=step)
   non_finite = NonFinite(
     workdir / "non_finite.jsonl", stage.train.max_skipped, active=main
   )
+  watchdog = Watchdog(
+    workdir, factor=stage.train.stall_factor, process=jax.process_index()
+  )
+  compiled = set()
+  goodput.started()
   with (
-    _stop_on_sigterm() as told_to_stop,
     contextlib.closing(batches),
+    contextlib.closing(watchdog),
     contextlib.closing(checkpoints),  # Waits for a save, whatever happens.
   ):
     while step < stage.train.steps:
-      batch = next(batches)
-      state, metrics = make_step[step >= warm](
-        state, sharding.put_batch(batch, mesh)
-      )
+      try:
+        with goodput.spent("data"), stop.interruptible():
+          batch = next(batches)
+      except stopping.Interrupted:  # While it waited for data.
+        save(step)
+        checkpoints.wait()
+        raise stopping.Interrupted(_stopped_at(step)) from None
+      first = (step >= warm) not in compiled
+      with goodput.spent("compile") if first else contextlib.nullcontext():
+        state, metrics = make_step[step >= warm](
+          state, sharding.put_batch(batch, mesh)
+        )
+      compiled.add(step >= warm)
       step += 1
+      data_state = batches.state()
+      scores.add_loss(metrics["loss"])
       non_finite.note(step, metrics.pop("skipped"), batch.sample_id)
       if task == "vqvae":
         state = upkeep.maintain(config, graph, state, step, rows, mesh)
@@ -272,27 +280,37 @@ def train(
         non_finite.check(step - 1)
         values = _as_floats(jax.device_get(pending))
         values["skipped"] = non_finite.skipped
-        writer.write(step - 1, values | pace(step - 1))
+        writer.write(step - 1, values | pace(step - 1) | goodput())
         bar.update(step - 1, f"loss {values['loss']:.3f}")
         pending = None
       if step % stage.train.log_every == 0:
         pending = metrics
+      watchdog.beat(step)
       last = step == stage.train.steps
       every = stage.train.eval_every
       if task == "mllm" and every and step % every == 0 and not last:
         split = config.eval.splits[0]
-        values = evaluator(
-          state.variables, rows_lib.of_split(rows, split), max_samples=200
-        ).metrics
-        writer.write(step, {f"{split}/{k}": v for k, v in values.items()})
-        bar.update(step, f"{split} cIoU {values['ciou']:.3f}")
+        with (
+          goodput.spent("evaluation"),
+          watchdog.paused(),
+          contextlib.suppress(stopping.Interrupted),  # It saves below.
+        ):
+          values = evaluator(
+            state.variables,
+            rows_lib.of_split(rows, split),
+            max_samples=200,
+            on_batch=stop.check,
+          ).metrics
+          scores.ciou = values["ciou"]
+          writer.write(step, {f"{split}/{k}": v for k, v in values.items()})
+          bar.update(step, f"{split} cIoU {values['ciou']:.3f}")
         pace.pause()
-      stops = distributed.stop_requested(step, told_to_stop())
+      stops = stop.requested()
       if step % stage.train.save_every == 0 or last or stops:
         save(step)
       if stops and not last:
         checkpoints.wait()
-        raise Interrupted(f"stopped at step {step}; a later call goes on.")
+        raise stopping.Interrupted(_stopped_at(step))
     non_finite.check(step)
     checkpoints.wait()
   bar.update(step)
@@ -315,50 +333,14 @@ def train(
   writer.write(step, {f"final/{k}": v for k, v in results.items()})
   writer.close()
   if main:
-    done.write_text(json.dumps(results, indent=1))
+    text = json.dumps(results, indent=1)
+    integrity.write_whole(workdir / "results.json", text)
   distributed.wait_for_all(f"{task} results")
   return results
 
 
-def _batches(config, rows, vqvae, workdir: pathlib.Path):
-  """Training batches of this host. The decoder's (those with a `vqvae`) may
-  hold codes instead of masks and begin with an easier split."""
-  task = "mllm" if vqvae else "vqvae"
-  log = workdir / "bad_records.jsonl"
-  noted = set(log.read_text().splitlines()) if log.exists() else set()
-
-  def note_bad(index, why):
-    line = json.dumps({"record": index, "why": why})
-    if line not in noted:  # By an earlier call of this run.
-      print(f"bad record {index}: {why}", flush=True)
-      noted.add(line)
-      with log.open("a") as file:
-        file.write(line + "\n")
-
-  def iterate(rows, name):
-    if vqvae and config.data.codes:
-      rows = mask_codes.read(rows, vqvae, pathlib.Path(config.data.codes))
-    elif vqvae and config.data.cache_codes:
-      rows = mask_codes.cached(rows, vqvae, workdir / f"codes_{name}.npz")
-    return pipeline.TrainIterator(
-      rows,
-      config.stage(task).train.global_batch_size,
-      host_index=jax.process_index(),
-      host_count=jax.process_count(),
-      on_bad_record=note_bad,
-    )
-
-  main = iterate(rows, "main")
-  steps = config.data.warmup_steps
-  if not (vqvae and steps):
-    return main
-  if config.data.codes:
-    raise ConfigError(
-      "config key 'data.codes' holds the codes of one split; set "
-      "'data.warmup_steps' to 0."
-    )
-  easy = rows_lib.of_split(rows, config.data.warmup_split, evaluation=False)
-  return Curriculum(iterate(easy, "warmup"), main, steps)
+def _stopped_at(step: int) -> str:
+  return f"stopped at step {step}; a later call goes on."
 
 
 def _counters(state: TrainState) -> tuple:
@@ -385,27 +367,6 @@ def _restore(checkpoints, step, state):
   ), meta["data"]
 
 
-@contextlib.contextmanager
-def _stop_on_sigterm():
-  """Yields a function that tells whether SIGTERM came.
-
-  With several processes JAX listens instead (`distributed.stop_requested`).
-  """
-  came = []
-  if jax.process_count() > 1:
-    yield lambda: False
-    return
-  try:
-    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-  except ValueError:  # Not the main thread: nobody sends signals here.
-    yield lambda: False
-    return
-  try:
-    yield lambda: bool(came)
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
 def _as_floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
   values = {}
   for name, value in metrics.items():
@@ -414,13 +375,3 @@ def _as_floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     else:
       values[name] = float(value)
   return values
-
-
-def _differences(a: Any, b: Any, where: str = "") -> list[str]:
-  if isinstance(a, dict) and isinstance(b, dict):
-    found = []
-    for key in a.keys() | b.keys():
-      name = f"{where}.{key}" if where else key
-      found += _differences(a.get(key), b.get(key), name)
-    return found
-  return [] if a == b else [where]

@@ -126,6 +126,18 @@ def _stage(*, learning_rate: float, steps: int, batch: int) -> ConfigDict:
   s.train.eval_every = 0  # 0: only at the end.
   s.train.save_every = 500
   s.train.keep = 2  # Newest checkpoints kept.
+  s.train.keep_every = 0  # Those of every so many steps are kept too; 0: none.
+  s.train.keep_best = 0  # So many of the best are kept too.
+  # What is best: the lowest mean "loss" since the save before, or the highest
+  # "ciou" of an evaluation at that step (see eval_every).
+  s.train.best_by = "loss"
+  # Told to stop (SIGTERM), a run saves at its next step. Where it cannot, it
+  # ends after so many seconds and the last checkpoint counts; 0: it finishes
+  # what it does. Set it below the time that your scheduler grants.
+  s.train.grace_seconds = 30.0
+  # A step that takes this many times the median, and a minute, is reported with
+  # every thread's stack in stacks.txt; 0: none is.
+  s.train.stall_factor = 20.0
   # So many steps in a row without a finite loss or gradient end the run.
   s.train.max_skipped = 20
   s.train.compute_dtype = "bfloat16"

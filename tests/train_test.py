@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from argenseg_jax import checkpoint, integrity, predictions, train
+from argenseg_jax import checkpoint, integrity, predictions, stopping, train
 from argenseg_jax.config import (
   ConfigError,
   MeshConfig,
@@ -102,7 +102,7 @@ def test_resume_is_exact(config, workdir, tmp_path):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train.MetricsWriter, "write", stop_at_three)
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(stopping.Interrupted):
       train.train(config, task, stopped, init_from=init_from)
   assert signal.getsignal(signal.SIGTERM) == original
   assert not (stopped / "results.json").exists()

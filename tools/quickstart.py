@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     help="about how long training may take; fewer give a worse model",
   )
   args = parser.parse_args(argv)
-  from argenseg_jax import cpu, quickstart, train
+  from argenseg_jax import cpu, quickstart, stopping
   from argenseg_jax.config import ConfigError, run_config
 
   if args.minutes <= 0:
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> int:
     results = quickstart.run(
       run, workdir, num_train=num_train, num_eval=num_eval
     )
-  except train.Interrupted as stopped:
+  except stopping.Interrupted as stopped:
     print(f"argenseg quickstart: {stopped}", file=sys.stderr)
-    return train.INTERRUPTED
+    return stopping.INTERRUPTED
   print(summary(results, workdir))
   return 0
 

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
   distributed.initialize(
     values.coordinator, values.num_processes, values.process_id
   )
-  from argenseg_jax import train
+  from argenseg_jax import stopping, train
   from argenseg_jax.non_finite import Diverged
 
   try:
@@ -53,9 +53,9 @@ def main(argv: list[str]) -> int:
       pathlib.Path(values.workdir),
       accept_changed_data=values.accept_changed_data,
     )
-  except train.Interrupted as stopped:
+  except stopping.Interrupted as stopped:
     print(f"argenseg train: {stopped}", file=sys.stderr)
-    return train.INTERRUPTED
+    return stopping.INTERRUPTED
   except Diverged as error:
     print(f"argenseg train: {error}", file=sys.stderr)
     return train.DIVERGED

@@ -1,0 +1,56 @@
+"""A work directory belongs to one config and to one run at a time."""
+
+import contextlib
+import json
+import pathlib
+from typing import Any
+
+from argenseg_jax import config as config_lib
+from argenseg_jax import distributed, integrity, lock
+from argenseg_jax.config import ConfigError, RunConfig
+
+
+def held(workdir: pathlib.Path):
+  """One process of a run locks its work directory for all of them."""
+  if distributed.is_main():
+    return lock.owned(workdir)
+  return contextlib.nullcontext()
+
+
+def claim(config: RunConfig, workdir: pathlib.Path) -> None:
+  """Writes `config.json`; refuses a directory of another config."""
+  path = workdir / "config.json"
+  mine = config_lib.to_dict(config)
+  if path.exists():
+    theirs = _read(path)
+    if theirs != mine:
+      keys = ", ".join(sorted(_differences(theirs, mine))[:5])
+      raise ConfigError(
+        f"work directory {workdir} belongs to another config (it differs in "
+        f"{keys}); give another directory or that config."
+      )
+    return
+  distributed.wait_for_all("claim")  # All have looked before one writes.
+  if distributed.is_main():
+    workdir.mkdir(parents=True, exist_ok=True)
+    integrity.write_whole(path, json.dumps(mine, indent=1))
+
+
+def _read(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_text())
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(
+      f"{path} is damaged ({error}); delete it if the directory is of this "
+      "config."
+    ) from error
+
+
+def _differences(a: Any, b: Any, where: str = "") -> list[str]:
+  if isinstance(a, dict) and isinstance(b, dict):
+    found = []
+    for key in a.keys() | b.keys():
+      name = f"{where}.{key}" if where else key
+      found += _differences(a.get(key), b.get(key), name)
+    return found
+  return [] if a == b else [where]
