@@ -105,7 +105,12 @@ def compile_training(config: RunConfig, task: str, mesh: Mesh) -> Program:
   batch = _placed(batch, jax.tree.map(lambda _: rows, batch))
   step = make_train_step(graph, optimizer, config, task, mesh=mesh)
   return _compile(
-    jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+    jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=(shardings, None),
+      compiler_options=sharding.compiler_options(mesh),
+    ),
     (state, batch),
     mesh,
     {

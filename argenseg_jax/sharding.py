@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from argenseg_jax.config import ConfigError, MeshConfig
-from argenseg_jax.kernels.collectives import scatter_sum
+from argenseg_jax.kernels import collectives
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
@@ -107,6 +107,11 @@ def _arrange(devices, sizes: list[int], slices: int) -> np.ndarray:
 def num_shards(mesh: Mesh) -> int:
   """Into how many parts a batch is split."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+  """XLA's options for a program that gathers and scatters over a mesh."""
+  return collectives.compiler_options(mesh.devices.flat[0].device_kind)
 
 
 def spec(axes: Sequence[str | None]) -> PartitionSpec:
@@ -292,7 +297,7 @@ def _whole_forward(shard, dimension):
 
 
 def _whole_backward(dimension, _, gradient):
-  return (scatter_sum(gradient, "fsdp", dimension),)
+  return (collectives.scatter_sum(gradient, "fsdp", dimension),)
 
 
 _whole.defvjp(_whole_forward, _whole_backward)

@@ -225,6 +225,7 @@ def _train(config, task, workdir, init_from, accept_changed_data, stop):
       ),
       donate_argnums=0,
       out_shardings=(shardings, None),
+      compiler_options=sharding.compiler_options(mesh),
     )
     for quantize in (True, False)
   }

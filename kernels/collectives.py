@@ -1,12 +1,46 @@
-"""Collectives in the form that compilers keep."""
+"""Collectives in the form that compilers keep.
+
+XLA for TPUs turns a reduce-scatter over a whole square or cubic slice (and, in
+three dimensions, an all-gather) into an all-reduce of the whole array. What was
+tried against that, and what came of it, stands in docs/scale.md.
+"""
+
+import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Shaped
 
+from argenseg_jax.kernels import chips, dispatch
+
+# Chips whose SparseCores run collectives over two and three dimensions.
+_OFFLOADS = ("v5p", "v6e", "tpu7x")
+_OFFLOAD = {
+  "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+  "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+  "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+  "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
+  "xla_tpu_prefer_async_allgather_to_allreduce": True,
+}
+
+
+def compiler_options(device_kind: str) -> dict[str, bool]:
+  """XLA's options for programs that gather and scatter over many chips.
+
+  Args:
+    device_kind: JAX's name of the devices that the program is compiled for.
+  """
+  offloads = chips.name_of(device_kind) in _OFFLOADS
+  return dict(_OFFLOAD) if offloads else {}
+
 
 def scatter_sum(
-  x: Shaped[Array, "..."], axis_name: str, dimension: int
+  x: Shaped[Array, "..."],
+  axis_name: str,
+  dimension: int,
+  *,
+  sides: tuple[int, ...] | None = None,
 ) -> Shaped[Array, "..."]:
   """Sum over a mesh axis, of which each device keeps its part of `dimension`.
 
@@ -18,9 +52,40 @@ def scatter_sum(
     x: one addend, whole.
     axis_name: inside `jax.shard_map`; its size divides the dimension.
     dimension: that is scattered.
+    sides: the axis in row-major order of these sides; the sum runs along one
+      side after the other. None takes what the chip in use needs.
   """
-  if dimension == 0:
-    return lax.psum_scatter(x, axis_name, scatter_dimension=0, tiled=True)
+  size = lax.axis_size(axis_name)
+  sides = _sides(size) if sides is None else sides
   before, after = x.shape[:dimension], x.shape[dimension + 1 :]
-  parts = x.reshape(*before, lax.axis_size(axis_name), -1, *after)
-  return lax.psum_scatter(jnp.moveaxis(parts, dimension, 0), axis_name)
+  if dimension:
+    x = jnp.moveaxis(x.reshape(*before, size, -1, *after), dimension, 0)
+  for groups in _groups(sides):
+    x = lax.psum_scatter(
+      x,
+      axis_name,
+      scatter_dimension=0,
+      axis_index_groups=groups,
+      tiled=True,
+    )
+  return x.reshape(*before, -1, *after)
+
+
+def _sides(size: int) -> tuple[int, ...]:
+  """Of an axis over a whole slice. A v5e has no SparseCore to help; from 4 x 4
+  on, its square slices need it."""
+  side = math.isqrt(size)
+  if chips.name_of(dispatch.target().kind) == "v5e" and side * side == size > 4:
+    return (side, side)
+  return (size,)
+
+
+def _groups(sides: tuple[int, ...]) -> list[list[list[int]] | None]:
+  """For each side, the positions along the axis that differ in it alone."""
+  if len(sides) == 1:
+    return [None]  # Everyone.
+  positions = np.arange(math.prod(sides)).reshape(sides)
+  return [
+    np.moveaxis(positions, i, -1).reshape(-1, side).tolist()
+    for i, side in enumerate(sides)
+  ]
