@@ -14,14 +14,14 @@ from jaxtyping import Array, Shaped
 
 from argenseg_jax.kernels import chips, dispatch
 
-# Chips whose SparseCores run collectives over two and three dimensions.
-_OFFLOADS = ("v5p", "v6e", "tpu7x")
+_PLAIN = "v5e"  # The chip without SparseCores.
+_PREFER_GATHERS = {"xla_tpu_prefer_async_allgather_to_allreduce": True}
+# SparseCores run collectives over two and three dimensions.
 _OFFLOAD = {
   "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
   "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
   "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
   "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
-  "xla_tpu_prefer_async_allgather_to_allreduce": True,
 }
 
 
@@ -31,8 +31,10 @@ def compiler_options(device_kind: str) -> dict[str, bool]:
   Args:
     device_kind: JAX's name of the devices that the program is compiled for.
   """
-  offloads = chips.name_of(device_kind) in _OFFLOADS
-  return dict(_OFFLOAD) if offloads else {}
+  name = chips.name_of(device_kind)
+  if name not in chips.TPUS:
+    return {}
+  return _PREFER_GATHERS | (_OFFLOAD if name != _PLAIN else {})
 
 
 def scatter_sum(
@@ -58,7 +60,7 @@ def scatter_sum(
   size = lax.axis_size(axis_name)
   sides = _sides(size) if sides is None else sides
   before, after = x.shape[:dimension], x.shape[dimension + 1 :]
-  if dimension:
+  if dimension or len(sides) > 1:
     x = jnp.moveaxis(x.reshape(*before, size, -1, *after), dimension, 0)
   for groups in _groups(sides):
     x = lax.psum_scatter(
@@ -72,10 +74,11 @@ def scatter_sum(
 
 
 def _sides(size: int) -> tuple[int, ...]:
-  """Of an axis over a whole slice. A v5e has no SparseCore to help; from 4 x 4
-  on, its square slices need it."""
+  """Of an axis over a whole slice: a v5e's square one goes side by side."""
   side = math.isqrt(size)
-  if chips.name_of(dispatch.target().kind) == "v5e" and side * side == size > 4:
+  if (
+    chips.name_of(dispatch.target().kind) == _PLAIN and side * side == size > 4
+  ):
     return (side, side)
   return (size,)
 

@@ -1,4 +1,5 @@
-"""One config on one device, eight devices and two processes: equal losses."""
+"""One config on one device, eight devices, two and four processes: equal
+losses."""
 
 import json
 import os
@@ -64,35 +65,40 @@ def losses(workdir, processes) -> dict[int, float]:
   return {v["step"]: v["loss"] for v in values if "loss" in v}
 
 
-def test_loss_curves_are_equal(data, tmp_path):
-  one = tmp_path / "one"
-  expected = losses(one, [start(data, one, 1)])
-  assert len(expected) == 4  # Fetched one step late, but for the last.
-
-  eight = tmp_path / "eight"
-  split = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
-  found = {"eight": losses(eight, [start(data, eight, 8, *split)])}
-
-  two = tmp_path / "two"
+def start_together(data, workdir, processes, *arguments):
+  """One device a process."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  found["two"] = losses(
-    two,
-    [
-      start(
-        data,
-        two,
-        1,
-        f"--coordinator={address}",
-        "--num_processes=2",
-        f"--process_id={i}",
-      )
-      for i in range(2)
-    ],
+  return [
+    start(
+      data,
+      workdir,
+      1,
+      f"--coordinator={address}",
+      f"--num_processes={processes}",
+      f"--process_id={i}",
+      *arguments,
+    )
+    for i in range(processes)
+  ]
+
+
+def test_loss_curves_are_equal(data, tmp_path):
+  one, eight, two, four = (
+    tmp_path / n for n in ("one", "eight", "two", "four")
   )
-  for curve in found.values():
-    assert curve == pytest.approx(expected, abs=1e-5)
+  expected = losses(one, [start(data, one, 1)])
+  assert len(expected) == 4  # Fetched one step late, but for the last.
+  split = ("--config.mesh.data=2", "--config.mesh.fsdp=-1")
+  found = {
+    "eight": losses(eight, [start(data, eight, 8, *split)]),
+    "two": losses(two, start_together(data, two, 2)),
+    # Parameters and moments are split between the processes.
+    "four": losses(four, start_together(data, four, 4, *split)),
+  }
+  for name, curve in found.items():
+    assert curve == pytest.approx(expected, abs=1e-5), name
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,11 @@ def test_fsdp_gives_loss_and_gradients_of_one_device(over_fsdp, one_device):
 
 @pytest.mark.parametrize(
   ("sizes", "slices", "turns", "remat"),
-  [((2, 2, 2), 1, 2, "dots"), ((2, 2, 1), 2, 1, "none")],
+  [
+    ((1, 1, 2), 1, 1, "full"),
+    ((2, 2, 2), 1, 2, "dots"),
+    ((2, 2, 1), 2, 1, "none"),
+  ],
 )
 def test_mixed_meshes_give_loss_and_gradients_of_one_device(
   sizes, slices, turns, remat, one_device

@@ -1,11 +1,15 @@
 """Sums that are scattered, in one go and side by side."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from argenseg_jax import hlo, sharding, topology
+from argenseg_jax.config import MeshConfig
 from argenseg_jax.kernels import collectives
 
 
@@ -33,7 +37,39 @@ def test_each_device_keeps_its_part_of_the_sum(sides, dimension):
   np.testing.assert_allclose(scattered, addends.sum(0), rtol=1e-5, atol=1e-5)
 
 
-def test_only_chips_with_sparse_cores_get_options():
+def test_options_are_for_tpus_and_the_offload_for_sparse_cores():
   assert collectives.compiler_options("cpu") == {}
-  assert collectives.compiler_options("TPU v5 lite") == {}
-  assert all(collectives.compiler_options("TPU v5p").values())
+  assert collectives.compiler_options("NVIDIA H200") == {}
+  plain = collectives.compiler_options("TPU v5 lite")
+  assert not any("sparse_core" in name for name in plain)
+  for kind in ("TPU v5p", "TPU v6 lite", "TPU7x"):
+    assert plain.items() < collectives.compiler_options(kind).items()
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+@pytest.mark.parametrize("name", ["v5e:4x4", "v5e:2x4", "v5p:2x2x2"])
+def test_no_whole_sum_on_a_described_tpu(name):
+  """Without help the first and the last of these all-reduce."""
+  described = topology.parse(name)
+  topology.prepare(described)
+  mesh = sharding.make_mesh(MeshConfig(1, -1, 1), topology.devices(described))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  whole = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16, sharding=everywhere)
+  with jax.set_mesh(mesh):
+    scatter = jax.shard_map(
+      lambda x: collectives.scatter_sum(2 * x, "fsdp", 0),
+      mesh=mesh,
+      in_specs=PartitionSpec(),
+      out_specs=PartitionSpec("fsdp"),
+      check_vma=False,
+    )
+    compiled = (
+      jax.jit(scatter, compiler_options=sharding.compiler_options(mesh))
+      .lower(whole)
+      .compile()
+    )
+  found = hlo.collectives(compiled.as_text())
+  assert {c.kind for c in found} == {"reduce-scatter"}
+  assert max(c.size for c in found) == 4096 * 1024 * 2
