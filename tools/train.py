@@ -38,6 +38,11 @@ def main(argv: list[str]) -> int:
   config = parse(values, argv)
   if not values.workdir:
     raise ConfigError("give a work directory: --workdir=DIR.")
+  if "://" in values.workdir:  # As a path, it would be a folder of that name.
+    raise ConfigError(
+      f"work directory {values.workdir} is an address; mount the bucket on "
+      "every host and give the path (docs/pods.md)."
+    )
   from argenseg_jax import cpu, distributed
 
   cpu.use_all_cores(config)
