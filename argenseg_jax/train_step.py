@@ -334,7 +334,8 @@ def make_train_step(
         batch.sample_weight,
         model.scales,
       )
-    split = gradients if mesh.size == 1 else sharded_gradients
+    whole = sharding.num_shards(mesh) == 1  # XLA does `tensor` by itself.
+    split = gradients if whole else sharded_gradients
     grads, sums = split(state.params, state.fixed, batch, noise, counts)
     usage = state.usage
     if task == "mllm":
