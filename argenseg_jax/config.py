@@ -146,6 +146,9 @@ class DataConfig:
   max_masks: int = 1
   pack: int = 1  # Samples of a row in training.
   pad_square: bool = False  # Keep the aspect of pictures and masks.
+  # Above 0: in training, pictures pass through JPEG of a quality drawn from
+  # this one to 100.
+  jpeg_quality: int = 0
   resize: Literal["pillow", "opencv"] = "pillow"
   seed: int = 0  # Of the order and of all random choices.
   workers: int = 0  # Processes that make batches; 0: threads of this one.

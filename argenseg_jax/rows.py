@@ -29,6 +29,15 @@ def make_rows(
       f"config key 'data.mask_side' is {data.mask_side}, but the model's image "
       f"tokenizer takes {model.vqvae.image_side}."
     )
+  if not 0 <= data.jpeg_quality <= 100:
+    raise ConfigError(
+      f"config key 'data.jpeg_quality' is {data.jpeg_quality}; use 0 to 100."
+    )
+  if data.jpeg_quality and data.cache:
+    raise ConfigError(
+      "config key 'data.jpeg_quality' gives another picture at each visit; set "
+      "'data.cache' to False."
+    )
   if data.pack < 1:
     raise ConfigError(f"config key 'data.pack' is {data.pack}; use 1 or more.")
   if task == "vqvae":

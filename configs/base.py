@@ -47,6 +47,9 @@ def get_config() -> ConfigDict:
   # Samples that the decoder trains on in one row, each blind to the others.
   c.data.pack = 1
   c.data.pad_square = False  # Keep the aspect of pictures and masks.
+  # Above 0: in training, pictures pass through JPEG of a quality drawn from
+  # this one to 100.
+  c.data.jpeg_quality = 0
   c.data.resize = "pillow"  # Exact for released weights; "opencv" is faster.
   c.data.seed = 0  # Of the order and the choice of expressions.
   c.data.workers = 0  # Processes that make batches; 0: threads.

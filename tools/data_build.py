@@ -4,6 +4,7 @@ import dataclasses
 import os
 
 from argenseg_jax.data import building
+from argenseg_jax.data.sources.array_record import Resizing
 from argenseg_jax.data.sources.opening import open_source
 from argenseg_jax.monitor import Progress
 from argenseg_jax.tools import data as data_tool
@@ -26,6 +27,20 @@ def main(argv: list[str]) -> int:
     default=0.1,
     help="more bad records stop the build; fewer are left out and named",
   )
+  parser.add_argument(
+    "--resize_pictures",
+    action="store_true",
+    help="store the pixels that data.image_side, data.resize and "
+    "data.pad_square of the config make of each picture, three bytes a pixel: "
+    "training decodes nothing. For training, not for evaluation",
+  )
+  parser.add_argument(
+    "--beam",
+    default=None,
+    metavar="OPTIONS",
+    help="write shards on many machines with Apache Beam, which needs the "
+    'extra [beam]; options of the pipeline, such as "--runner=DirectRunner"',
+  )
   args, config_flags = parser.parse_known_args(argv)
   settings = data_tool.settings(config_flags)
   data = data_tool.one_source(settings.data, args)
@@ -41,6 +56,8 @@ def main(argv: list[str]) -> int:
       records_per_shard=max(args.records_per_shard, 1),
       workers=args.workers,
       max_bad_share=args.max_bad_share,
+      resizing=Resizing.of(data) if args.resize_pictures else None,
+      beam=args.beam,
       on_progress=bar.update,
     )
   finally:

@@ -11,9 +11,11 @@ import json
 import multiprocessing
 import pathlib
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from argenseg_jax.data import beam_building
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources import array_record
 from argenseg_jax.data.sources.sample import Source
@@ -36,6 +38,8 @@ def build(
   records_per_shard: int = 1_000,
   workers: int = 1,
   max_bad_share: float = 0.1,
+  resizing: array_record.Resizing | None = None,
+  beam: str | None = None,
   on_progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Built]:
   """Writes `folder` for `ArrayRecordSource`; the work is kept in
@@ -48,6 +52,8 @@ def build(
     records_per_shard: records of a file, before bad ones are left out.
     workers: processes.
     max_bad_share: the build stops when more of a split's records are bad.
+    resizing: store resized pixels of pictures, not their own bytes.
+    beam: write shards with Apache Beam, with these options of its pipeline.
     on_progress: called with how many records of all splits are done.
 
   Raises:
@@ -59,15 +65,20 @@ def build(
     raise DataError(f"{folder} exists; give another folder or remove it.")
   work = folder.with_name(f"{folder.name}.incomplete")
   plan = {split: source.fingerprint for split, source in sources.items()}
-  _begin(work, {"sources": plan, "records_per_shard": records_per_shard})
+  sizes = resizing and resizing._asdict()
+  settings = {"records_per_shard": records_per_shard, "resizing": sizes}
+  _begin(work, {"sources": plan, **settings})
   jobs = [
     (split, number, first, min(first + records_per_shard, len(source)))
     for split, source in sources.items()
     for number, first in enumerate(range(0, len(source), records_per_shard))
   ]
+  if beam is not None:
+    _write_with_beam(sources, work, resizing, jobs, beam)
   shards: dict[str, dict[int, dict]] = {split: {} for split in sources}
   done = 0
-  for (split, number, first, stop), shard in _run(sources, work, jobs, workers):
+  ran = _run(sources, (work, resizing), jobs, workers)
+  for (split, number, first, stop), shard in ran:
     shards[split][number] = shard
     done += stop - first
     on_progress(done)
@@ -82,7 +93,7 @@ def build(
     split: [found[number] for number in sorted(found)]
     for split, found in shards.items()
   }
-  _finish(work, folder, plan, ordered)
+  _finish(work, folder, plan, sizes, ordered)
   return {
     split: Built(
       sum(s["records"] for s in found),
@@ -98,24 +109,24 @@ def _begin(work: pathlib.Path, plan: dict[str, Any]) -> None:
     if json.loads(note.read_text()) != plan:
       raise DataError(
         f"{work} holds an interrupted build of other data or with another "
-        "number of records a shard; remove it."
+        "number of records a shard or size of pictures; remove it."
       )
     return
   work.mkdir(parents=True, exist_ok=True)
   _write(note, json.dumps(plan).encode())
 
 
-def _run(sources, work, jobs, workers: int):
+def _run(sources, given: tuple, jobs, workers: int):
   """Yields each job with what its shard holds, in the order of completion."""
   if workers <= 1:
     for job in jobs:
-      yield job, _write_shard(sources[job[0]], work, *job)
+      yield job, _write_shard(sources[job[0]], *given, *job)
     return
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(
     workers, context, _set_sources, (dict(sources),)
   ) as pool:
-    running = {pool.submit(_work, work, job): job for job in jobs}
+    running = {pool.submit(_work, given, job): job for job in jobs}
     try:
       for future in concurrent.futures.as_completed(running):
         yield running[future], future.result()
@@ -135,32 +146,60 @@ def _set_sources(sources: dict[str, Source]) -> None:
   _sources.update(sources)
 
 
-def _work(work: pathlib.Path, job: tuple[str, int, int, int]) -> dict:
-  return _write_shard(_sources[job[0]], work, *job)
+def _work(given: tuple, job: tuple[str, int, int, int]) -> dict:
+  return _write_shard(_sources[job[0]], *given, *job)
+
+
+def _write_with_beam(sources, work, resizing, jobs, options: str) -> None:
+  """Writes what is missing, so that the rest of the build finds it."""
+
+  def missing():
+    return [job for job in jobs if not _shard(work, *job[:2])[1].is_file()]
+
+  def write(job):
+    _write_shard(sources[job[0]], work, resizing, *job)
+
+  beam_building.run(write, missing(), options)
+  if left := missing():
+    raise DataError(
+      f"Beam's workers left {len(left)} shards of {work} unwritten; all must "
+      "see that folder."
+    )
+
+
+def _shard(
+  work: pathlib.Path, split: str, number: int
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """A shard's file, and the note that says that it is complete."""
+  path = work / f"{split}-{number:05d}"
+  return path, path.with_suffix(".json")
 
 
 def _write_shard(
   source: Source,
   work: pathlib.Path,
+  resizing: array_record.Resizing | None,
   split: str,
   number: int,
   first: int,
   stop: int,
 ) -> dict[str, Any]:
   """Writes records first..stop-1, unless they are there; what they are."""
-  path = work / f"{split}-{number:05d}"
-  note = path.with_suffix(".json")
+  path, note = _shard(work, split, number)
   if note.is_file() and path.is_file():
     return json.loads(note.read_text())
   from array_record.python.array_record_module import ArrayRecordWriter
 
   serialize, content = _serializer(), hashlib.sha256()
   records, num_bytes, faults, options = 0, 0, [], False
-  writer = ArrayRecordWriter(str(path), "group_size:1")
+  # Pictures are compressed already, or are to be read without any work.
+  # Under a name of its own: Beam may let two machines write one shard.
+  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+  writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
   for index in range(first, stop):
     try:
       sample = source[index]
-      record = array_record.encode(sample)
+      record = array_record.encode(sample, resizing)
     except DataError as error:
       faults.append(f"record {index}: {error}")
       continue
@@ -172,6 +211,7 @@ def _write_shard(
     records, num_bytes = records + 1, num_bytes + len(encoded)
     options = options or bool(sample.options)
   writer.close()
+  partial.rename(path)
   shard = {
     "records": records,
     "bytes": num_bytes,
@@ -201,7 +241,7 @@ def _serializer() -> Callable[[dict[str, Any]], bytes]:
   return lambda record: made.serialize_example(features.encode_example(record))
 
 
-def _finish(work, folder, plan, shards: dict[str, list[dict]]) -> None:
+def _finish(work, folder, plan, sizes, shards: dict[str, list[dict]]) -> None:
   """Names the shards as TFDS does, writes its notes and ours."""
   import tensorflow_datasets as tfds
 
@@ -232,6 +272,7 @@ def _finish(work, folder, plan, shards: dict[str, list[dict]]) -> None:
     note[split] = {
       "source": plan[split],
       "options": any(s["options"] for s in found),
+      "resizing": sizes,
       "left_out": sum(len(s["faults"]) for s in found),
       "shards": [s["digest"] for s in filled],
     }
@@ -252,6 +293,6 @@ def _finish(work, folder, plan, shards: dict[str, list[dict]]) -> None:
 
 def _write(path: pathlib.Path, content: bytes) -> None:
   """All of it or nothing."""
-  partial = path.with_name(f"{path.name}.partial")
+  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
   partial.write_bytes(content)
   partial.rename(path)

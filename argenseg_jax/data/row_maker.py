@@ -1,6 +1,7 @@
 """From one sample to one row of a batch, and from rows to a batch."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -192,7 +193,7 @@ class RowMaker:
           f"{config.max_images}."
         )
       for i in range(len(sample.images)):
-        row.images[i], size = self._image(sample, i)
+        row.images[i], size = self._image(sample, i, rng)
       if len(sample.images) == 1:  # Else: of which picture is the mask?
         sample = sample.sized(size)
     row.mask_valid[: len(sample.seg_masks)] = True
@@ -231,19 +232,22 @@ class RowMaker:
     return self.source[index] if found is None else found
 
   def _image(
-    self, sample: Sample, number: int
-  ) -> tuple[np.ndarray, tuple[int, int]]:
+    self, sample: Sample, number: int, rng: np.random.Generator | None
+  ) -> tuple[np.ndarray, tuple[int, int] | None]:
     """A picture as the model takes it, and its own height and width."""
 
     def make():
       pixels = sample.load_image(number)
+      if self.config.jpeg_quality and rng is not None:
+        quality = rng.integers(self.config.jpeg_quality, 101)
+        pixels = transforms.degrade(pixels, int(quality))
       resized = transforms.resize_image(
         pixels,
         self.config.image_side,
         backend=self.config.resize,
         pad_square=self.config.pad_square,
       )
-      return resized, pixels.shape[:2]
+      return resized, sample.size if sample.resized else pixels.shape[:2]
 
     return self._cached(("image", sample.image_keys[number]), make)
 
@@ -286,11 +290,16 @@ class RowMaker:
       self._cache[key] = make()
     return self._cache[key]
 
+  @functools.cached_property
+  def _padding(self) -> text.TextRow:
+    """A row without text, shared: nobody writes into it."""
+    length = self.config.sequence_length
+    return text.text_row((), length, self.tokenizer.token_ids)
+
   def _empty(self, index: int) -> Batch:
     c = self.config
-    row = text.text_row((), c.sequence_length, self.tokenizer.token_ids)
     return Batch(
-      **vars(row),
+      **vars(self._padding),
       images=np.zeros((c.max_images, c.image_side, c.image_side, 3), np.uint8),
       seg_masks=np.zeros(
         (c.max_masks, c.mask_side, c.mask_side, c.mask_channels), np.uint8

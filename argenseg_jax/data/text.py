@@ -236,10 +236,8 @@ class Tokenized:
     if excess <= 0:
       return self
     kept = np.ones(len(self), np.bool_)
-    whole = np.isin(
-      self.ids,
-      (token_ids.img_start, token_ids.img_context, token_ids.img_end),
-    ) | (self.labels == token_ids.mask_context)
+    whole = _of_picture(self.ids, token_ids)
+    whole |= self.labels == token_ids.mask_context
     if (self.labels[:length] != IGNORE_LABEL).any() and not whole[
       length:
     ].any():
@@ -290,7 +288,6 @@ def tokenize_chat(
   requests = [np.zeros(len(pieces[0]), np.int32)]
   assistant = len(tokenizer.encode("<|im_start|>assistant\n"))
   user = len(tokenizer.encode("<|im_start|>user\n"))
-  pictures = (special.img_start, special.img_context, special.img_end)
   human_turns = 0
   for role, text in _chat_blocks(turns, image_tokens, system_message):
     if role == "gpt":
@@ -306,11 +303,20 @@ def tokenize_chat(
       human_turns += 1
       end = np.flatnonzero(ids == special.im_end)[-1]
       request[user:end] = human_turns
-      request[np.isin(ids, pictures)] = 0
+      request[_of_picture(ids, special)] = 0
     pieces.append(ids)
     labels.append(label)
     requests.append(request)
   return Tokenized(*map(np.concatenate, (pieces, labels, requests)))
+
+
+def _of_picture(ids: np.ndarray, special: TokenIds) -> np.ndarray:
+  """Which tokens stand for a picture, bool."""
+  return (
+    (ids == special.img_context)
+    | (ids == special.img_start)
+    | (ids == special.img_end)
+  )
 
 
 def chat_prompt(

@@ -9,6 +9,7 @@ does with it.
 import contextlib
 import io
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -42,6 +43,7 @@ _FORMATS = (
 )
 
 _PILLOW = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
+_PPM = re.compile(rb"P6\n([1-9]\d{0,5}) ([1-9]\d{0,5})\n255\n")
 _OPENCV = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}
 
 
@@ -56,6 +58,9 @@ def decode_image(
     DataError: missing, truncated, not a picture, or of more than MAX_PIXELS.
   """
   data, name = read_encoded(stored, where)
+  pixels = _pixels(data)
+  if pixels is not None:
+    return pixels
   with _opened(data, "picture", name) as picture:
     if _is_whole(data):
       with contextlib.suppress(cv2.error):
@@ -92,6 +97,33 @@ def _opened(data: bytes, what: str, name: str) -> Iterator[Image.Image]:
     raise _undecodable(what, name, error) from error
 
 
+def degrade(
+  pixels: UInt8[np.ndarray, "h w 3"], quality: int
+) -> UInt8[np.ndarray, "h w 3"]:
+  """A picture after JPEG of some quality (0..100), as training may see it."""
+  bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+  _, jpeg = cv2.imencode(".jpg", bgr, (cv2.IMWRITE_JPEG_QUALITY, quality))
+  return cv2.imdecode(jpeg, cv2.IMREAD_COLOR_RGB)
+
+
+def encode_pixels(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
+  """A picture as PPM: `decode_image` copies nothing and computes nothing."""
+  height, width = pixels.shape[:2]
+  return b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes()
+
+
+def _pixels(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
+  """What `encode_pixels` was given; None for any other picture."""
+  header = _PPM.match(data)
+  if header is None:
+    return None
+  width, height = map(int, header.groups())
+  if len(data) != header.end() + 3 * width * height:
+    return None
+  flat = np.frombuffer(data, np.uint8, offset=header.end())
+  return flat.reshape(height, width, 3)
+
+
 def resize(
   pixels: UInt8[np.ndarray, "..."],
   size: tuple[int, int],
@@ -100,8 +132,10 @@ def resize(
   backend: Backend = "pillow",
 ) -> UInt8[np.ndarray, "..."]:
   """Resizes [h w] or [h w 3] to `size` (height, width), without keeping the
-  aspect."""
+  aspect. What has the size already is given back itself."""
   height, width = size
+  if pixels.shape[:2] == size:
+    return pixels
   if backend == "opencv":
     shrinks = height < pixels.shape[0] and width < pixels.shape[1]
     # OpenCV's own filters do not widen when they shrink; area averaging does.

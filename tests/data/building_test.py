@@ -1,6 +1,7 @@
 """Packed records give the rows of the source that they were packed from."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from argenseg_jax.data import building, text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.pipeline import TrainIterator
 from argenseg_jax.data.row_maker import RowMaker
-from argenseg_jax.data.sources import sample
+from argenseg_jax.data.sources import array_record, sample
 from argenseg_jax.data.sources.opening import open_source
 
 TOKENIZER = text.TextTokenizer()
@@ -157,3 +158,53 @@ def test_bad_records_are_left_out_up_to_a_share(tmp_path):
     True,
     False,
   ]
+
+
+def test_resized_pictures_are_what_the_rows_would_hold(tmp_path):
+  config = _config("refer", tmp_path / "from")
+  rows, out = _rows(config), tmp_path / "packed"
+  building.build(
+    {"train": rows.source}, out, resizing=array_record.Resizing.of(config)
+  )
+  packed = _rows(_packed(config, out))
+  stored = packed.source[0]
+  assert stored.load_image().shape == (16, 16, 3)
+  assert stored.size == layouts.SIZE
+  for a, b in zip(
+    next(TrainIterator(rows, 6)), next(TrainIterator(packed, 6)), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+  for changes in (
+    {"image_side": 8},
+    {"resize": "opencv"},
+    {"pad_square": True},
+    {"jpeg_quality": 75},
+  ):
+    other = dataclasses.replace(packed.config, **changes)
+    with pytest.raises(DataError, match="built with --resize_pictures for "):
+      open_source(other)
+    open_source(dataclasses.replace(other, max_images=0))  # Masks alone.
+  with pytest.raises(DataError, match="pack the source that they came from"):
+    building.build({"train": packed.source}, tmp_path / "again")
+
+
+def test_beam_writes_the_same_shards(tmp_path):
+  pytest.importorskip("apache_beam")
+  config = _config("refer", tmp_path / "from")
+  sources = {
+    split: open_source(dataclasses.replace(config, split=split))
+    for split in ("train", "val")
+  }
+  beam = "--runner=DirectRunner --direct_num_workers=1"
+  for name, options in (("here", None), ("there", beam)):
+    building.build(sources, tmp_path / name, records_per_shard=1, beam=options)
+  _assert_same_folders(tmp_path / "here", tmp_path / "there")
+  with pytest.raises(DataError, match="no pipeline option '--runer=x'"):
+    building.build(sources, tmp_path / "no", beam="--runer=x")
+
+
+def test_beam_is_an_extra(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "apache_beam", None)
+  config = _config("refer", tmp_path / "from")
+  with pytest.raises(DataError, match=r"pip install .*\[beam\]"):
+    building.build({"train": open_source(config)}, tmp_path / "no", beam="")

@@ -279,6 +279,21 @@ def test_answers_describe_the_target(config):
   assert "data.answer" in rows(0).error
 
 
+def test_jpeg_quality_is_drawn_in_training_alone(config):
+  rows, plain = _rows(config, jpeg_quality=20), _rows(config)
+  (batch,) = _take(pipeline.TrainIterator(rows, 8), 1)
+  (wanted,) = _take(pipeline.TrainIterator(plain, 8), 1)
+  off = np.abs(batch.images.astype(int) - wanted.images).mean((1, 2, 3, 4))
+  assert (off > 0).all()
+  assert (off < 20).all()
+  assert len(set(off)) > 1
+  for name in ("seg_masks", "sample_id"):
+    np.testing.assert_array_equal(getattr(batch, name), getattr(wanted, name))
+  _assert_same(next(pipeline.TrainIterator(rows, 8)), batch)
+  asked = [next(pipeline.eval_batches(r, 4)) for r in (rows, plain)]
+  _assert_same(*asked)
+
+
 def test_masks_alone_for_the_image_tokenizer(config):
   rows = _rows(config, sequence_length=0, max_images=0)
   (batch,) = _take(pipeline.TrainIterator(rows, 8), 1)

@@ -87,6 +87,24 @@ def test_missing_pictures_are_named(tmp_path):
     transforms.decode_image(tmp_path / "no.jpg")
 
 
+def test_pixels_are_kept_as_they_are():
+  encoded = transforms.encode_pixels(PICTURE)
+  np.testing.assert_array_equal(transforms.decode_image(encoded), PICTURE)
+  other_readers = np.array(Image.open(io.BytesIO(encoded)))
+  np.testing.assert_array_equal(other_readers, PICTURE)
+  assert transforms.resize(PICTURE, (60, 80)) is PICTURE
+  for broken in (encoded[:-1], encoded[:9]):
+    with pytest.raises(DataError, match="cannot decode picture"):
+      transforms.decode_image(broken)
+
+
+def test_degraded_pictures_are_jpegs_of_them():
+  fine = transforms.degrade(PICTURE, 100).astype(np.int32)
+  rough = transforms.degrade(PICTURE, 10).astype(np.int32)
+  assert np.abs(fine - PICTURE).mean() < 2
+  assert np.abs(rough - PICTURE).mean() > 2 * np.abs(fine - PICTURE).mean()
+
+
 @pytest.mark.parametrize("size", [(40, 40), (33, 100), (100, 120)])
 def test_opencv_comes_close_to_pillow(size):
   exact = transforms.resize(PICTURE, size)

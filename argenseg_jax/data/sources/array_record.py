@@ -1,11 +1,14 @@
 """Samples packed into ArrayRecord files, see `argenseg_jax.data.building`."""
 
+import functools
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
+import numpy as np
 
+from argenseg_jax.config import DataConfig
 from argenseg_jax.data import transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import (
@@ -20,7 +23,20 @@ from argenseg_jax.data.sources.sample import (
 
 # Beside TFDS' own files: where the records came from, and their digests.
 NOTE = "source.json"
+_FIELDS = ("meta", "images", "seg_masks")
 _PLAIN = ("dataset", "request", "description", "target", "kind", "where")
+
+
+class Resizing(NamedTuple):
+  """How pictures were resized before they were stored."""
+
+  image_side: int
+  resize: transforms.Backend
+  pad_square: bool
+
+  @classmethod
+  def of(cls, config: DataConfig) -> "Resizing":
+    return cls(config.image_side, config.resize, config.pad_square)
 
 
 class ArrayRecordSource:
@@ -35,11 +51,13 @@ class ArrayRecordSource:
     self.path = pathlib.Path(path)
     note = self.path / NOTE
     raw = read_file(note, "give a folder that `argenseg data build` wrote")
-    self._records = TfdsRecords(self.path, split)
+    self._records = _Records(self.path, split)
     splits = parse_json(raw, str(note), dict)
     try:
       self.has_options = bool(splits[split]["options"])
-    except (KeyError, TypeError) as error:
+      resizing = splits[split].get("resizing")
+      self.resizing = resizing and Resizing(**resizing)
+    except (AttributeError, KeyError, TypeError) as error:
       raise DataError(f"{note} says nothing of split {split!r}.") from error
     self.fingerprint = digest(raw, split)
 
@@ -50,12 +68,58 @@ class ArrayRecordSource:
     return decode(self._records[index], index)
 
 
-def encode(sample: Sample) -> dict[str, Any]:
-  """A sample as a record; its pictures keep their bytes, masks become PNGs.
+class _Records(TfdsRecords):
+  """Records of `encode`, parsed without the detour that TFDS takes."""
+
+  @functools.cached_property
+  def _records(self):
+    from array_record.python import array_record_data_source
+    from tensorflow_datasets.proto import tf_example_pb2  # Slow to import.
+
+    files = sorted(self._path.glob(f"*-{self._split}.array_record-*"))
+    names = [str(file) for file in files]
+    self._parse = tf_example_pb2.Example.FromString
+    return array_record_data_source.ArrayRecordDataSource(names)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    raw = self._records[index]
+    feature = self._parse(raw).features.feature
+    meta, *lists = (feature[name].bytes_list.value for name in _FIELDS)
+    return dict(zip(_FIELDS, (meta[0], *lists), strict=True))
+
+
+def require_fitting(source: ArrayRecordSource, config: DataConfig) -> None:
+  """Raises DataError where stored pictures are not what rows are to hold."""
+  stored, wanted = source.resizing, Resizing.of(config)
+  if stored is None or not config.max_images:
+    return
+  if stored != wanted or config.jpeg_quality:
+    raise DataError(
+      f"{source.path} was built with --resize_pictures for {_keys(stored)}, "
+      f"but the config has {_keys(wanted)}, "
+      f"data.jpeg_quality={config.jpeg_quality}; build it again."
+    )
+
+
+def _keys(resizing: Resizing) -> str:
+  return ", ".join(f"data.{k}={v}" for k, v in resizing._asdict().items())
+
+
+def encode(sample: Sample, resizing: Resizing | None = None) -> dict[str, Any]:
+  """A sample as a record; masks become PNGs.
+
+  Args:
+    sample: what to store.
+    resizing: store the resized pixels of pictures, not their own bytes.
 
   Raises:
     DataError: a picture or mask cannot be read, or they differ in size.
   """
+  if sample.resized:
+    raise DataError(
+      f"{sample.where}: its pictures are resized already; pack the source that "
+      "they came from."
+    )
   pixels = [sample.load_image(i) for i in range(len(sample.images))]
   if len(pixels) == 1:
     sample = sample.sized(pixels[0].shape[:2])
@@ -75,15 +139,31 @@ def encode(sample: Sample) -> dict[str, Any]:
     "options": [option.expressions for option in sample.options],
     "size": None if sample.size is None else [int(n) for n in sample.size],
     "image_keys": [str(key) for key in sample.image_keys],
+    "resized": resizing is not None,
   }
-  return {
-    "meta": json.dumps(meta),
-    "images": [
+  if resizing is None:
+    images = [
       transforms.read_encoded(stored, sample.where)[0]
       for stored in sample.images
-    ],
+    ]
+  else:
+    images = [_resized(picture, resizing) for picture in pixels]
+  return {
+    "meta": json.dumps(meta),
+    "images": images,
     "seg_masks": seg_masks,
   }
+
+
+def _resized(pixels: np.ndarray, resizing: Resizing) -> bytes:
+  return transforms.encode_pixels(
+    transforms.resize_image(
+      pixels,
+      resizing.image_side,
+      backend=resizing.resize,
+      pad_square=resizing.pad_square,
+    )
+  )
 
 
 def decode(record: dict[str, Any], index: int) -> Sample:
@@ -124,4 +204,5 @@ def _decode(record: dict[str, Any], index: int) -> Sample:
     ),
     size=meta["size"] and tuple(meta["size"]),
     image_keys=tuple(meta["image_keys"]),
+    resized=meta.get("resized", False),
   )

@@ -10,7 +10,10 @@ from typing import Any
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.sources.array_record import ArrayRecordSource
+from argenseg_jax.data.sources.array_record import (
+  ArrayRecordSource,
+  require_fitting,
+)
 from argenseg_jax.data.sources.folder import FolderSource
 from argenseg_jax.data.sources.jsonl import JsonlSource, TextToImageSource
 from argenseg_jax.data.sources.reason_seg import ReasonSegSource
@@ -70,6 +73,10 @@ def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
     source: Source = _open_meta(pathlib.Path(config.path), config.split)
   else:
     source = _SOURCES[config.source](config.path, config.split, config.root)
+  if not evaluation:
+    for part in _parts(source):
+      if isinstance(part, ArrayRecordSource):
+        require_fitting(part, config)
   each = config.protocol == "per_expression"
   if evaluation and (each or has_options(source)):
     return EachRequest(source, each_expression=each)
@@ -78,14 +85,17 @@ def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
 
 def has_options(source: Source) -> bool:
   """Whether its records ask for one of several things at each visit."""
-  parts = source.parts if isinstance(source, Mixture) else (source,)
   kinds = (Ade20kSource, CocoPanopticSource, TfdsRefCocoSource)
   return any(
     part.has_options
     if isinstance(part, ArrayRecordSource)
     else isinstance(part, kinds)
-    for part in parts
+    for part in _parts(source)
   )
+
+
+def _parts(source: Source) -> tuple[Source, ...]:
+  return source.parts if isinstance(source, Mixture) else (source,)
 
 
 class Mixture:

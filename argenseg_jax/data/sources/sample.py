@@ -51,6 +51,8 @@ class Sample:
     kind: what sort of request this is, for metrics; "absent" has no target.
     size: height and width of the picture where the source knows them.
     image_keys: one for each picture; equal keys mean equal pictures.
+    resized: whether the pictures are stored as the pixels that rows hold, so
+      that `size` is not theirs.
     where: file and line, for messages.
   """
 
@@ -67,6 +69,7 @@ class Sample:
   kind: str = "attribute"
   size: tuple[int, int] | None = None
   image_keys: tuple[Any, ...] = ()
+  resized: bool = False
   where: str = ""
 
   def load_image(self, number: int = 0) -> np.ndarray:
