@@ -78,7 +78,7 @@ def load_seg_mask(
   """
   if isinstance(stored, np.ndarray):
     pixels = stored
-  elif isinstance(stored, (bytes, str, pathlib.Path)):
+  elif isinstance(stored, (bytes, str, pathlib.PurePath)):
     pixels = transforms.decode_seg_mask(stored, where=where)
   elif isinstance(stored, Union):
     pixels = _union(stored.parts, size, where)

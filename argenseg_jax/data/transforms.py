@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from argenseg_jax.data import files
 from argenseg_jax.data.errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -26,7 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 Backend = Literal["pillow", "opencv"]
-Encoded = bytes | str | pathlib.Path
+Encoded = bytes | str | files.Path
 
 # A larger picture is refused before it is decoded; Pillow's own limit.
 MAX_PIXELS = 89_478_485
@@ -295,9 +296,10 @@ def read_encoded(stored: Encoded, where: str) -> tuple[bytes, str]:
   if isinstance(stored, bytes):
     return stored, where or "(bytes)"
   try:
-    return pathlib.Path(stored).read_bytes(), str(stored)
+    path = pathlib.Path(stored) if isinstance(stored, str) else stored
+    return path.read_bytes(), str(stored)
   except OSError as error:
-    raise DataError(f"cannot read {stored}: {error.strerror}.") from error
+    raise DataError(f"cannot read {stored}: {error.strerror or error}.") from error
   except ValueError as error:  # A name that no file can have.
     raise DataError(f"cannot read {str(stored)!r}: {error}.") from error
 

@@ -11,6 +11,7 @@ import numpy as np
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import transforms
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.files import as_path
 from argenseg_jax.data.sources.sample import (
   Option,
   Sample,
@@ -48,7 +49,7 @@ class ArrayRecordSource:
   """
 
   def __init__(self, path: str | pathlib.Path, split: str):
-    self.path = pathlib.Path(path)
+    self.path = as_path(path)
     note = self.path / NOTE
     raw = read_file(note, "give a folder that `argenseg data build` wrote")
     self._records = _Records(self.path, split)

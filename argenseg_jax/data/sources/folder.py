@@ -2,6 +2,7 @@
 
 import pathlib
 
+from argenseg_jax.data import files
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, digest, read_file
 
@@ -18,7 +19,7 @@ class FolderSource:
   """
 
   def __init__(self, path: str | pathlib.Path):
-    self.path = pathlib.Path(path)
+    self.path = files.as_path(path)
     found = self.path.iterdir() if self.path.is_dir() else ()
     self._pictures = sorted(p for p in found if p.suffix.lower() in _PICTURES)
     if not self._pictures:
@@ -29,7 +30,7 @@ class FolderSource:
     parts = []
     for picture in self._pictures:
       for file in (picture, *_partners(picture)):
-        size = file.stat().st_size if file.is_file() else -1
+        size = files.size(file) if file.is_file() else -1
         parts.append(f"{file.name} {size}")
     self.fingerprint = digest("\n".join(parts))
 
@@ -58,5 +59,5 @@ class FolderSource:
     return Sample(**(vars(sample) | {"seg_masks": (), "kind": "absent"}))
 
 
-def _partners(picture: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+def _partners(picture: files.Path) -> tuple[files.Path, files.Path]:
   return picture.with_suffix(".png"), picture.with_suffix(".txt")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.files import as_path, is_local
 from argenseg_jax.data.sources.sample import (
   Sample,
   Turn,
@@ -22,11 +23,11 @@ class JsonLines:
   """The lines of a jsonl file that are not blank, found without parsing them.
 
   It is read once for offsets and fingerprint, then mapped: millions of lines
-  cost memory for their offsets only.
+  cost memory for their offsets only, unless they are in a bucket.
   """
 
   def __init__(self, path: str | pathlib.Path):
-    self.path = pathlib.Path(path)
+    self.path = as_path(path)
     raw = read_file(self.path, "give a jsonl file")
     self.fingerprint = digest(raw)
     data = np.frombuffer(raw, np.uint8)
@@ -40,7 +41,9 @@ class JsonLines:
 
   @functools.cached_property
   def _data(self) -> np.ndarray:
-    return np.memmap(self.path, np.uint8, "r")
+    if is_local(self.path):
+      return np.memmap(self.path, np.uint8, "r")
+    return np.frombuffer(read_file(self.path, "it was there"), np.uint8)
 
   def __getstate__(self):
     return {k: v for k, v in self.__dict__.items() if k != "_data"}
@@ -67,8 +70,8 @@ class _LinesSource:
   def __init__(
     self, path: str | pathlib.Path, root: str | pathlib.Path | None = None
   ):
-    self.path = pathlib.Path(path)
-    self.root = pathlib.Path(root) if root else self.path.parent
+    self.path = as_path(path)
+    self.root = as_path(root) if root else self.path.parent
     self._lines = JsonLines(self.path)
     self.fingerprint = self._lines.fingerprint
 

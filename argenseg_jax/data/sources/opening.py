@@ -3,13 +3,13 @@
 import bisect
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.files import Path, as_path
 from argenseg_jax.data.sources.array_record import (
   ArrayRecordSource,
   require_fitting,
@@ -70,7 +70,7 @@ def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
     DataError: it is missing, faulty or empty.
   """
   if config.source == "meta":
-    source: Source = _open_meta(pathlib.Path(config.path), config.split)
+    source: Source = _open_meta(as_path(config.path), config.split)
   else:
     source = _SOURCES[config.source](config.path, config.split, config.root)
   if not evaluation:
@@ -138,7 +138,7 @@ class Mixture:
     )
 
 
-def _open_meta(path: pathlib.Path, split: str) -> Mixture:
+def _open_meta(path: Path, split: str) -> Mixture:
   """A mixture from a meta file: {name: {"annotation": path, ...}, ...}."""
   entries = parse_json(read_file(path, "give a meta file"), str(path), dict)
   if not entries:
@@ -154,7 +154,7 @@ def _open_meta(path: pathlib.Path, split: str) -> Mixture:
 
 
 def _open_entry(
-  entry: Any, folder: pathlib.Path, split: str, where: str
+  entry: Any, folder: Path, split: str, where: str
 ) -> tuple[Source, float, str]:
   if not isinstance(entry, dict) or "annotation" not in entry:
     raise DataError(f'{where} needs "annotation", the path of its records.')

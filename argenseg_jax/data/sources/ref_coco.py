@@ -2,6 +2,7 @@
 
 import pathlib
 
+from argenseg_jax.data.files import as_path
 from argenseg_jax.data.sources.sample import (
   Option,
   Sample,
@@ -21,7 +22,7 @@ class TfdsRefCocoSource:
   """
 
   def __init__(self, path: str | pathlib.Path, split: str):
-    self.path = pathlib.Path(path)
+    self.path = as_path(path)
     self.split = split
     self._records = TfdsRecords(self.path, split, ("image",))
     self.fingerprint = digest(self._records.info, split)

@@ -3,6 +3,7 @@
 import pathlib
 
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.files import as_path
 from argenseg_jax.data.sources.sample import (
   Sample,
   TfdsRecords,
@@ -15,7 +16,7 @@ class RefShapesSource:
   """A split of a folder that `ref_shapes.builder.prepare` returned."""
 
   def __init__(self, path: str | pathlib.Path, split: str):
-    self.path = pathlib.Path(path)
+    self.path = as_path(path)
     note = self.path / "metadata.json"
     if not ((self.path / "dataset_info.json").is_file() and note.is_file()):
       raise DataError(

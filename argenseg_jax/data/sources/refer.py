@@ -8,6 +8,7 @@ from typing import Any
 
 from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.files import Path, as_path
 from argenseg_jax.data.sources.sample import (
   Sample,
   below,
@@ -33,7 +34,7 @@ def _load_plain(raw: bytes) -> Any:
   return _Builtins(io.BytesIO(raw), encoding="latin1").load()
 
 
-def read_refs(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_refs(path: Path) -> list[dict[str, Any]]:
   """The references of a `refs(...).p` or `grefs(...).json`.
 
   Raises:
@@ -96,7 +97,7 @@ class ReferSource:
     root: str | pathlib.Path | None = None,
     pattern: str = "refs(*).p",
   ):
-    path = pathlib.Path(path)
+    path = as_path(path)
     if path.is_dir():
       found = sorted(path.glob(pattern))
       if len(found) != 1:
@@ -107,7 +108,7 @@ class ReferSource:
       (path,) = found
     self.path = path
     self.split = split
-    self.root = pathlib.Path(root) if root else path.parent / "images"
+    self.root = as_path(root) if root else path.parent / "images"
     everything = read_refs(path)
     self._refs = [r for r in everything if r["split"] == split]
     if not self._refs:

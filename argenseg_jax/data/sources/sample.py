@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from argenseg_jax.data import masks, transforms
+from argenseg_jax.data import files, masks, transforms
 from argenseg_jax.data.errors import DataError
 
 Turn = dict[str, str]  # {"from": "system"|"human"|"gpt", "value": text}
@@ -58,7 +58,7 @@ class Sample:
 
   index: int
   dataset: str
-  images: tuple[bytes | pathlib.Path, ...]
+  images: tuple[bytes | files.Path, ...]
   seg_masks: tuple[Any, ...]
   expressions: tuple[str, ...] = ()
   conversation: tuple[Turn, ...] = ()
@@ -162,13 +162,13 @@ class EachRequest:
     return dataclasses.replace(sample, index=index, expressions=expressions)
 
 
-def read_file(path: pathlib.Path, advice: str) -> bytes:
+def read_file(path: files.Path, advice: str) -> bytes:
   """A file's bytes; DataError with advice when it cannot be read."""
   try:
     return path.read_bytes()
   except OSError as error:
     raise DataError(
-      f"cannot read {path}: {error.strerror}; {advice}."
+      f"cannot read {path}: {error.strerror or error}; {advice}."
     ) from error
   except ValueError as error:  # A name that no file can have.
     raise DataError(f"cannot read {str(path)!r}: {error}.") from error
@@ -188,7 +188,7 @@ def parse_json(raw: bytes, where: str, kind: type) -> Any:
   return value
 
 
-def below(root: pathlib.Path, name: Any, where: str) -> pathlib.Path:
+def below(root: files.Path, name: Any, where: str) -> files.Path:
   """The file of a relative name; DataError where it would leave `root`."""
   if not isinstance(name, str) or not name:
     raise DataError(f"{where} names a file by {name!r}; use a path.")
@@ -219,8 +219,13 @@ class TfdsRecords:
   """
 
   def __init__(
-    self, path: pathlib.Path, split: str, encoded: tuple[str, ...] = ()
+    self, path: files.Path, split: str, encoded: tuple[str, ...] = ()
   ):
+    if not files.is_local(path):
+      raise DataError(
+        f"ArrayRecord files as in {path} are read from a disk; mount "
+        "the bucket (gcsfuse) or copy them."
+      )
     self._path = path
     self._split = split
     self._encoded = encoded

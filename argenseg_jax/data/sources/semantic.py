@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from argenseg_jax.data import masks
+from argenseg_jax.data import files, masks
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import (
   Option,
@@ -29,8 +29,8 @@ class CocoPanopticSource:
   def __init__(
     self, path: str | pathlib.Path, root: str | pathlib.Path | None = None
   ):
-    self.path = pathlib.Path(path)
-    self.root = pathlib.Path(root) if root else self.path.parent / "images"
+    self.path = files.as_path(path)
+    self.root = files.as_path(root) if root else self.path.parent / "images"
     raw = read_file(self.path, "give the json of COCO panoptic")
     coco = parse_json(raw, str(self.path), dict)
     try:
@@ -87,7 +87,7 @@ class Ade20kSource:
   """
 
   def __init__(self, path: str | pathlib.Path, split: str):
-    self.path = pathlib.Path(path)
+    self.path = files.as_path(path)
     folder = {"train": "training", "val": "validation"}.get(split, split)
     self._labels = sorted((self.path / "annotations" / folder).glob("*.png"))
     if not self._labels:
@@ -107,7 +107,7 @@ class Ade20kSource:
           "a number, a tab and names."
         )
       self._names[int(number[:9])] = names.split(",")[0].strip()
-    listing = "".join(f"{p.name} {p.stat().st_size}\n" for p in self._labels)
+    listing = "".join(f"{p.name} {files.size(p)}\n" for p in self._labels)
     self.fingerprint = digest(raw, listing)
 
   def __len__(self) -> int:
@@ -135,7 +135,7 @@ class Ade20kSource:
 def _semantic(
   index: int,
   dataset: str,
-  file: pathlib.Path,
+  file: files.Path,
   classes: dict[str, masks.Segment],
   where: str,
 ) -> Sample:
