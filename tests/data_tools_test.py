@@ -14,6 +14,8 @@ from argenseg_jax.data.row_maker import RowMaker
 from argenseg_jax.data.sources.opening import open_source
 from argenseg_jax.tools import cli
 
+SIZES = {"image_side": 64, "max_masks": 2}
+
 
 def _data(capsys, *argv):
   code = cli.main(["data", *argv])
@@ -160,3 +162,30 @@ def test_show_asks_for_reconstructions_of_the_masks(tmp_path):
   contact_sheet.draw(rows, range(5), path, reconstruct=reconstruct)
   assert [len(s) for s in seen] == [1, 2, 2]
   np.testing.assert_array_equal(seen[1], rows(1).fields.seg_masks)
+
+
+def test_built_with_resized_pictures(capsys, tmp_path):
+  path = layouts.write("jsonl", tmp_path)["path"]
+  out = tmp_path / "packed"
+  code, said, _ = _data(
+    capsys,
+    *("build", f"jsonl={path}", f"--out={out}", "--workers=1"),
+    "--resize_pictures",
+  )
+  assert code == 0
+  assert "packed train: 5 records" in said
+  packed = open_source(
+    DataConfig(source="array_record", path=str(out), **SIZES)
+  )
+  assert packed[0].load_image().shape == (64, 64, 3)
+  # Another size is refused in training; whoever looks at it may have any.
+  assert _data(capsys, "check", f"array_record={out}")[0] == 0
+  sheet = f"--out={tmp_path / 'sheet.png'}"
+  assert _data(capsys, "show", f"array_record={out}", sheet)[0] == 0
+  code, _, err = _data(
+    capsys,
+    *("show", f"array_record={out}", sheet, "--force"),
+    *("--config.data.pad_square=True", "--config.data.max_masks=2"),
+  )
+  assert code == 2
+  assert "was built with --resize_pictures for data.image_side=64" in err
