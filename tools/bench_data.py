@@ -189,4 +189,6 @@ def waiting(folder: pathlib.Path, steps: int) -> tuple[float, float]:
   first, last = found[0], found[-1]
   spent = {k: last[k] - first[k] for k in last if k.startswith("seconds/")}
   seconds = sum(spent.values())
-  return seconds / (last["step"] - first["step"]), spent["seconds/data"] / seconds
+  return seconds / (last["step"] - first["step"]), spent[
+    "seconds/data"
+  ] / seconds

@@ -299,7 +299,9 @@ def read_encoded(stored: Encoded, where: str) -> tuple[bytes, str]:
     path = pathlib.Path(stored) if isinstance(stored, str) else stored
     return path.read_bytes(), str(stored)
   except OSError as error:
-    raise DataError(f"cannot read {stored}: {error.strerror or error}.") from error
+    raise DataError(
+      f"cannot read {stored}: {error.strerror or error}."
+    ) from error
   except ValueError as error:  # A name that no file can have.
     raise DataError(f"cannot read {str(stored)!r}: {error}.") from error
 
