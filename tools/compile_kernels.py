@@ -4,16 +4,20 @@ Examples:
 
   python -m argenseg_jax.tools.compile_kernels --chips=v5e,v6e
   python -m argenseg_jax.tools.compile_kernels --chips=h100 --markdown
+  python -m argenseg_jax.tools.compile_kernels --results=all.json --markdown
 
 The real compilers run on the CPU: TPUs' comes with `pip install "jax[tpu]"`,
 GPUs' with `pip install "jax[cuda12]"`. One line is printed per kernel, shape
 and chip: the compiler's temporary memory, the size of the matrix which the
-kernel avoids (logits or distances, float32), and the time to compile. Exits
-with 1 if anything fails.
+kernel avoids (logits or distances, float32), and the time to compile. What
+stands in the file of --results is not compiled again, so that a long run can go
+on where it was stopped; delete the file after a change of a kernel. Exits with
+1 if anything fails.
 """
 
 import argparse
 import functools
+import json
 import os
 import sys
 import time
@@ -161,7 +165,13 @@ def main(argv: list[str] | None = None) -> int:
     "--kernel", default="", help="only kernels whose name contains this"
   )
   parser.add_argument(
-    "--markdown", action="store_true", help="print a table for the docs"
+    "--results", help="JSON file to add results to, and to go on from"
+  )
+  parser.add_argument(
+    "--markdown",
+    action="store_true",
+    help="print a table of all results in the end: a row a case, a column a "
+    "chip, temp MiB in the cells",
   )
   options = parser.parse_args(argv)
   if options.chips:
@@ -179,30 +189,57 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compile_all(chips, options) -> int:
-  """Prints the table; returns the number of failures."""
-  failures = 0
+  """Prints lines, then the table; returns the number of failures."""
+  results = {}  # Of a chip, of a case: temporary MiB, or why there are none.
+  if options.results and os.path.exists(options.results):
+    with open(options.results, encoding="utf-8") as file:
+      results = json.load(file)
   line = "{:6} {:63} {:>9} {:>9} {:>8}"
-  if options.markdown:
-    line = "| {} | {} | {} | {} | {} |"
   print(line.format("chip", "kernel and shape", "temp MiB", "avoided", "s"))
-  if options.markdown:
-    print("|---|---|---:|---:|---:|")
   for chip in chips:
+    done = results.setdefault(chip, {})
     for case in cases(CHIPS[chip].platform):
-      if options.kernel not in case.name:
+      known = isinstance(done.get(case.name), float)
+      if options.kernel not in case.name or known:
         continue
       start = time.monotonic()
       try:
         compiled = compile_for(chip, case.function, case.inputs)
-        temp = compiled.memory_analysis().temp_size_in_bytes
-        result = f"{temp / 2**20:.2f}"
+        temp = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        done[case.name], result = temp, f"{temp:.2f}"
       except jax.errors.JaxRuntimeError as error:
-        failures += 1
         result = "failed: " + str(error).split("\n\n")[0][:200]
+        done[case.name] = result
       seconds = f"{time.monotonic() - start:.1f}"
       avoided = f"{case.avoided / 2**20:.1f}"
       print(line.format(chip, case.name, result, avoided, seconds), flush=True)
-  return failures
+      if options.results:
+        with open(options.results, "w", encoding="utf-8") as file:
+          json.dump(results, file, indent=1)
+  if options.markdown:
+    _print_table(results)
+  return sum(
+    isinstance(result, str)
+    for chip in chips
+    for name, result in results[chip].items()
+    if options.kernel in name
+  )
+
+
+def _print_table(results):
+  """A row a case, a column a chip, with temporary MiB or "failed"."""
+  matrices = {
+    case.name: case.avoided / 2**20 for p in ("tpu", "gpu") for case in cases(p)
+  }
+  print("\n| " + " | ".join(("kernel and shape", *results, "avoided")) + " |")
+  print("|---" + "|---:" * (len(results) + 1) + "|")
+  for name, matrix in matrices.items():
+    row = [done.get(name, "") for done in results.values()]
+    cells = [
+      f"{x:.2f}" if isinstance(x, float) else x.partition(":")[0] for x in row
+    ]
+    if any(cells):
+      print(f"| {name} | " + " | ".join(cells) + f" | {matrix:.1f} |")
 
 
 if __name__ == "__main__":

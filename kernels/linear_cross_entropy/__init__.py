@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from argenseg_jax.kernels import dispatch
-from argenseg_jax.kernels.linear_cross_entropy import reference
+from argenseg_jax.kernels.linear_cross_entropy import reference, xla
 
 
 def linear_cross_entropy(
@@ -59,13 +59,19 @@ def _token_losses(module, z_loss, hidden, head, targets):
 
 
 def _forward(module, z_loss, hidden, head, targets):
-  normalizers, logits = module.statistics(hidden, head, targets)
+  kept = {}
+  if module is xla and xla.keeps_chances(hidden, head):
+    normalizers, logits, kept["chances"] = xla.statistics_and_chances(
+      hidden, head, targets
+    )
+  else:
+    normalizers, logits = module.statistics(hidden, head, targets)
   losses = normalizers - logits + z_loss * jnp.square(normalizers)
-  return losses, (hidden, head, targets, normalizers)
+  return losses, (hidden, head, targets, normalizers, kept)
 
 
 def _backward(module, z_loss, residuals, gradients):
-  hidden, head, targets, normalizers = residuals
+  hidden, head, targets, normalizers, kept = residuals
   d_hidden, d_head = module.gradients(
     hidden,
     head,
@@ -73,6 +79,7 @@ def _backward(module, z_loss, residuals, gradients):
     normalizers=normalizers,
     d_normalizers=gradients * (1 + 2 * z_loss * normalizers),
     d_logits=-gradients,
+    **kept,
   )
   return d_hidden, d_head, None
 

@@ -15,6 +15,7 @@ PRODUCTION = (
   Shape(1, 1, 4096),  # ARGenSeg-8B: first, middle and last scale.
   Shape(1, 36, 4096),
   Shape(1, 256, 4096),
+  Shape(64, 1, 4096),
   Shape(64, 256, 4096),
   Shape(8, 169, 896),
   Shape(64, 256, 896),
