@@ -351,6 +351,9 @@ class LossConfig:
   # Share of samples whose scale inputs are zero from a random scale on.
   drop_scale_inputs: float
   z_loss: float
+  # Of `linear_cross_entropy`; "auto" is the platform's own. An explicit choice
+  # that cannot run fails. "reference" keeps all logits.
+  implementation: Literal["auto", "reference", "xla", "tpu", "gpu"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

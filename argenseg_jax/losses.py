@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from argenseg_jax.kernels.dispatch import Implementation
 from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from argenseg_jax.scales import Scales
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
@@ -115,6 +116,7 @@ def decoder_loss(
   *,
   scales: Scales,
   z_loss: float = 0.0,
+  implementation: Implementation | None = None,
 ) -> LossSums:
   """Cross entropy over the full vocabulary, text and code targets apart.
 
@@ -126,6 +128,7 @@ def decoder_loss(
     sample_weight: weight of each row.
     scales: which scale a code belongs to.
     z_loss: weight of the squared log-normaliser.
+    implementation: see `dispatch.load`.
   """
   b, t, d = hidden.shape
   weights = jnp.where(targets == IGNORE_TARGET, 0.0, sample_weight[:, None])
@@ -135,6 +138,7 @@ def decoder_loss(
     targets.reshape(-1),
     weights.reshape(-1),
     z_loss=z_loss,
+    implementation=implementation,
   ).reshape(b, t)
   counts = count_targets(targets, code_index, sample_weight, scales)
   return LossSums(

@@ -156,6 +156,7 @@ def mllm_loss(
   hidden = model(
     inputs, remat_policy=REMAT_POLICIES[remat], drop_path=drop_path
   )
+  chosen = config.implementation
   sums = losses.decoder_loss(
     hidden,
     model.llm.head,
@@ -164,6 +165,7 @@ def mllm_loss(
     batch.sample_weight,
     scales=model.scales,
     z_loss=config.z_loss,
+    implementation=None if chosen == "auto" else chosen,
   )
   return mllm_objective(sums, config, counts), sums
 

@@ -77,6 +77,8 @@ def get_config() -> ConfigDict:
   # Share of masks whose scale inputs are zero from a random scale on.
   c.loss.drop_scale_inputs = 0.0
   c.loss.z_loss = 0.0
+  # "xla", "tpu" or "gpu" kernels, or the plain "reference"; see kernels/.
+  c.loss.implementation = "auto"
 
   c.tokenizer_training = ConfigDict()
   c.tokenizer_training.reconstruction = "mse"  # Or "bce_dice" for masks.

@@ -37,10 +37,12 @@ def scale_prediction(
   code, not on the implementation. No gradient passes.
 
   Guidance mixes two predictions: (1 + s) * conditional - s * unconditional
-  logits. As the head is linear without bias, the mixed logits are the logits of
-  the mixed hidden states, exactly: pass
-  (1 + s) * hidden_conditional - s * hidden_unconditional, and one head product
-  serves both. (Round the mixture once, from float32.)
+  logits. A head without bias is linear, (a x + b y) @ W.T = a x @ W.T + b y @
+  W.T for any a and b, so the mixed logits are exactly the logits of the mixed
+  hidden states: pass (1 + s) * hidden_conditional - s * hidden_unconditional,
+  and one head product serves both. Nothing is lost but one rounding to the
+  dtype of `hidden`, if the mixture is formed in float32. (Mixed probabilities,
+  or a head with softcap, would need both products.)
 
   Args:
     hidden: last hidden states of one scale, bfloat16 or float32.
