@@ -275,7 +275,9 @@ def generate(
     seen = (x.astype(jnp.float32), hidden.astype(jnp.float32), places)
     if guidance is not None:
       ramp = guidance * k / max(len(scales) - 1, 1)
-      hidden = (1 + ramp) * hidden[:rows] - ramp * hidden[rows:]
+      wide = hidden.astype(jnp.float32)
+      mixed = (1 + ramp) * wide[:rows] - ramp * wide[rows:]
+      hidden = mixed.astype(hidden.dtype)  # Rounded once.
     code, _, scores = scale_prediction(
       hidden,
       model.code_head.astype(hidden.dtype),
