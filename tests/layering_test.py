@@ -46,8 +46,11 @@ LAYERS = [
   ("argenseg_jax.starting", "argenseg_jax.torch_weights"),
   ("argenseg_jax.parity",),
   (
+    "argenseg_jax.answering",
+    "argenseg_jax.engine",
     "argenseg_jax.mask_codes",
     "argenseg_jax.predict",
+    "argenseg_jax.prompts",
     "argenseg_jax.rows",
     "argenseg_jax.train_step",
   ),

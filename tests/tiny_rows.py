@@ -11,6 +11,7 @@ import tiny_model
 from data import layouts
 from flax import nnx
 
+from argenseg_jax import config as config_lib
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import text
 from argenseg_jax.data.row_maker import RowMaker
@@ -46,13 +47,18 @@ def of(config: DataConfig) -> RowMaker:
 
 
 @functools.cache
-def model(**changes) -> ARGenSeg:
-  """Random values everywhere, drawn without compiling anything."""
-  config = tiny_model.config(**changes)
+def model(dtype=jnp.float32, **changes) -> ARGenSeg:
+  """Random values everywhere, drawn without compiling anything.
+
+  Args:
+    dtype: of the computation.
+    **changes: keys of `ModelConfig`, dotted ones too.
+  """
+  config = config_lib.replace(tiny_model.config(), changes)
   ids = _TOKENIZER.token_ids
   llm = dataclasses.replace(config.llm, vocab_size=ids.first_code + 11)
   config = dataclasses.replace(config, token_ids=ids, llm=llm)
-  made = nnx.eval_shape(lambda: ARGenSeg(config, rngs=nnx.Rngs(0)))
+  made = nnx.eval_shape(lambda: ARGenSeg(config, rngs=nnx.Rngs(0), dtype=dtype))
   graph, state = nnx.split(made)
   draw = np.random.default_rng(0)
   state = jax.tree.map(

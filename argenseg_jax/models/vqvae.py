@@ -87,9 +87,13 @@ class VQVAE(nnx.Module):
     """The image of a (partial) latent, float32, not clamped."""
     return self.decoder(self.post_quant_conv(latent)).astype(jnp.float32)
 
-  def decode(self, codes: Int[Array, "b n"]) -> Float[Array, "b h w 3"]:
-    """The image of codes of all scales, clamped to [-1, 1]."""
-    return _clamp(self.decode_latent(self.quantizer.sum_scales(codes)))
+  def decode(
+    self, codes: Int[Array, "b n"], num_scales: int | None = None
+  ) -> Float[Array, "b h w 3"]:
+    """The image of codes of the first `num_scales` scales (default all),
+    clamped to [-1, 1]."""
+    latent = self.quantizer.sum_scales(codes, num_scales)
+    return _clamp(self.decode_latent(latent))
 
   def decode_prefixes(
     self, codes: Int[Array, "b n"]
