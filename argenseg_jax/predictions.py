@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
-from pycocotools import mask as coco
 
 from argenseg_jax.bootstrap import intervals
 from argenseg_jax.data import masks
@@ -51,8 +50,8 @@ def record(
     "expressions": list(sample.expressions),
     "text": text,
     "has_mask": has_mask,
-    "mask": _run_lengths(prediction),
-    "truth": _run_lengths(truth),
+    "mask": masks.run_lengths(prediction),
+    "truth": masks.run_lengths(truth),
   }
 
 
@@ -143,12 +142,6 @@ def rescore(path: str | pathlib.Path) -> dict[str, Any]:
   if not scorer.sums.samples:
     raise DataError(f"{path} holds no answered sample.")
   return scorer.results()
-
-
-def _run_lengths(mask: np.ndarray) -> dict[str, Any]:
-  """COCO's compressed run lengths."""
-  coded = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-  return {"size": list(mask.shape), "counts": coded["counts"].decode("ascii")}
 
 
 def _pixels(coded: dict[str, Any]) -> np.ndarray:

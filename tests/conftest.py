@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Commands that tests start leave nothing in the user's cache.
+os.environ.setdefault("ARGENSEG_COMPILATION_CACHE", "off")
 # Tests compile much and compute little: quick compilation is worth more.
 os.environ["XLA_FLAGS"] = " ".join(
   (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0")

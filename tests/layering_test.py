@@ -11,7 +11,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Top to bottom. A module's layer is the longest prefix that matches it.
 LAYERS = [
   ("argenseg_jax.kernels",),
-  ("argenseg_jax.version", "argenseg_jax.scales", "argenseg_jax.types"),
+  (
+    "argenseg_jax.compilation_cache",
+    "argenseg_jax.version",
+    "argenseg_jax.scales",
+    "argenseg_jax.types",
+  ),
   ("argenseg_jax.config",),
   (
     "argenseg_jax.boxes",

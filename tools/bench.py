@@ -6,6 +6,7 @@ import sys
 # Name -> what `argenseg bench --help` says of it; see tools/bench_NAME.py.
 BENCHES = {
   "data": "samples a second of a core, and how long training waits for them",
+  "exits": "quality and speed of masks that stop after fewer scales",
   "generate": "what a mask costs, stage by stage, also beside PyTorch",
   "kernels": "memory, work against each chip's roofline, and time of kernels",
 }

@@ -11,7 +11,8 @@ COMMANDS = {
   "data": "check, show and pack training data",
   "train": "train an image tokenizer or a model from a config",
   "eval": "measure a checkpoint on a data set",
-  "predict": "segment a picture with a checkpoint",
+  "predict": "segment pictures with a checkpoint",
+  "warmup": "compile what predict will need, for later processes too",
   "plan": "say what a run needs and costs on hardware that is not here",
   "checkpoint": "list, verify, inspect and compare checkpoints",
   "import": "turn PyTorch weights into a checkpoint",
@@ -19,12 +20,15 @@ COMMANDS = {
   "bench": "measure memory, work and time",
   "parity": "compare with what the authors' code computed",
 }
+# Their programs are kept on disk when they are called from a shell.
+_CACHED = ("eval", "predict", "warmup")
 # Of every command that reads checkpoints.
 SKIP = "--skip_verification"
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command; returns the exit code (2 for bad input)."""
+  from_shell = argv is None
   argv = list(sys.argv[1:] if argv is None else argv)
   if not argv or argv[0] in ("-h", "--help", "help"):
     print(_help())
@@ -50,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
   from argenseg_jax.config import ConfigError
   from argenseg_jax.data.errors import DataError
 
+  if from_shell and name in _CACHED:
+    from argenseg_jax import compilation_cache
+
+    compilation_cache.enable()
   command = importlib.import_module(module_of(name))
   skips = SKIP in rest
   rest = [argument for argument in rest if argument != SKIP]

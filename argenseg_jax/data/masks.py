@@ -162,6 +162,15 @@ def _from_run_lengths(stored: dict, where: str) -> np.ndarray:
   return np.ascontiguousarray(flat.reshape(width, height).T)
 
 
+def run_lengths(seg_mask: np.ndarray) -> dict[str, Any]:
+  """A mask, bool [h w], as COCO's compressed run lengths, JSON-ready."""
+  coded = coco.encode(np.asfortranarray(seg_mask.astype(np.uint8)))
+  return {
+    "size": list(seg_mask.shape),
+    "counts": coded["counts"].decode("ascii"),
+  }
+
+
 def _read_runs(counts: bytes, where: str) -> list[int]:
   """Run lengths from COCO's text: 5 bits a character, low ones first, and from
   the fourth run on the difference to the run before the last.
