@@ -7,7 +7,7 @@ import tiny_model
 
 from argenseg_jax import config as config_lib
 from argenseg_jax.models import variants
-from argenseg_jax.tools import bench_generate
+from argenseg_jax.tools import bench_generate, bench_stages, cli
 
 
 def rows_of(printed: str) -> dict[tuple[str, int], float]:
@@ -22,14 +22,32 @@ def test_every_stage_is_timed(monkeypatch, capsys):
   assert bench_generate.main(arguments) == 0
   printed = capsys.readouterr().out
   rows = rows_of(printed)
-  stages = {"vision tower", "prefill", "VQ decode", bench_generate.CODES}
-  stages |= {bench_generate.ONE_BY_ONE, bench_generate.WHOLE}
+  stages = {"vision tower", "prefill", "text, a word", "VQ decode"}
+  stages |= {f"scale {side} x {side}" for side in (1, 2, 4)}
+  stages |= {bench_generate.CODES, bench_generate.ONE_BY_ONE}
+  stages |= {bench_generate.WHOLE, bench_generate.POST}
   assert {name for name, batch in rows if batch == 1} == stages
   assert {name for name, batch in rows if batch == 2} == {
     *stages,
     bench_generate.SHARED,
   }
   assert printed.count("times as fast as token by token at batch") == 2
+
+
+def test_what_a_stage_must_cost():
+  llm = tiny_model.config().llm
+  cost = bench_stages.extension_cost(llm, rows=3, t=5, seen=7, size=2)
+  d, hd, heads, kv = 16, 8, 2, 1
+  weights = d * (heads + 2 * kv) * hd + heads * hd * d + 3 * d * 24
+  scores = 4 * heads * hd * 7
+  assert cost.flops == 2 * 3 * 5 * (2 * weights + scores)
+  least = 2 * 2 * (weights + 3 * 2 * 7 * kv * hd)
+  assert least < cost.bytes < 3 * least  # Operands and results come on top.
+
+
+def test_chips_without_a_forecast_are_named(capsys):
+  assert cli.main(["bench", "generate", "--chips=h100"]) == 2
+  assert "--chips=h100: give some of v5e" in capsys.readouterr().err
 
 
 def test_the_peer_draws_a_mask_of_the_same_size():

@@ -10,8 +10,8 @@ def main(argv: list[str]) -> int:
     prog="argenseg bench exits",
     description="Masks of the first 1, 2, .. scales on a split of the "
     "checkpoint's own data. Batches take turns, so that all rows of the table "
-    "meet the same load; CPU seconds are those of this process. The last row "
-    "forces the words that the model said before, so that no text is generated.",
+    "meet the same load; CPU seconds are this process's. The last row forces "
+    "the words that the model said before: no text is generated.",
     epilog="Example: argenseg bench exits --checkpoint=runs/quickstart/mllm",
   )
   parser.add_argument("--checkpoint", required=True)

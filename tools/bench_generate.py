@@ -10,26 +10,34 @@ examples:
   argenseg bench generate                        the size "bench"
   argenseg bench generate --batches=1,16 --peer  beside a PyTorch loop
   argenseg bench generate --variant=argenseg_8b --dtype=bfloat16
+  argenseg bench generate --chips=v5e,v5p,v6e --variant=argenseg_8b \\
+    --dtype=bfloat16                             forecast, nothing is timed
 
 Weights and pictures are random; `<ge_start>` is forced, so that every row has
 one mask. --peer needs torch and transformers: pip install "torch==2.13.0"
 transformers. It takes as many threads as this process may use cores. Seconds
 are medians over --repeats (fewer where a stage is long); all rows of a table
-come from one run.
+come from one run. Token by token at batches above 1 runs an eighth of the codes
+(each costs the same) and is multiplied.
+
+"bound" is the time that the counted FLOPs or bytes of a stage take at the
+device's rates: published ones of an accelerator, for a CPU those of a large
+product and a large copy, measured first. --chips compiles each stage with the
+chip's own compiler (TPUs: pip install "jax[tpu]") and prints what that counts.
 """
 
-_PROMPT_TEXT = 40  # Text tokens around the picture.
-_AHEAD = 5  # Of them, before the picture.
-_ENOUGH = 30.0  # Seconds after which a stage is not repeated again.
+_ENOUGH = 10.0  # Seconds after which a stage is not repeated again.
+_SIZE = (480, 640)  # Of the picture that a mask is resized to.
 
 
 class Timed(NamedTuple):
-  """A stage and how long it took."""
+  """A stage, how long it took and how long it must take."""
 
   name: str
   batch: int
   seconds: float
   compile_seconds: float
+  bound: float | None = None
 
 
 def main(argv: list[str]) -> int:
@@ -54,28 +62,36 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--peer", action="store_true", help="also time a PyTorch loop at batch 1"
   )
+  parser.add_argument("--chips", default="", help="forecast for these instead")
   args = parser.parse_args(argv)
   batches = args.batches.split(",")
   if not all(b.isdecimal() and int(b) for b in batches) or args.repeats < 1:
     parser.error("--batches and --repeats must be positive whole numbers")
-  import jax
-
   from argenseg_jax.models import variants
 
   config = variants.get(args.variant)
+  if args.chips:
+    _forecast(config, args.dtype, list(map(int, batches)), args.chips)
+    return 0
+  import jax
+
   print(
     f"{config.name}, {args.weights or args.dtype}, "
-    f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n"
+    f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
   )
-  print("| stage | batch | s | s a mask | compiled in s |")
-  print("|---|---:|---:|---:|---:|")
+  rates = _rates(args.dtype)
+  print(f"{rates.flops / 1e9:.0f} GFLOP/s, {rates.bytes / 1e9:.1f} GB/s\n")
+  print("| stage | batch | s | s a mask | masks/s | bound s | compiled in s |")
+  print("|---|---:|---:|---:|---:|---:|---:|")
   found = []
   for batch in map(int, batches):
-    for timed in _ours(config, args, batch):
+    for timed in _ours(config, args, batch, rates):
       found.append(timed)
+      bound = "" if timed.bound is None else f"{timed.bound:.4f}"
       print(
-        f"| {timed.name} | {batch} | {timed.seconds:.3f} | "
-        f"{timed.seconds / batch:.3f} | {timed.compile_seconds:.1f} |",
+        f"| {timed.name} | {batch} | {timed.seconds:.4f} | "
+        f"{timed.seconds / batch:.4f} | {batch / timed.seconds:.2f} | "
+        f"{bound} | {timed.compile_seconds:.1f} |",
         flush=True,
       )
   if args.peer:
@@ -83,26 +99,106 @@ def main(argv: list[str]) -> int:
 
     for name, seconds in bench_peer.stages(config, args.repeats):
       found.append(Timed(name, 1, seconds, 0.0))
-      print(f"| {name} | 1 | {seconds:.3f} | {seconds:.3f} | |", flush=True)
+      print(
+        f"| {name} | 1 | {seconds:.4f} | {seconds:.4f} | {1 / seconds:.2f} "
+        "| | |",
+        flush=True,
+      )
   print()
   for line in _ratios(found):
     print(line)
   return 0
 
 
-def _ours(config, args: argparse.Namespace, batch: int):
+def _rates(dtype: str):
+  """FLOP/s and bytes/s of the device, as a `Cost`."""
+  import jax
+  import jax.numpy as jnp
+
+  from argenseg_jax.kernels.chips import CHIPS, name_of
+  from argenseg_jax.tools.bench_stages import Cost
+
+  device = jax.devices()[0]
+  chip = CHIPS.get(name_of(device.device_kind) or "")
+  if chip is not None and dtype == "bfloat16":
+    return Cost(chip.flops / chip.devices, chip.bandwidth / chip.devices)
+  side, size = (2048, 2**26) if device.platform == "cpu" else (8192, 2**30)
+  a = jnp.ones((side, side), jnp.dtype(dtype))
+  x = jnp.ones((size,), jnp.float32)
+  product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
+
+  def best(run):
+    seconds = []
+    for _ in range(4):
+      began = time.perf_counter()
+      jax.block_until_ready(run())
+      seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+  return Cost(
+    2 * side**3 / best(lambda: product(a, a)),
+    2 * 4 * size / best(lambda: copy(x)),
+  )
+
+
+def _bound(cost, rates) -> float:
+  return max(cost.flops / rates.flops, cost.bytes / rates.bytes)
+
+
+def _forecast(config, dtype: str, batches: list[int], chips: str) -> None:
+  from argenseg_jax import topology
+  from argenseg_jax.config import ConfigError
+
+  names = chips.split(",")
+  for name in names:
+    if name not in topology.CHIPS or topology.CHIPS[name].platform != "tpu":
+      known = [n for n, c in topology.CHIPS.items() if c.platform == "tpu"]
+      raise ConfigError(f"--chips={name}: give some of {', '.join(known)}.")
+    topology.prepare(topology.Topology(name, (1,), 1))
+  from argenseg_jax.tools.bench_forecast import forecast
+
+  print(f"{config.name}, {dtype}, compiled for one chip, nothing ran\n")
+  print("| chip | stage | batch | GFLOP | GB | ms | counted ms |")
+  print("|---|---|---:|---:|---:|---:|---:|")
+  for name in names:
+    chip = topology.CHIPS[name]
+    for batch in batches:
+      total = counted = 0.0
+      for stage, cost, seconds in forecast(config, batch, dtype, name):
+        least = max(
+          stage.cost.flops / chip.flops, stage.cost.bytes / chip.bandwidth
+        )
+        least *= chip.devices
+        if stage.name != "text, a word":
+          total, counted = total + seconds, counted + least
+        print(
+          f"| {name} | {stage.name} | {batch} | {cost.flops / 1e9:.1f} | "
+          f"{cost.bytes / 1e9:.3f} | {seconds * 1e3:.2f} | "
+          f"{least * 1e3:.2f} |",
+          flush=True,
+        )
+      print(
+        f"| {name} | all but words: {batch / total:.1f} masks/s | {batch} | | "
+        f"| {total * 1e3:.2f} | {counted * 1e3:.2f} |",
+        flush=True,
+      )
+
+
+def _ours(config, args: argparse.Namespace, batch: int, rates):
   """Yields `Timed` of each stage, then of whole programs."""
   import jax
   import jax.numpy as jnp
   import numpy as np
   from flax import nnx
 
+  from argenseg_jax.answering import seg_mask_at_size, to_uint8
   from argenseg_jax.kernels import dispatch
   from argenseg_jax.kernels.scale_prediction import scale_prediction
   from argenseg_jax.models import quantized
   from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
   from argenseg_jax.models.llm import KVCache
   from argenseg_jax.sampling import generate, prefill_prefix
+  from argenseg_jax.tools import bench_stages
 
   def make():
     model = ARGenSeg(
@@ -120,10 +216,11 @@ def _ours(config, args: argparse.Namespace, batch: int):
   graph = nnx.graphdef(nnx.eval_shape(make))
   state = jax.jit(lambda: nnx.state(make()))()
   ids, n = config.token_ids, sum(s * s for s in config.vqvae.scales)
-  seen = config.vision.num_embeddings
+  seen, ahead = config.vision.num_embeddings, bench_stages.AHEAD
   rng = np.random.default_rng(0)
-  prompt = rng.integers(10, 11 + ids.first_code // 4, seen + _PROMPT_TEXT)
-  prompt[_AHEAD : _AHEAD + seen] = ids.img_context
+  words = seen + bench_stages.PROMPT_TEXT
+  prompt = rng.integers(10, 11 + ids.first_code // 4, words)
+  prompt[ahead : ahead + seen] = ids.img_context
   tokens = jnp.asarray(np.tile(prompt, (batch, 1)), jnp.int32)
   side = config.vision.image_side
   images = jnp.asarray(
@@ -131,30 +228,17 @@ def _ours(config, args: argparse.Namespace, batch: int):
   )
   options = dict(max_text=8, start_with_mask=True, stop_after_masks=True)
 
-  def bound(function):
-    return jax.jit(lambda state, *xs: function(nnx.merge(graph, state), *xs))
+  def bound(function, **kwargs):
+    def run(state, *xs):
+      return function(nnx.merge(graph, state), *xs)
 
-  def vision(model, images):
-    return model.vision_embeddings(normalize_images(images))
-
-  def prefill(model, tokens, vision):
-    cache = KVCache.empty(config.llm, *tokens.shape, model.llm.dtype)
-    hidden, _ = model.llm.extend(
-      model.prompt_embeddings(tokens, vision),
-      cache,
-      positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
-      valid=jnp.ones_like(tokens, bool),
-    )
-    return hidden
+    return jax.jit(run, **kwargs)
 
   def codes(model, tokens, vision):
     valid = jnp.ones_like(tokens, bool)
     return generate(
       model, tokens=tokens, valid=valid, vision=vision, collect=True, **options
     )
-
-  def decode(model, codes):
-    return model.vqvae.decode(codes)
 
   def token_by_token(model, tokens, vision, inputs):
     """The same codes, one pass each, after the same prefill."""
@@ -184,13 +268,14 @@ def _ours(config, args: argparse.Namespace, batch: int):
     return jax.lax.scan(step, cache, jnp.moveaxis(inputs, 1, 0))[1]
 
   def picture_to_mask(model, tokens, images):
-    generated = codes(model, tokens, vision(model, images))
-    return model.vqvae.decode(generated.codes[:, 0])
+    vision = model.vision_embeddings(normalize_images(images))
+    generated = codes(model, tokens, vision)
+    return to_uint8(model.vqvae.decode(generated.codes[:, 0]))
 
   def requests_of_a_picture(model, tokens, images):
     """All rows ask about one picture."""
-    start = _AHEAD + seen
-    embeddings = vision(model, images[:1])
+    start = ahead + seen
+    embeddings = model.vision_embeddings(normalize_images(images[:1]))
     prefix = prefill_prefix(model, tokens[:1, :start], embeddings)
     generated = generate(
       model,
@@ -200,9 +285,9 @@ def _ours(config, args: argparse.Namespace, batch: int):
       prefix=prefix,
       **options,
     )
-    return model.vqvae.decode(generated.codes[:, 0])
+    return to_uint8(model.vqvae.decode(generated.codes[:, 0]))
 
-  def timed(name, function, *inputs):
+  def timed(name, function, *inputs, least=None):
     program = bound(function)
     began = time.perf_counter()
     result = jax.block_until_ready(program(state, *inputs))
@@ -210,25 +295,74 @@ def _ours(config, args: argparse.Namespace, batch: int):
     seconds = median_seconds(
       lambda: jax.block_until_ready(program(state, *inputs)), args.repeats
     )
-    return result, Timed(name, batch, seconds, first - seconds)
+    return result, Timed(name, batch, seconds, first - seconds, least)
 
-  embeddings, line = timed("vision tower", vision, images)
+  def timed_stage(stage):
+    """With made-up inputs; a cache goes round and round."""
+    cost = _bound(stage.cost, rates)
+    made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stage.inputs)
+    if not stage.cached:
+      return timed(stage.name, stage.function, *made, least=cost)[1]
+    program = bound(stage.function, donate_argnums=1)
+    cache, *rest = made
+
+    def run():
+      nonlocal cache
+      out, cache = program(state, cache, *rest)
+      jax.block_until_ready((out, cache))
+
+    began = time.perf_counter()
+    run()
+    first = time.perf_counter() - began
+    seconds = median_seconds(run, args.repeats)
+    return Timed(stage.name, batch, seconds, first - seconds, cost)
+
+  stages = list(bench_stages.stages(config, batch, args.dtype))
+  for stage in stages:
+    yield timed_stage(stage)
+  decoded = rng.integers(0, 256, (config.vqvae.image_side,) * 2 + (3,))
+  decoded = decoded.astype(np.uint8)
+
+  def post():
+    for _ in range(batch):
+      seg_mask_at_size(decoded, _SIZE)
+
+  yield Timed(POST, batch, median_seconds(post, args.repeats), 0.0)
+  parts = [s for s in stages if s.name != "text, a word"]
+  between = sum((s.cost for s in parts[1:-1]), bench_stages.Cost(0.0, 0.0))
+  everything = parts[0].cost + between + parts[-1].cost
+  embeddings = jnp.zeros((batch, seen, config.llm.width), jnp.dtype(args.dtype))
+  generated, line = timed(
+    CODES, codes, tokens, embeddings, least=_bound(between, rates)
+  )
   yield line
-  yield timed("prefill", prefill, tokens, embeddings)[1]
-  generated, line = timed(CODES, codes, tokens, embeddings)
-  yield line
-  yield timed("VQ decode", decode, generated.codes[:, 0])[1]
-  inputs = generated.inputs[:, 0]
-  yield timed(ONE_BY_ONE, token_by_token, tokens, embeddings, inputs)[1]
-  yield timed(WHOLE, picture_to_mask, tokens, images)[1]
+  yield _one_by_one(
+    timed, token_by_token, tokens, embeddings, generated.inputs[:, 0]
+  )
+  least = _bound(everything, rates)
+  yield timed(WHOLE, picture_to_mask, tokens, images, least=least)[1]
   if batch > 1 and not config.bidirectional_prompt:
     yield timed(SHARED, requests_of_a_picture, tokens, images)[1]
+
+
+def _one_by_one(timed, function, tokens, embeddings, inputs) -> Timed:
+  n = inputs.shape[1]
+  if len(tokens) == 1 or n < 64:
+    return timed(ONE_BY_ONE, function, tokens, embeddings, inputs)[1]
+  few, half = n // 8, n // 16
+  long, short = (
+    timed(ONE_BY_ONE, function, tokens, embeddings, inputs[:, :count])[1]
+    for count in (few, half)
+  )
+  a_code = (long.seconds - short.seconds) / (few - half)
+  return long._replace(seconds=long.seconds + (n - few) * a_code)
 
 
 CODES = "prefill and codes, scale by scale"
 ONE_BY_ONE = "prefill and codes, token by token"
 WHOLE = "picture to mask"
 SHARED = "requests of one picture to masks"
+POST = "mask at 480 x 640"
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -257,4 +391,7 @@ def _ratios(found: list[Timed]) -> list[str]:
   for t in found:
     if t.name.startswith("peer: picture to mask") and (WHOLE, 1) in by:
       lines.append(f"{WHOLE}: {t.seconds / by[WHOLE, 1]:.2f} times {t.name}")
+    elif t.name == WHOLE and t.bound:
+      share = t.seconds / t.bound
+      lines.append(f"{WHOLE}, batch {t.batch}: {share:.2f} times its bound")
   return lines
