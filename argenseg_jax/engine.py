@@ -55,6 +55,7 @@ class Engine:
     self.data = config_lib.from_mapping(DataConfig, loaded.meta["run"]["data"])
     stored = config_lib.from_mapping(EvalConfig, loaded.meta["run"]["eval"])
     self.settings = settings or stored
+    self.num_codes = sum(side * side for side in self.config.vqvae.scales)
     self.tokenizer = checkpoint.text_tokenizer(loaded)
     self.shares_prefixes = not loaded.config.bidirectional_prompt
     graph, state = nnx.split(loaded.model)
@@ -105,6 +106,10 @@ class Engine:
   def begin(self, tokens: np.ndarray, vision: Array) -> KVCache:
     """What prompts that begin with `tokens`, int32 [t], share."""
     return self._run(self._begin, tokens[None], vision)
+
+  def strip(self, codes: np.ndarray) -> np.ndarray:
+    """uint8 [scales side side 3] of a mask's codes, int32 [n]."""
+    return jax.device_get(self._run(self._strips, codes[None]))[0]
 
   def prompt(self, request: str, answer_prefix: str | None) -> Prompt:
     """See `prompts.of_request`; the request is about one picture."""
@@ -210,8 +215,7 @@ class Engine:
       if not count:
         side = self.config.vqvae.image_side
         return np.zeros((scales, side, side, 3), np.uint8)
-      strips = self._run(self._strips, answer.codes[:1])
-      return jax.device_get(strips)[0, :scales]
+      return self.strip(answer.codes[0])[:scales]
 
     return Prediction(
       seg_masks=np.stack(masks) if masks else np.zeros((0, *size), bool),

@@ -227,7 +227,8 @@ class Predictor:
           self._engine.ask(
             [prompt] * rows, [(1, 1)] * rows, **inputs, **options
           )
-    return len(ran)
+    self._engine.strip(np.zeros(self._engine.num_codes, np.int32))
+    return len(ran) + 1
 
   def _picture(self) -> "Picture":
     picture = getattr(self._here, "picture", None)
