@@ -182,7 +182,7 @@ def test_a_hundred_prompts_compile_no_more_than_buckets(
     for n in range(longest // 2)
   }
   assert len(lengths) > 1
-  assert 1 <= len(compilations) <= len(lengths)
+  assert 1 <= len(compilations) <= len(lengths) + 1  # And the strip's.
   compilations.clear()
   for n in range(100):
     predictor.segment_batch(images, ["a " * (n % 30)], answer_prefix="")

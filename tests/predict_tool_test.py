@@ -154,6 +154,21 @@ def test_bad_input_writes_nothing(arguments, message, fake, folder, capsys):
   assert sorted(folder.rglob("*")) == before
 
 
+def test_warmup_takes_the_options_of_predict(fake, capsys):
+  asked = {}
+  fake.warm_up = lambda **options: asked.update(options) or 4
+  arguments = ["--batches", "1", "8", "--longest=50", "--num-scales=2"]
+  assert cli.main(["warmup", "--checkpoint=x", *arguments]) == 0
+  assert asked == {
+    "batches": [1, 8],
+    "longest": 50,
+    "about_one_picture": False,
+    "answer_prefix": None,
+    "num_scales": 2,
+  }
+  assert capsys.readouterr().out.startswith("4 programs in ")
+
+
 def test_the_cache_is_the_users_and_can_be_switched_off(tmp_path, monkeypatch):
   monkeypatch.setattr(
     jax.config, "update", lambda name, value: asked.update({name: value})
