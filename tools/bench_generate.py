@@ -24,8 +24,8 @@ come from one run. Token by token at batches above 1 runs an eighth of the codes
 device's rates: published ones of an accelerator, for a CPU those of a large
 product and a large copy, measured first. --chips compiles each stage with the
 chip's own compiler (TPUs: pip install "jax[tpu]") and prints what that counts:
-"ms" follows from it and is too long, since a TPU's compiler counts copies between
-memories as well; "counted ms" is the bound.
+"ms" follows from it and is too long, since a TPU's compiler counts copies from
+memory to memory as well; "counted ms" is the bound.
 """
 
 _ENOUGH = 10.0  # Seconds after which a stage is not repeated again.
