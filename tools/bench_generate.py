@@ -17,8 +17,8 @@ Weights and pictures are random; `<ge_start>` is forced, so that every row has
 one mask. --peer needs torch and transformers: pip install "torch==2.13.0"
 transformers. It takes as many threads as this process may use cores. Seconds
 are medians over --repeats (fewer where a stage is long); all rows of a table
-come from one run. Token by token at batches above 1 runs an eighth of the codes
-(each costs the same) and is multiplied.
+come from one run. Token by token of many codes at batches above 1 runs one in
+eight (each costs the same) and adds the others.
 
 "bound" is the time that the counted FLOPs or bytes of a stage take at the
 device's rates: published ones of an accelerator, for a CPU those of a large
@@ -349,7 +349,7 @@ def _ours(config, args: argparse.Namespace, batch: int, rates):
 
 def _one_by_one(timed, function, tokens, embeddings, inputs) -> Timed:
   n = inputs.shape[1]
-  if len(tokens) == 1 or n < 64:
+  if len(tokens) == 1 or n < 512:  # Quick, or too short to tell apart.
     return timed(ONE_BY_ONE, function, tokens, embeddings, inputs)[1]
   few, half = n // 8, n // 16
   long, short = (
