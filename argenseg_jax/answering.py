@@ -12,7 +12,11 @@ from PIL import Image
 from argenseg_jax.config import EvalConfig
 from argenseg_jax.data import transforms
 from argenseg_jax.kernels import dispatch
-from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
+from argenseg_jax.models.argenseg import (
+  ARGenSeg,
+  normalize_images,
+  normalize_seg_masks,
+)
 from argenseg_jax.models.llm import KVCache
 from argenseg_jax.sampling import generate
 from argenseg_jax.types import Array
@@ -39,6 +43,7 @@ def answer_batch(
   vision: Array | None = None,
   prefix: KVCache | None = None,
   num_scales: int | None = None,
+  past_seg_masks: Array | None = None,
 ) -> Answers:
   """Generates and decodes, as one program.
 
@@ -49,14 +54,21 @@ def answer_batch(
     images: uint8 [b i h w 3]; None where `vision` or `prefix` hold them, or
       prompts have none.
     config: limits of an answer.
-    is_answer: bool [b t], forced words of answers; None without.
+    is_answer: bool [b t], from the first earlier answer or forced word on.
     vision: [1 v d], vision embeddings that all prompts share.
     prefix: what stands before all prompts.
     num_scales: predict and decode only so many scales, the coarsest first.
+    past_seg_masks: uint8 [b m h w 1|3], masks of earlier answers.
   """
+  past_codes = None
+  if past_seg_masks is not None:
+    b, m = past_seg_masks.shape[:2]
+    flat = normalize_seg_masks(past_seg_masks)
+    flat = flat.reshape(b * m, *flat.shape[2:])
+    past_codes = model.vqvae.encode(flat).reshape(b, m, -1)
   if dispatch.target().platform == "cpu":
     model.unstack()
-  if images is not None:
+  if images is not None and images.shape[1]:
     vision = model.vision_embeddings(normalize_images(images))
   elif vision is not None:
     vision = jnp.broadcast_to(vision, (len(tokens), *vision.shape[1:]))
@@ -67,6 +79,7 @@ def answer_batch(
     vision=vision,
     prefix=prefix,
     is_answer=is_answer,
+    past_codes=past_codes,
     max_text=config.max_text,
     max_masks=config.max_masks,
     num_scales=num_scales,

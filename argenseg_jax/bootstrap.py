@@ -8,6 +8,11 @@ import numpy as np
 from argenseg_jax.metrics import Sums
 
 RESAMPLES = 1000
+# Of `results`: numbers, not shares.
+COUNTS = {
+  *("samples", "invalid", "surplus", "questions", "captions"),
+  *("yes_no_unclear", "choice_unclear"),
+}
 _CHUNK = 50  # Resamples at once: bounds memory at 50 x pictures numbers.
 
 
@@ -61,5 +66,5 @@ def intervals(
       np.nanpercentile(np.concatenate(values), (tail, 100 - tail)).tolist()
     )
     for name, values in drawn.items()
-    if name not in ("samples", "invalid")
+    if name not in COUNTS
   }

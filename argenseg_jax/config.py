@@ -130,7 +130,24 @@ class DataConfig:
   # Request template, how expressions are joined in it, and whether a request
   # holds all expressions of an object or one of them (in training any, drawn
   # from the seed; in evaluation the first).
-  request: Literal["referring", "semantic", "reasoning", "free"] = "referring"
+  request: Literal[
+    "referring",
+    "semantic",
+    "reasoning",
+    "instance",
+    "anomaly",
+    "point",
+    "box",
+    "drawn",
+    "generation",
+    "question",
+    "choice",
+    "caption",
+    "free",
+  ] = "referring"
+  # Ask for each mask by a point or box of it, in words or drawn in red on the
+  # picture, in place of its expressions; "": do not.
+  interactive: Literal["", "point", "box", "drawn_point", "drawn_box"] = ""
   join: Literal["training", "evaluation"] = "training"
   protocol: Literal["merged", "per_expression"] = "merged"
   # "{description}" stands for what the source calls the target.

@@ -2,6 +2,7 @@
 
 import glob
 import importlib.util
+import json
 import os
 from typing import Any
 
@@ -64,6 +65,18 @@ def agree(value: bool) -> bool:
   return bool(from_main(int(value)))
 
 
+def agree_any(value: bool) -> bool:
+  """Whether it is true in any process."""
+  return bool(largest(int(value)))
+
+
+def largest(value: int) -> int:
+  """The largest of all processes' numbers."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.process_allgather(np.asarray(value)).max())
+
+
 def from_main(value: int) -> int:
   """The number that process 0 holds."""
   if jax.process_count() == 1:
@@ -75,6 +88,30 @@ def wait_for_all(name: str) -> None:
   """Returns once every process has come here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def gathered(values: list[Any]) -> list[Any]:
+  """JSON values of every process, in the order of processes, on all."""
+  if jax.process_count() == 1:
+    return values
+  raw = np.frombuffer(json.dumps(values).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(len(raw)))
+  padded = np.zeros(int(sizes.max()), np.uint8)
+  padded[: len(raw)] = raw
+  whole = multihost_utils.process_allgather(padded)
+  return [
+    value
+    for part, size in zip(whole, sizes, strict=True)
+    for value in json.loads(part[: int(size)].tobytes())
+  ]
+
+
+def own_rows(array: jax.Array) -> np.ndarray:
+  """This process's rows of an array that only its rows split."""
+  if array.is_fully_addressable:
+    return jax.device_get(array)
+  shards = {s.index[0].start: s.data for s in array.addressable_shards}
+  return np.concatenate([np.asarray(shards[k]) for k in sorted(shards)])
 
 
 def fetch(tree: Any) -> Any:

@@ -1,33 +1,31 @@
-"""Measures a model on a split: masks, the image tokenizer, grounding."""
+"""Measures a model on a split: masks, words, grounding; each sample once."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool
 
 from argenseg_jax import checkpoint, distributed, predictions, sharding
 from argenseg_jax import rows as rows_lib
-from argenseg_jax.config import EvalConfig, RunConfig
-from argenseg_jax.data import pipeline
-from argenseg_jax.data.sources.sample import Sample
-from argenseg_jax.metrics import SegmentationSums, score
-from argenseg_jax.models.argenseg import normalize_seg_masks
-from argenseg_jax.monitor import Progress
-from argenseg_jax.predict import (
+from argenseg_jax.answering import (
+  Answers,
   answer_batch,
   answer_tokens,
-  left_pad,
   seg_mask_at_size,
-  to_uint8,
 )
-from argenseg_jax.train_step import grounding_gap
+from argenseg_jax.config import EvalConfig, RunConfig
+from argenseg_jax.data import pipeline
+from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.sources.sample import Sample
+from argenseg_jax.grounding import CodeMeasurer
+from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.monitor import Progress
+from argenseg_jax.prompts import left_pad
 from argenseg_jax.types import Batch
-
-_GAP_BATCHES = 4
 
 OnProgress = Callable[[int, int, str], None]  # done, total, note
 OnRecord = Callable[[dict[str, Any]], None]  # A line of predictions.jsonl.
@@ -35,26 +33,19 @@ OnBatch = Callable[[], None]  # Before each batch; may raise.
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-  """One answered sample, for reports."""
-
-  index: int
-  prediction: np.ndarray  # bool [h w]
-  iou: float
-  has_mask: bool
-  codes: np.ndarray  # int32 [n]
-
-
-@dataclasses.dataclass(frozen=True)
 class SplitResults:
-  """Metrics of a split and its first examples."""
+  """Metrics of a split, the lines of its `predictions.jsonl`, its rows."""
 
-  metrics: dict[str, float]
-  examples: list[Example]
+  metrics: dict[str, Any]
+  records: list[dict[str, Any]]
+  rows: pipeline.RowMaker
 
 
 class Evaluator:
   """Compiled evaluation programs of one model, kept between calls.
+
+  Each process makes, scores and writes down its own rows of a batch; the
+  records are then gathered, so that all processes end with the same numbers.
 
   Args:
     graph: of an `ARGenSeg`.
@@ -62,19 +53,25 @@ class Evaluator:
   """
 
   def __init__(self, graph: nnx.GraphDef, config: EvalConfig):
+    self.graph = graph
     self._config = config
 
-    @jax.jit
-    def answer(state, tokens, valid, images):
-      model = nnx.merge(graph, state)
-      return answer_batch(model, tokens, valid, images, config=config)
-
-    @jax.jit
-    def gap(state, batch):
-      return grounding_gap(nnx.merge(graph, state), batch)
+    @functools.partial(jax.jit, static_argnames=("mesh", "config"))
+    def answer(state, inputs, mesh, config):
+      found = answer_batch(nnx.merge(graph, state), **inputs, config=config)
+      if mesh is None:
+        return found
+      rows = sharding.batch_sharding(mesh)
+      return jax.lax.with_sharding_constraint(found, rows)
 
     self._answer = answer
-    self._gap = gap
+    self._codes = CodeMeasurer(graph)
+
+  def batch_size(self, state: nnx.State) -> int:
+    """The config's, rounded up so that each device gets as many rows."""
+    mesh = sharding.mesh_of(state)
+    shards = 1 if mesh is None else sharding.num_shards(mesh)
+    return -(-self._config.batch_size // shards) * shards
 
   def __call__(
     self,
@@ -82,7 +79,6 @@ class Evaluator:
     rows: pipeline.RowMaker,
     *,
     max_samples: int | None = None,
-    num_examples: int = 0,
     on_progress: OnProgress | None = None,
     on_record: OnRecord | None = None,
     on_batch: OnBatch = lambda: None,
@@ -92,83 +88,119 @@ class Evaluator:
 
     Args:
       state: variables of the model.
-      rows: the split.
+      rows: the split, opened for evaluation.
       max_samples: fewer samples than the config's.
-      num_examples: how many examples to return.
       on_progress: called after each batch.
+      on_record: called with each record, see `predictions.records`.
       on_batch: called before each batch.
-      on_record: called with each answered sample, see `predictions.record`.
       answered: records of the first batches, from an interrupted call.
+
+    Raises:
+      DataError: a sample asks for a picture, or has no usable true answer.
     """
-    scorer, examples = predictions.Scorer(), []
+    scorer, records = predictions.Scorer(), list(answered)
     for record in answered:
       scorer.add(record)
     limit = max_samples or self._config.max_samples or len(rows.source)
     total = min(limit, len(rows.source))
-    size = self._config.batch_size
+    size = self.batch_size(state)
     first = answered[-1]["sample"] // size + 1 if answered else 0
-    for batch in _batches(rows, size, total, first=first):
+    done = first * size
+    for batch in batches(rows, size, total, first=first):
       on_batch()
-      prompts = [
-        t[p] for t, p in zip(batch.tokens, batch.is_prompt, strict=True)
-      ]
-      inputs = left_pad(prompts, rows.tokenizer.token_ids.pad)
-      inputs = sharding.put_like((*inputs, batch.images), state)
-      answers = distributed.fetch(self._answer(state, *inputs))
-      for i in np.flatnonzero(batch.sample_weight):
-        has_mask = bool(answers.num_masks[i])
-        index = int(batch.sample_id[i])
-        sample = rows.source[index]
-        truth = true_seg_mask(sample)
-        prediction = np.zeros_like(truth)
-        if has_mask:
-          prediction = _at_size(rows, answers.images[i, 0], truth)
-        record = predictions.record(
-          index,
-          sample,
-          prediction,
-          truth,
-          has_mask=has_mask,
-          text=rows.tokenizer.decode(answer_tokens(answers.tokens[i])),
-        )
-        record["iou"] = scorer.add(record)
+      for record in distributed.gathered(self._records(state, rows, batch)):
+        try:
+          value = scorer.add(record)
+        except ValueError as error:
+          where = rows.source[record["sample"]].where
+          raise DataError(f"{where}: {error}.") from error
+        record["iou" if "mask" in record else "score"] = value
+        records.append(record)
         if on_record is not None:
           on_record(record)
-        if len(examples) < num_examples:
-          examples.append(
-            Example(
-              index=index,
-              prediction=prediction,
-              iou=record["iou"],
-              has_mask=has_mask,
-              codes=answers.codes[i, 0],
-            )
-          )
+      done = min(done + size, total)
       if on_progress is not None:
-        note = f"cIoU {scorer.sums.results()['ciou']:.3f}"
-        on_progress(scorer.sums.samples, total, note)
-    metrics = scorer.results() | self._grounding(state, rows, total)
-    return SplitResults(metrics, examples)
+        on_progress(done, total, scorer.note)
+    metrics = scorer.results()
+    left_out = total - len({record["sample"] for record in records})
+    if left_out:
+      metrics["left_out"] = left_out
+    model: ARGenSeg = nnx.merge(self.graph, state)
+    metrics |= self._codes(
+      state, rows, batch_size=size, total=total, sides=model.scales.sides
+    )
+    return SplitResults(metrics, records, rows)
 
-  def _grounding(self, state, rows, total: int) -> dict[str, float]:
-    """Code loss and grounding gap of the first full batches."""
+  def answer(
+    self, state: nnx.State, rows: pipeline.RowMaker, batch: Batch
+  ) -> Answers:
+    """Answers the last request of each row; arrays of the whole batch.
+
+    Args:
+      state: variables of the model.
+      rows: what made the batch.
+      batch: this process's rows of it.
+    """
+    asked = [_asked(rows, row) for row in zip(*batch[:5], strict=True)]
+    prompts, later = zip(*asked, strict=True)
+    tokens, valid = left_pad(
+      prompts,
+      rows.tokenizer.token_ids.pad,
+      at_least=distributed.largest(max(map(len, prompts))),
+    )
+    inputs = {"tokens": tokens, "valid": valid, "images": batch.images}
+    if distributed.agree_any(any(part.any() for part in later)):
+      is_answer = np.zeros_like(valid)
+      for row, part in zip(is_answer, later, strict=True):
+        row[len(row) - len(part) :] = part
+      inputs |= {"is_answer": is_answer, "past_seg_masks": batch.seg_masks}
+    most = max(self._config.max_masks, rows.config.max_masks)
+    return self._answer(
+      state,
+      sharding.put_rows(inputs, state),
+      mesh=sharding.mesh_of(state),
+      config=dataclasses.replace(self._config, max_masks=most),
+    )
+
+  def _records(self, state, rows, batch: Batch) -> list[dict[str, Any]]:
+    """Of this process's rows."""
+    answers = jax.tree.map(
+      distributed.own_rows, self.answer(state, rows, batch)
+    )
     found = []
-    for batch in _batches(rows, self._config.batch_size, total):
-      if np.any(batch.sample_weight == 0) or len(found) == _GAP_BATCHES:
-        break
-      pair = self._gap(state, sharding.put_like(batch, state))
-      found.append(distributed.fetch(pair))
-    if not found:
-      return {}
-    true, wrong = np.mean(found, axis=0)
-    return {"code_loss": float(true), "grounding_gap": float(wrong - true)}
+    for i in np.flatnonzero(batch.sample_weight):
+      index = int(batch.sample_id[i])
+      sample = rows.source[index]
+      if sample.target == "picture":
+        raise DataError(
+          f"{sample.where} asks for a picture, which no metric here judges; "
+          "look at what `argenseg generate` draws."
+        )
+      if not _is_whole(rows, sample, batch.tokens[i]):
+        continue
+      truths = predictions.true_seg_masks(sample)
+      size = truths[0].shape if truths else sample.size
+      if size is None and answers.num_masks[i] and sample.images:
+        size = sample.load_image().shape[:2]
+      masks = [
+        seg_mask_at_size(image, size, pad_square=rows.config.pad_square)
+        for image in answers.images[i, : answers.num_masks[i] if size else 0]
+      ]
+      found += predictions.records(
+        index,
+        sample,
+        masks,
+        truths,
+        text=rows.tokenizer.decode(answer_tokens(answers.tokens[i])),
+      )
+    return found
 
 
 def evaluate_checkpoint(
   config: RunConfig,
   loaded: checkpoint.Loaded,
+  evaluator: Evaluator | None = None,
   *,
-  num_examples: int = 0,
   on_batch: OnBatch = lambda: None,
 ) -> dict[str, SplitResults]:
   """Scores a run's model on every split of its config, with progress.
@@ -176,22 +208,23 @@ def evaluate_checkpoint(
   Args:
     config: the run.
     loaded: its checkpoint.
-    num_examples: how many examples each split returns.
+    evaluator: of this model, if there is one already.
     on_batch: called before each batch.
   """
   tokenizer = checkpoint.text_tokenizer(loaded)
   rows = rows_lib.make_rows(config.data, "mllm", loaded.config, tokenizer)
   graph, state = nnx.split(loaded.model)
-  evaluator = Evaluator(graph, config.eval)
+  evaluator = evaluator or Evaluator(graph, config.eval)
+  main = distributed.is_main()
   results = {}
   for split in config.eval.splits:
     split_rows = rows_lib.of_split(rows, split)
     limit = config.eval.max_samples or len(split_rows.source)
-    bar = Progress(f"evaluate {split}", min(limit, len(split_rows.source)))
+    total = min(limit, len(split_rows.source))
+    bar = Progress(f"evaluate {split}", total, active=main)
     results[split] = evaluator(
       state,
       split_rows,
-      num_examples=num_examples,
       on_progress=lambda done, _, note, bar=bar: bar.update(done, note),
       on_batch=on_batch,
     )
@@ -199,77 +232,52 @@ def evaluate_checkpoint(
   return results
 
 
-def tokenizer_ceiling(
-  graph: nnx.GraphDef,
-  state: nnx.State,
-  rows: pipeline.RowMaker,
-  *,
-  batch_size: int,
-  max_samples: int,
-) -> dict[str, float]:
-  """Scores masks that were only encoded and decoded, at their own sizes.
-
-  No model that predicts this image tokenizer's codes can do better. Samples
-  without a target are left out.
-
-  Args:
-    graph, state: of a `VQVAE`.
-    rows: the split.
-    batch_size: masks a program takes.
-    max_samples: 0 takes all.
-  """
-
-  @jax.jit
-  def round_trip(state, seg_masks):
-    model = nnx.merge(graph, state)
-    codes = model.encode(normalize_seg_masks(seg_masks))
-    decoded = model.decode(codes)
-    return codes, to_uint8(decoded)
-
-  sums = SegmentationSums()
-  used: set[int] = set()
-  total = min(max_samples or len(rows.source), len(rows.source))
-  for batch in _batches(rows, batch_size, total):
-    seg_masks = sharding.put_like(batch.seg_masks[:, 0], state)
-    codes, decoded = distributed.fetch(round_trip(state, seg_masks))
-    for i in np.flatnonzero(batch.mask_valid[:, 0]):
-      truth = true_seg_mask(rows.source[int(batch.sample_id[i])])
-      sums += score(_at_size(rows, decoded[i], truth), truth)
-      used.update(codes[i].tolist())
-  metrics = sums.results()
-  return {
-    "ciou": metrics["ciou"],
-    "giou": metrics["giou"],
-    "samples": metrics["samples"],
-    "codes_used": len(used),
-  }
+def headline(metrics: dict[str, Any]) -> str:
+  """The metrics that fit into a line."""
+  names = ("ciou", "giou", "yes_no_accuracy", "vqa_soft", "choice_accuracy")
+  return " ".join(f"{n} {metrics[n]:.3f}" for n in names if n in metrics)
 
 
-def true_seg_mask(sample: Sample) -> Bool[np.ndarray, "h w"]:
-  """The union of a sample's targets, at its picture's size."""
-  if not sample.seg_masks:
-    return np.zeros(sample.load_image().shape[:2], bool)
-  union = np.stack(
-    [sample.load_seg_mask(i) > 0 for i in range(len(sample.seg_masks))]
-  )
-  return union.any(0)
+def _asked(rows: pipeline.RowMaker, row) -> tuple[np.ndarray, np.ndarray]:
+  """The tokens before a row's last answer, and where earlier answers are:
+  from the first of them on."""
+  tokens, _, _, segment_ids, is_prompt = row
+  used = np.count_nonzero(segment_ids)
+  special = rows.tokenizer.token_ids
+  turns = np.flatnonzero(tokens[:used] == special.im_start)
+  header = len(rows.tokenizer.encode(_HEADER))
+  end = turns[-1] + header if turns.size else 0
+  return tokens[:end], ~is_prompt[:end]
 
 
-def _at_size(rows, decoded, truth: np.ndarray) -> np.ndarray:
-  return seg_mask_at_size(
-    decoded, truth.shape, pad_square=rows.config.pad_square
-  )
+_HEADER = "<|im_start|>assistant\n"
 
 
-def _batches(
+def _is_whole(rows: pipeline.RowMaker, sample: Sample, tokens) -> bool:
+  """Whether a row still has its last answer, however it was cut."""
+  turns = rows.conversation(sample)
+  found = np.count_nonzero(tokens == rows.tokenizer.token_ids.im_start)
+  system = bool(rows.config.system_message) and turns[0]["from"] != "system"
+  return found == len(turns) + system
+
+
+def batches(
   rows: pipeline.RowMaker, size: int, total: int, *, first: int = 0
 ) -> Iterator[Batch]:
-  """Batches of the first `total` records; later rows get weight 0."""
+  """This process's rows of batches of the first `total` records; later rows get
+  weight 0."""
+  share = size // jax.process_count()
   seen = first * size
   if seen >= total:
     return
-  for batch in pipeline.eval_batches(rows, size, first=first):
-    keep = np.arange(size) < total - seen
+  for batch in pipeline.eval_batches(
+    rows,
+    size,
+    host_index=jax.process_index(),
+    host_count=jax.process_count(),
+    first=first,
+  ):
+    keep = np.arange(share) + share * jax.process_index() < total - seen
     yield batch._replace(
       sample_weight=batch.sample_weight * keep,
       mask_valid=batch.mask_valid & keep[:, None],

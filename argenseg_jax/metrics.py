@@ -35,8 +35,10 @@ def _hits() -> np.ndarray:
 class SegmentationSums(Sums):
   """Sums over answered masks.
 
+  A sample is a mask that was due, or a request of something absent.
+
   Attributes:
-    samples: answers that were scored.
+    samples: that were scored.
     intersection: foreground pixels that prediction and truth share.
     union: foreground pixels of either.
     iou: sum of per-sample IoU, 1 where both masks are empty.
@@ -45,6 +47,7 @@ class SegmentationSums(Sums):
     no_target_right: those answered with an empty mask.
     target_right: samples with a target answered with a non-empty mask.
     invalid: samples with a target answered without a mask (scored as empty).
+    surplus: masks beyond those that answers should hold; not scored.
     box_hits: samples with a target whose answered mask's box has IoU >= 0.5
       with the box of the true mask.
     text_boxes: samples with a target whose answer holds a box in text.
@@ -60,6 +63,7 @@ class SegmentationSums(Sums):
   no_target_right: int = 0
   target_right: int = 0
   invalid: int = 0
+  surplus: int = 0
   box_hits: int = 0
   text_boxes: int = 0
   text_box_hits: int = 0
@@ -79,16 +83,18 @@ class SegmentationSums(Sums):
     for i, threshold in enumerate(PRECISIONS):
       out[f"pr@{threshold}"] = self.hits[..., i] / n
     if np.any(self.no_target):
-      out["n_acc"] = _share(self.no_target_right, self.no_target)
+      out["n_acc"] = share(self.no_target_right, self.no_target)
     with_target = self.samples - self.no_target
     if np.any(with_target):
-      out["t_acc"] = _share(self.target_right, with_target)
-      out["box_acc@0.5"] = _share(self.box_hits, with_target)
+      out["t_acc"] = share(self.target_right, with_target)
+      out["box_acc@0.5"] = share(self.box_hits, with_target)
       if np.any(self.text_boxes):
-        out["text_box_acc@0.5"] = _share(self.text_box_hits, with_target)
+        out["text_box_acc@0.5"] = share(self.text_box_hits, with_target)
     out["invalid"] = self.invalid
+    if np.any(self.surplus):
+      out["surplus"] = self.surplus
     out["samples"] = self.samples
-    return {name: _plain(value) for name, value in out.items()}
+    return {name: plain(value) for name, value in out.items()}
 
 
 def overlap(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
@@ -108,6 +114,7 @@ def score(
   *,
   has_mask: bool = True,
   text: str = "",
+  surplus: int = 0,
 ) -> SegmentationSums:
   """The sums of one sample.
 
@@ -116,6 +123,7 @@ def score(
     truth: bool [h w], at the picture's own size.
     has_mask: whether the answer held a mask.
     text: the answer, where a box may stand.
+    surplus: masks of the answer that nothing asked for.
   """
   intersection, union = overlap(prediction, truth)
   iou = intersection / (union + 1e-10) if union else 1.0
@@ -133,18 +141,19 @@ def score(
     no_target_right=int(empty_truth and empty_answer),
     target_right=int(not empty_truth and not empty_answer),
     invalid=int(not has_mask and not empty_truth),
+    surplus=surplus,
     box_hits=int(box_iou >= _BOX_THRESHOLD),
     text_boxes=int(not empty_truth and said is not None),
     text_box_hits=int(said_iou >= _BOX_THRESHOLD),
   )
 
 
-def _share(part: Any, whole: Any) -> Any:
+def share(part: Any, whole: Any) -> Any:
   """part / whole, not a number where a resample drew nothing of that kind."""
   part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)
   return part / np.where(whole == 0, np.nan, whole)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
   """Numbers as Python has them, which JSON takes."""
   return value.item() if isinstance(value, np.generic) else value

@@ -17,13 +17,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint, flops, hlo, sharding, speed, starting
+from argenseg_jax.answering import answer_batch
 from argenseg_jax.config import ModelConfig, RunConfig
 from argenseg_jax.optimizer import (
   init_moments,
   make_optimizer,
   trainable_filter,
 )
-from argenseg_jax.predict import answer_batch
 from argenseg_jax.topology import Topology
 from argenseg_jax.train_step import TrainState, make_train_step
 from argenseg_jax.types import Batch

@@ -12,12 +12,6 @@ from PIL import Image, ImageOps
 
 from argenseg_jax import checkpoint, prompts
 from argenseg_jax.answering import Prediction
-
-# What evaluation and planning take from here.
-from argenseg_jax.answering import answer_batch as answer_batch
-from argenseg_jax.answering import answer_tokens as answer_tokens
-from argenseg_jax.answering import seg_mask_at_size as seg_mask_at_size
-from argenseg_jax.answering import to_uint8 as to_uint8
 from argenseg_jax.config import DataConfig, EvalConfig, ModelConfig
 from argenseg_jax.data import transforms
 from argenseg_jax.data.errors import DataError
@@ -25,7 +19,6 @@ from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.engine import Engine
 from argenseg_jax.models import quantized
 from argenseg_jax.prompts import Prompt, Turns
-from argenseg_jax.prompts import left_pad as left_pad
 
 AnyImage = np.ndarray | Image.Image | str | pathlib.Path
 

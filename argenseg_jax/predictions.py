@@ -6,6 +6,7 @@ computed again from `predictions.jsonl` without a model or the data.
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,79 +16,153 @@ from argenseg_jax.bootstrap import intervals
 from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample
-from argenseg_jax.metrics import SegmentationSums, score
+from argenseg_jax.metrics import SegmentationSums, Sums, score
+from argenseg_jax.understanding import UnderstandingSums, score_answer
 
 FILE = "predictions.jsonl"
-_NEEDED = ("sample", "picture", "text", "has_mask", "mask", "truth")
+_NEEDED = {
+  True: ("sample", "picture", "text", "has_mask", "mask", "truth"),
+  False: ("sample", "picture", "text", "kind", "question", "answers"),
+}
+# Of these metrics the 95 % intervals are given.
+_WITH_INTERVAL = {
+  *("ciou", "giou", "yes_no_accuracy", "yes_no_f1", "vqa_soft"),
+  *("choice_accuracy", "text_exact"),
+}
 
 
-def record(
+def due_masks(sample: Sample) -> int:
+  """How many masks of an answer are scored; 0 for a question that wants words.
+
+  A request of something absent is scored with an empty true mask.
+  """
+  count = len(sample.seg_masks) - sample.num_past_masks
+  asks_for_mask = sample.kind == "absent" or not sample.conversation
+  return max(count, int(asks_for_mask))
+
+
+def true_seg_masks(sample: Sample) -> list[Bool[np.ndarray, "h w"]]:
+  """What each due mask should be, at the picture's own size."""
+  numbers = range(sample.num_past_masks, len(sample.seg_masks))
+  if numbers:
+    return [sample.load_seg_mask(i) > 0 for i in numbers]
+  if not due_masks(sample):
+    return []
+  return [np.zeros(sample.load_image().shape[:2], bool)]
+
+
+def records(
   index: int,
   sample: Sample,
-  prediction: Bool[np.ndarray, "h w"],
-  truth: Bool[np.ndarray, "h w"],
+  predictions: Sequence[Bool[np.ndarray, "h w"]],
+  truths: Sequence[Bool[np.ndarray, "h w"]],
   *,
-  has_mask: bool,
   text: str,
-) -> dict[str, Any]:
-  """One line of `predictions.jsonl`.
+) -> list[dict[str, Any]]:
+  """The lines of `predictions.jsonl` of an answer: one a due mask, or one.
 
   Args:
     index: of the sample in its source.
     sample: that was asked about.
-    prediction: the answered mask, empty if the answer held none.
-    truth: the union of its targets, of the same size.
-    has_mask: whether the answer held a mask.
+    predictions: the answered masks, in order.
+    truths: from `true_seg_masks`.
     text: the answer's words.
   """
   picture = sample.image_keys or index
-  return {
+  human = [t["value"] for t in sample.conversation if t["from"] == "human"]
+  common = {
     "sample": index,
     "dataset": sample.dataset,
     "kind": sample.kind,
     # What tells equal pictures: intervals draw pictures, not samples.
     "picture": json.dumps(picture, default=str),
+    "turn": max(len(human) - 1, 0),
     "expressions": list(sample.expressions),
+    "question": human[-1] if human else "",
     "text": text,
-    "has_mask": has_mask,
-    "mask": masks.run_lengths(prediction),
-    "truth": masks.run_lengths(truth),
   }
+  if not truths:
+    true = [sample.conversation[-1]["value"]]
+    return [common | {"answers": list(sample.answers) or true}]
+  made = []
+  for number, truth in enumerate(truths):
+    has_mask = number < len(predictions)
+    prediction = predictions[number] if has_mask else np.zeros_like(truth)
+    last = number == len(truths) - 1
+    made.append(
+      common
+      | {
+        "number": number,
+        "has_mask": has_mask,
+        "mask": masks.run_lengths(prediction),
+        "truth": masks.run_lengths(truth),
+        "surplus": max(len(predictions) - len(truths), 0) if last else 0,
+      }
+    )
+  return made
 
 
 class Scorer:
   """Adds up records; `results` divides once."""
 
   def __init__(self) -> None:
-    self.sums = SegmentationSums()
-    self._by_sample: list[SegmentationSums] = []
-    self._pictures: list[str] = []
+    self.masks = SegmentationSums()
+    self.words = UnderstandingSums()
+    self._one_by_one: dict[type, list[tuple[Sums, str]]] = {}
+
+  @property
+  def count(self) -> int:
+    """Records that were added."""
+    return self.masks.samples + self.words.questions
+
+  @property
+  def note(self) -> str:
+    """The running result, for a progress bar."""
+    if self.masks.samples:
+      return f"cIoU {self.masks.results()['ciou']:.3f}"
+    shown = self.words.results().items()
+    return " ".join(f"{k} {v:.3f}" for k, v in shown if isinstance(v, float))
 
   def add(self, record: dict[str, Any]) -> float:
-    """Counts a record in; returns its IoU.
+    """Counts a record in; returns its IoU, or the score of its words.
 
     Raises:
-      ValueError: its masks differ in size.
+      ValueError: its masks differ in size, or its question has no answer.
     """
-    one = score(
-      _pixels(record["mask"]),
-      _pixels(record["truth"]),
-      has_mask=record["has_mask"],
-      text=record["text"],
-    )
-    self.sums += one
-    self._by_sample.append(one)
-    self._pictures.append(record["picture"])
-    return one.iou
+    if "mask" in record:
+      one = score(
+        pixels(record["mask"]),
+        pixels(record["truth"]),
+        has_mask=record["has_mask"],
+        text=record["text"],
+        surplus=record.get("surplus", 0),
+      )
+      value = one.iou
+      self.masks += one
+    else:
+      one, value = score_answer(
+        record["kind"],
+        record["text"],
+        record["answers"],
+        question=record["question"],
+      )
+      self.words += one
+    self._one_by_one.setdefault(type(one), []).append((one, record["picture"]))
+    return value
 
   def results(self) -> dict[str, Any]:
     """Every metric of docs/evaluation.md that masks and text give, with the
-    ends of the 95 % intervals of cIoU and gIoU."""
-    metrics = self.sums.results()
-    found = intervals(self._by_sample, self._pictures)
-    for name in {"ciou", "giou"} & found.keys():
-      low, high = found[name]
-      metrics |= {f"{name}_low": low, f"{name}_high": high}
+    ends of 95 % intervals of the main ones."""
+    metrics: dict[str, Any] = {}
+    if self.masks.samples or not self.words.questions:
+      metrics |= self.masks.results()
+    if self.words.questions:
+      metrics |= self.words.results()
+    for pairs in self._one_by_one.values():
+      found = intervals(*zip(*pairs, strict=True))
+      for name in sorted(_WITH_INTERVAL & found.keys()):
+        low, high = found[name]
+        metrics |= {f"{name}_low": low, f"{name}_high": high}
     return metrics
 
 
@@ -128,7 +203,9 @@ def rescore(path: str | pathlib.Path) -> dict[str, Any]:
       for number, line in enumerate(lines, 1):
         try:
           values = json.loads(line)
-          scorer.add({key: values[key] for key in _NEEDED})
+          for key in _NEEDED["mask" in values]:
+            values[key]
+          scorer.add(values)
         except (
           *(DataError, ValueError, KeyError, TypeError),
           *(AttributeError, RecursionError),
@@ -139,10 +216,11 @@ def rescore(path: str | pathlib.Path) -> dict[str, Any]:
           ) from error
   except (OSError, UnicodeDecodeError) as error:
     raise DataError(f"{path} cannot be read ({error}).") from error
-  if not scorer.sums.samples:
+  if not scorer.count:
     raise DataError(f"{path} holds no answered sample.")
   return scorer.results()
 
 
-def _pixels(coded: dict[str, Any]) -> np.ndarray:
+def pixels(coded: dict[str, Any]) -> np.ndarray:
+  """The bool [h w] mask of COCO's run lengths."""
   return masks.load_seg_mask(coded) > 0

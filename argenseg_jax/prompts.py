@@ -121,10 +121,10 @@ def pad(prompts: Sequence[Prompt], pad_id: int) -> Padded:
 
 
 def left_pad(
-  prompts: Sequence[np.ndarray], pad: int
+  prompts: Sequence[np.ndarray], pad: int, *, at_least: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
   """Prompts as int32 [b t] and bool [b t], t in buckets."""
-  length = bucket(max(map(len, prompts)))
+  length = bucket(max(at_least, *map(len, prompts)))
   tokens = np.full((len(prompts), length), pad, np.int32)
   valid = np.zeros((len(prompts), length), bool)
   for i, prompt in enumerate(prompts):

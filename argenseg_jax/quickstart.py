@@ -9,16 +9,12 @@ from typing import Any
 
 from flax import nnx
 
-from argenseg_jax import checkpoint, cpu, lock, report, train
-from argenseg_jax import rows as rows_lib
+from argenseg_jax import checkpoint, cpu, evaluation_report, lock, report, train
 from argenseg_jax import workdir as workdir_lib
 from argenseg_jax.config import RunConfig
 from argenseg_jax.data.ref_shapes import builder
-from argenseg_jax.evaluate import evaluate_checkpoint, true_seg_mask
+from argenseg_jax.evaluate import Evaluator, evaluate_checkpoint
 from argenseg_jax.monitor import Progress
-from argenseg_jax.predict import Predictor
-
-_SHOWN = 6  # Samples of a split in the report.
 
 
 def run(
@@ -56,7 +52,9 @@ def _run(
     )
   with seconds("evaluation"):
     loaded = checkpoint.load(workdir / "mllm")
-    splits = evaluate_checkpoint(config, loaded, num_examples=_SHOWN)
+    graph, state = nnx.split(loaded.model)
+    evaluator = Evaluator(graph, config.eval)
+    splits = evaluate_checkpoint(config, loaded, evaluator)
   results = {
     "splits": {name: split.metrics for name, split in splits.items()},
     "tokenizer_ceiling": ceiling,
@@ -68,7 +66,18 @@ def _run(
       for name in ("argenseg_jax", "jax", "flax", "orbax-checkpoint", "grain")
     },
   }
-  _write_report(config, loaded, splits, results, workdir)
+  shown = evaluation_report.write(
+    workdir / "report.html",
+    title="argenseg quickstart",
+    splits=splits,
+    evaluator=evaluator,
+    state=state,
+    tables={
+      "Image tokenizer (held out)": {"encode, decode": ceiling},
+      "Seconds": {"stage": results["seconds"]},
+    },
+  )
+  report.draw_rows(shown, workdir / "report.png")
   (workdir / "results.json").write_text(json.dumps(results, indent=1))
   return results
 
@@ -130,45 +139,3 @@ class _Stopwatch:
     spent[self._stage] = round(spent.get(self._stage, 0.0) + passed, 1)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._path.write_text(json.dumps(spent))
-
-
-def _write_report(config, loaded, splits, results, workdir) -> None:
-  predictor = Predictor(loaded)
-  rows = rows_lib.make_rows(
-    config.data, "mllm", loaded.config, predictor.tokenizer
-  )
-  sections = {}
-  for name, split in splits.items():
-    split_rows = rows_lib.of_split(rows, name)
-    samples = [split_rows.source[e.index] for e in split.examples]
-    images = [sample.load_image() for sample in samples]
-    requests = [sample.expressions[0] for sample in samples]
-    predictions = predictor.segment_batch(images, requests)
-    sections[name] = [
-      report.Shown(
-        image=image,
-        request=request,
-        truth=true_seg_mask(sample),
-        prediction=prediction.seg_mask,
-        strip=prediction.strip,
-        iou=example.iou,
-        answer=prediction.text,
-      )
-      for example, sample, image, request, prediction in zip(
-        split.examples, samples, images, requests, predictions, strict=True
-      )
-    ]
-  shown = [row for rows in sections.values() for row in rows[:3]]
-  report.draw_rows(shown, workdir / "report.png")
-  report.write_html(
-    workdir / "report.html",
-    title="argenseg quickstart",
-    tables={
-      "Segmentation": results["splits"],
-      "Image tokenizer (held out)": {
-        "encode, decode": results["tokenizer_ceiling"]
-      },
-      "Seconds": {"stage": results["seconds"]},
-    },
-    sections=sections,
-  )

@@ -6,7 +6,7 @@ import html
 import io
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -43,7 +43,10 @@ def overlay(image: np.ndarray, seg_mask: np.ndarray) -> np.ndarray:
 
 
 def join_strip(strip: np.ndarray, height: int) -> np.ndarray:
-  """Mask images after each scale, side by side, `height` pixels high."""
+  """Mask images after each scale, side by side, `height` pixels high; a grey
+  tile where there are none."""
+  if not len(strip):
+    return np.full((height, height, 3), 235, np.uint8)
   tiles = [
     np.asarray(Image.fromarray(tile).resize((height, height), Image.BILINEAR))
     for tile in strip
@@ -59,7 +62,7 @@ def draw_rows(rows: Sequence[Shown], path: pathlib.Path) -> None:
     len(rows),
     4,
     figsize=(11, 1.9 * len(rows) + 0.4),
-    width_ratios=(1, 1, 1, len(rows[0].strip)),
+    width_ratios=(1, 1, 1, max(max(len(row.strip) for row in rows), 1)),
     squeeze=False,
   )
   for row, (left, true, answer, strip) in zip(rows, axes, strict=True):
@@ -80,28 +83,17 @@ def draw_rows(rows: Sequence[Shown], path: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def write_html(
-  path: pathlib.Path,
-  *,
-  title: str,
-  tables: Mapping[str, Mapping[str, Mapping[str, float]]],
-  sections: Mapping[str, Sequence[Shown]],
-) -> None:
+def write_html(path: pathlib.Path, *, title: str, parts: Sequence[str]) -> None:
   """Writes a self-contained page.
 
   Args:
     path: of the page.
     title: its heading.
-    tables: heading -> row name -> column name -> value.
-    sections: heading -> samples.
+    parts: HTML from the functions below.
   """
-  parts = [f"<h1>{html.escape(title)}</h1>"]
-  for heading, rows in tables.items():
-    parts += [f"<h2>{html.escape(heading)}</h2>", _table(rows)]
-  for heading, shown in sections.items():
-    parts.append(f"<h2>{html.escape(heading)}</h2>")
-    parts += [_sample(row) for row in shown]
-  path.write_text(_PAGE.format(title=html.escape(title), body="".join(parts)))
+  title = html.escape(title)
+  body = "\n".join((f"<h1>{title}</h1>", *parts))
+  path.write_text(_PAGE.format(title=title, body=body))
 
 
 _PAGE = """<!doctype html>
@@ -113,13 +105,25 @@ table {{ border-collapse: collapse; }}
 td, th {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd;
   text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
+img.wide {{ width: 100%; }}
 figure {{ margin: 1rem 0; }}
 figure img {{ height: 128px; margin-right: 6px; }}
 </style><body>{body}</body></html>
 """
 
 
-def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
+def heading(words: str, level: int = 2) -> str:
+  """A heading."""
+  return f"<h{level}>{html.escape(words)}</h{level}>"
+
+
+def picture(pixels: np.ndarray) -> str:
+  """A picture as wide as the page, from uint8 [h w 3]."""
+  return f'<img class="wide" alt="" src="{_data_uri(pixels)}">'
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+  """Row name -> column name -> value as a table."""
   columns = list(dict.fromkeys(c for row in rows.values() for c in row))
   head = "".join(f"<th>{html.escape(c)}</th>" for c in ["", *columns])
   body = []
@@ -133,7 +137,8 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
   return f"<table><tr>{head}</tr>{''.join(body)}</table>"
 
 
-def _sample(row: Shown) -> str:
+def sample(row: Shown) -> str:
+  """A request with its picture, truth, answer, and answer scale by scale."""
   images = (
     row.image,
     overlay(row.image, row.truth),

@@ -89,6 +89,7 @@ def generate(
   vision: Float[Array, "b v d"] | None,
   prefix: KVCache | None = None,
   is_answer: Bool[Array, "b t"] | None = None,
+  past_codes: Int[Array, "b p n"] | None = None,
   max_text: int,
   max_masks: int = 1,
   num_scales: int | None = None,
@@ -111,6 +112,8 @@ def generate(
       the prompts have none.
     prefix: from `prefill_prefix`: what stands before all prompts.
     is_answer: where prompts end with an answer's first words: True in those.
+    past_codes: codes of the masks in a prompt's earlier answers, in order;
+      `is_answer` is then True from the first of those answers on.
     max_text: most text tokens of an answer.
     max_masks: most masks of an answer; a further `<ge_start>` ends it.
     num_scales: predict only so many scales of a mask, the coarsest first, and
@@ -160,12 +163,15 @@ def generate(
     cache = cache.starting_with(prefix)
   positions = shared + jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
   reach = None
-  if config.bidirectional_prompt:
-    end = t - 1 - jnp.sum(is_answer, 1, keepdims=True, dtype=jnp.int32)
-    reach = jnp.where(is_answer, jnp.arange(t), end)
+  if config.bidirectional_prompt or past_codes is not None:
+    reach = model.reach(tokens, ~is_answer)
   embeddings = model.llm.embed(tokens)
   if vision is not None:
     embeddings = model.prompt_embeddings(tokens, vision)
+  if past_codes is not None:
+    past = model.vqvae.quantizer.scale_inputs(past_codes.reshape(-1, n))
+    past = past.reshape(b, -1, *past.shape[1:])
+    embeddings = model.with_slots(embeddings, tokens, past)
   hidden, cache = model.llm.extend(
     embeddings,
     cache,

@@ -202,12 +202,24 @@ def put_batch(batch, mesh: Mesh):
   )
 
 
+def mesh_of(state) -> Mesh | None:
+  """The mesh that `state` lives on; None for a single device without one."""
+  return getattr(jax.tree.leaves(state)[0].sharding, "mesh", None)
+
+
+def put_rows(batch, state):
+  """This host's rows of a global batch, onto the mesh of `state`; left as they
+  are where there is none."""
+  mesh = mesh_of(state)
+  return batch if mesh is None else put_batch(batch, mesh)
+
+
 def put_like(batch, state):
   """A batch onto the mesh that `state` lives on, rows split where they divide.
 
   Left as it is where `state` lives on no mesh.
   """
-  mesh = getattr(jax.tree.leaves(state)[0].sharding, "mesh", None)
+  mesh = mesh_of(state)
   if mesh is None:
     return batch
   parts = num_shards(mesh)

@@ -25,11 +25,7 @@ from argenseg_jax import config as config_lib
 from argenseg_jax import rows as rows_lib
 from argenseg_jax import workdir as workdir_lib
 from argenseg_jax.config import ConfigError, RunConfig
-from argenseg_jax.evaluate import (
-  Evaluator,
-  evaluate_checkpoint,
-  tokenizer_ceiling,
-)
+from argenseg_jax.evaluate import Evaluator, evaluate_checkpoint, headline
 from argenseg_jax.goodput import Goodput
 from argenseg_jax.monitor import MetricsWriter, Progress
 from argenseg_jax.non_finite import NonFinite
@@ -39,6 +35,7 @@ from argenseg_jax.optimizer import (
   trainable_filter,
 )
 from argenseg_jax.scores import Scores
+from argenseg_jax.tokenizer_eval import tokenizer_ceiling
 from argenseg_jax.train_batches import open_batches
 from argenseg_jax.train_step import TrainState, make_train_step, state_part
 from argenseg_jax.watchdog import Watchdog
@@ -101,7 +98,7 @@ def _run(
     if distributed.is_main():
       integrity.write_whole(scores, json.dumps(metrics, indent=1))
       for split, values in metrics.items():
-        print(f"{split}: cIoU {values['ciou']:.3f} gIoU {values['giou']:.3f}")
+        print(f"{split}: {headline(values)}")
     distributed.wait_for_all("results")
   return results
 
@@ -304,7 +301,7 @@ def _train(config, task, workdir, init_from, accept_changed_data, stop):
           ).metrics
           scores.ciou = values["ciou"]
           writer.write(step, {f"{split}/{k}": v for k, v in values.items()})
-          bar.update(step, f"{split} cIoU {values['ciou']:.3f}")
+          bar.update(step, f"{split} {headline(values)}")
         pace.pause()
       stops = stop.requested()
       if step % stage.train.save_every == 0 or last or stops:

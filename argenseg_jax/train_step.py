@@ -182,18 +182,6 @@ def mllm_objective(
   return text + code
 
 
-def grounding_gap(model: ARGenSeg, batch: Batch) -> tuple[Array, Array]:
-  """Code loss with true images, and with images moved on by one row.
-
-  Their difference is the grounding gap: 0 for a model that does not look.
-  """
-  config = LossConfig(code_average="token", drop_scale_inputs=0.0, z_loss=0.0)
-  shuffled = batch._replace(images=jnp.roll(batch.images, 1, axis=0))
-  _, true = mllm_loss(model, batch, config)
-  _, wrong = mllm_loss(model, shuffled, config)
-  return true.means()[1], wrong.means()[1]
-
-
 def vqvae_loss(
   model: VQVAE, batch: Batch, *, reconstruction: str, quantize: bool
 ) -> tuple[Array, dict[str, Array]]:

@@ -29,9 +29,11 @@ def get_config() -> ConfigDict:
   # A tokenizer.json; "": that of a whole model in `init_from`, else the shipped
   # small one.
   c.data.text_tokenizer = ""
-  c.data.request = (
-    "referring"  # Template: referring, semantic, reasoning, free.
-  )
+  # Template: a key of REQUEST_TEMPLATES in argenseg_jax/data/text.py.
+  c.data.request = "referring"
+  # Ask for a mask by a "point" or "box" of it in words, or by a "drawn_point"
+  # or "drawn_box" on its picture; "": by its expressions.
+  c.data.interactive = ""
   c.data.join = "training"  # How a request joins expressions; or "evaluation".
   c.data.protocol = "merged"  # All expressions, or "per_expression": one.
   c.data.answer = "Sure, the segmentation result: <mask>."

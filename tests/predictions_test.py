@@ -33,11 +33,8 @@ def _records(count=7):
       image_keys=(f"{index // 2}.jpg",),
     )
     pairs.append((prediction, truth, has_mask))
-    made.append(
-      predictions.record(
-        index, sample, prediction, truth, has_mask=has_mask, text="Sure."
-      )
-    )
+    answered = [prediction] if has_mask else []
+    made += predictions.records(index, sample, answered, [truth], text="Sure.")
   return made, pairs
 
 
@@ -59,6 +56,31 @@ def test_rescoring_gives_the_metrics_of_the_masks_themselves(file):
   actual = predictions.rescore(file)
   assert {k: actual[k] for k in expected} == expected
   assert actual["ciou_low"] <= actual["ciou"] <= actual["ciou_high"]
+
+
+def test_words_are_scored_again_too(file):
+  with file.open("a") as lines:
+    for text in ("yes", "no"):
+      question = {"question": "red?", "answers": ["yes"], "kind": "yes_no"}
+      common = {"sample": 9, "picture": "p.jpg", "text": text}
+      lines.write(json.dumps(question | common) + "\n")
+  found = predictions.rescore(file)
+  assert found["yes_no_accuracy"] == 0.5
+  assert found["samples"] == 7
+
+
+def test_masks_are_paired_in_order():
+  left, right = np.eye(4, dtype=bool), np.eye(4, dtype=bool)[::-1]
+  sample = Sample(index=0, dataset="toy", images=(), seg_masks=(left, right))
+  missing = predictions.records(0, sample, [left], [left, right], text="")
+  surplus = predictions.records(0, sample, [left, right], [left], text="")
+  assert [r["has_mask"] for r in missing] == [True, False]
+  scorer = predictions.Scorer()
+  assert [scorer.add(r) for r in missing] == [pytest.approx(1), 0]
+  assert scorer.results()["invalid"] == 1
+  assert "surplus" not in scorer.results()
+  scorer.add(surplus[0])
+  assert scorer.results()["surplus"] == 1
 
 
 def test_pycocotools_alone_gives_the_same_ciou(file):

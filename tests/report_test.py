@@ -30,8 +30,11 @@ def test_html_is_self_contained_and_escapes(tmp_path):
   report.write_html(
     path,
     title="a & b",
-    tables={"Scores": {"val": {"ciou": 0.5}}},
-    sections={"val": [shown()]},
+    parts=[
+      report.heading("Scores"),
+      report.table({"val": {"ciou": 0.5}}),
+      report.sample(shown()),
+    ],
   )
   text = path.read_text()
   assert "the &lt;red&gt; circle" in text

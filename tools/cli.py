@@ -13,6 +13,7 @@ COMMANDS = {
   "eval": "measure a checkpoint on a data set",
   "predict": "segment pictures with a checkpoint",
   "warmup": "compile what predict will need, for later processes too",
+  "generate": "draw pictures for texts",
   "plan": "say what a run needs and costs on hardware that is not here",
   "checkpoint": "list, verify, inspect and compare checkpoints",
   "import": "turn PyTorch weights into a checkpoint",

@@ -57,8 +57,8 @@ def _round_trip(vqvae):
   from flax import nnx
 
   from argenseg_jax import sharding
+  from argenseg_jax.answering import to_uint8
   from argenseg_jax.models.argenseg import normalize_seg_masks
-  from argenseg_jax.predict import to_uint8
 
   state = nnx.state(vqvae)
 

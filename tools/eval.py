@@ -1,6 +1,7 @@
 """`argenseg eval`: measures a checkpoint on data sets."""
 
 import argparse
+import ast
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -8,70 +9,102 @@ import json
 import pathlib
 from typing import Any
 
-from argenseg_jax.config import ConfigError, DataConfig, to_dict
+from argenseg_jax import config as config_lib
+from argenseg_jax.config import (
+  ConfigError,
+  DataConfig,
+  EvalConfig,
+  MeshConfig,
+  to_dict,
+)
 from argenseg_jax.tools import data as data_tool
+from argenseg_jax.tools import train as train_tool
 
 RESULTS = "results.json"
+_VERSIONS = ("argenseg_jax", "jax", "flax", "numpy", "pillow", "pycocotools")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What the checkpoint's own run, or a config, says of an evaluation."""
+
+  data: DataConfig
+  eval: EvalConfig
+  mesh: MeshConfig
 
 
 def main(argv: list[str]) -> int:
-  args = _parser().parse_args(argv)
-  from argenseg_jax import predictions
-
+  args, config_flags = _parser().parse_known_args(argv)
   if args.rescore:
+    from argenseg_jax import predictions
+
     _print_table({args.rescore: predictions.rescore(args.rescore)})
     return 0
-  if not args.checkpoint:
-    raise ConfigError("give --checkpoint=DIR, or --rescore=FILE.")
-  from argenseg_jax import checkpoint, distributed
-  from argenseg_jax.predict import Predictor
+  out = _checked(args, config_flags)
+  from argenseg_jax import distributed
 
-  out = pathlib.Path(args.out) if args.out else None
-  if out is not None and (out / RESULTS).exists():
-    raise ConfigError(f"{out / RESULTS} exists; give another --out.")
-  distributed.initialize()
-  loaded = checkpoint.load(args.checkpoint, weights=args.weights or None)
-  predictor = Predictor(loaded)  # Knows the data settings and the tokenizer.
-  asked = _data_sets(predictor.data, args)
+  distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+  from argenseg_jax import checkpoint, sharding
+
+  settings = _settings(checkpoint.describe(args.checkpoint), config_flags)
+  loaded = checkpoint.load(
+    args.checkpoint,
+    mesh=sharding.make_mesh(settings.mesh),
+    dtype=args.dtype,
+    weights=args.weights or None,
+  )
+  asked = _data_sets(settings.data, args)
   report: dict[str, Any] = {
+    "what": args.what,
     "checkpoint": {"path": str(loaded.path), "sha256": _hash(loaded.path)},
     "model": to_dict(loaded.config),
-    "eval": to_dict(predictor.settings) | {"max_samples": args.max_samples},
     "weights": args.weights,
+    "dtype": args.dtype,
+    "eval": to_dict(settings.eval) | {"max_samples": args.max_samples},
     "data": {name: to_dict(data) for name, data in asked.items()},
-    "versions": {
-      name: importlib.metadata.version(name)
-      for name in ("argenseg_jax", "jax", "flax")
-    },
+    "versions": {n: importlib.metadata.version(n) for n in _VERSIONS},
   }
-  if out is not None and distributed.is_main():
-    _claim(out, report)
-  distributed.wait_for_all("claim")
-  metrics = {
-    name: _measure(predictor, loaded, name, data, args.max_samples, out)
-    for name, data in asked.items()
-  }
+  if out is not None:
+    if distributed.is_main():
+      _claim(out, report)
+    distributed.wait_for_all("claim")
+  if args.what == "tokenizer":
+    metrics = _measure_tokenizer(loaded, settings, asked, args)
+  else:
+    metrics = _measure_model(loaded, settings, asked, args, out)
   if distributed.is_main():
-    _print_table(
-      {f"{n} ({asked[n].protocol})": values for n, values in metrics.items()}
-    )
+    shown = {
+      f"{name} ({_words(asked[name].protocol)})": values
+      for name, values in metrics.items()
+    }
+    _print_table(shown)
     if out is not None:
       text = json.dumps(report | {"metrics": metrics}, indent=1)
       (out / RESULTS).write_text(text)
+  distributed.wait_for_all("results")
   return 0
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="argenseg eval",
-    description="Free-running masks on every sample once; docs/evaluation.md "
-    "defines each number.",
+    description="Free-running answers to every sample once; docs/evaluation.md "
+    "defines each number. Settings are those of the checkpoint's run; "
+    "--config=FILE takes another's, and --config.data.KEY=VALUE, "
+    "--config.eval.KEY=VALUE or --config.mesh.KEY=VALUE changes one.",
     epilog="Example: argenseg eval --checkpoint=runs/mine/mllm "
-    "--data refer=refcoco:val refer=refcoco:testA --protocol=merged "
+    "--data refer=refcoco:val refer=refcoco:testA --protocol=merged --report "
     "--out=runs/mine/refcoco, and later "
     "argenseg eval --rescore=runs/mine/refcoco/refcoco_val/predictions.jsonl",
+    allow_abbrev=False,
   )
   parser.add_argument("--checkpoint", default="")
+  parser.add_argument(
+    "--what",
+    choices=("model", "tokenizer"),
+    default="model",
+    help="tokenizer: only encode and decode masks",
+  )
   parser.add_argument(
     "--split", default="", help="of the checkpoint's own data"
   )
@@ -85,7 +118,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument("--root", default="", help="where their pictures are")
   parser.add_argument(
-    "--protocol", choices=("merged", "per_expression"), default=None
+    "--protocol",
+    type=lambda given: given.replace("-", "_"),
+    choices=("merged", "per_expression"),
+    metavar="merged|per-expression",
+    default=None,
   )
   parser.add_argument("--max_samples", type=int, default=0)
   parser.add_argument(
@@ -102,9 +139,67 @@ def _parser() -> argparse.ArgumentParser:
     "interrupted evaluation goes on there",
   )
   parser.add_argument(
+    "--report", action="store_true", help="also a report.html to look at"
+  )
+  parser.add_argument(
     "--rescore", default="", metavar="FILE", help="score predictions.jsonl"
   )
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    default="float32",
+    help="what the model computes in",
+  )
+  hosts = parser.add_argument_group("hosts that do not find each other")
+  hosts.add_argument("--coordinator", default="", metavar="HOST:PORT")
+  hosts.add_argument("--num_processes", type=int, default=0)
+  hosts.add_argument("--process_id", type=int, default=-1)
   return parser
+
+
+def _checked(
+  args: argparse.Namespace, config_flags: list[str]
+) -> pathlib.Path | None:
+  """The folder for results; refuses arguments that do not go together."""
+  for flag in config_flags:
+    if not flag.startswith(("--config=", "--config.")):
+      raise ConfigError(f"unknown argument {flag!r}.")
+  if not args.checkpoint:
+    raise ConfigError("give --checkpoint=DIR, or --rescore=FILE.")
+  if args.report and (not args.out or args.what == "tokenizer"):
+    raise ConfigError("--report needs --out=DIR, and a whole model.")
+  out = pathlib.Path(args.out) if args.out else None
+  if out is not None and (out / RESULTS).exists():
+    raise ConfigError(f"{out / RESULTS} exists; give another --out.")
+  return out
+
+
+def _settings(found, config_flags: list[str]) -> Settings:
+  """Of the checkpoint's run or of a config, with changes."""
+  if any(flag.startswith("--config=") for flag in config_flags):
+    run = train_tool.parse(
+      train_tool.config_values(config_flags), config_flags, needs_data=False
+    )
+    return Settings(run.data, run.eval, run.mesh)
+  run = found.meta["run"]
+  settings = Settings(
+    config_lib.from_mapping(DataConfig, run["data"]),
+    config_lib.from_mapping(EvalConfig, run["eval"]),
+    MeshConfig(data=-1, fsdp=1, tensor=1),  # Whole on each device.
+  )
+  changes = {}
+  for flag in config_flags:
+    key, equals, value = flag.removeprefix("--config.").partition("=")
+    if not equals or key.split(".")[0] not in vars(settings):
+      raise ConfigError(
+        f"{flag!r} changes nothing here; write --config.data.KEY=VALUE, "
+        "--config.eval.KEY=VALUE or --config.mesh.KEY=VALUE."
+      )
+    try:
+      changes[key] = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+      changes[key] = value
+  return config_lib.replace(settings, changes)
 
 
 def _data_sets(
@@ -136,31 +231,60 @@ def _data_sets(
   return found
 
 
-def _measure(predictor, loaded, name, data, max_samples, out):
-  """The metrics of one data set; its answers go to predictions.jsonl."""
+def _measure_model(
+  loaded, settings, asked, args, out
+) -> dict[str, dict[str, Any]]:
+  """The metrics of each data set; answers go to its predictions.jsonl."""
   from flax import nnx
 
-  from argenseg_jax import distributed, predictions, rows
+  from argenseg_jax import checkpoint, rows
   from argenseg_jax.evaluate import Evaluator
+
+  if loaded.task != "mllm":
+    raise ConfigError(
+      f"checkpoint {loaded.path} holds an image tokenizer only; measure it "
+      "with --what=tokenizer, or give one of a whole model."
+    )
+  tokenizer = checkpoint.text_tokenizer(loaded)
+  graph, state = nnx.split(loaded.model)
+  evaluator = Evaluator(graph, settings.eval)
+  results = {}
+  for name, data in asked.items():
+    made = rows.make_rows(data, "mllm", loaded.config, tokenizer)
+    made = rows.of_split(made, data.split)
+    folder = None if out is None else out / name
+    results[name] = _answer_all(evaluator, state, made, name, args, folder)
+  if args.report:
+    from argenseg_jax import evaluation_report
+
+    evaluation_report.write(
+      out / "report.html",
+      title=f"{loaded.path.parent.parent.name} at step {loaded.path.name}",
+      splits=results,
+      evaluator=evaluator,
+      state=state,
+    )
+  return {name: result.metrics for name, result in results.items()}
+
+
+def _answer_all(evaluator, state, made, name, args, folder):
+  """Answers what is not answered yet, and scores everything."""
+  from argenseg_jax import distributed, predictions
   from argenseg_jax.monitor import Progress
 
-  made = rows.make_rows(data, "mllm", loaded.config, predictor.tokenizer)
-  made = rows.of_split(made, data.split)
-  total = min(max_samples or len(made.source), len(made.source))
+  total = min(args.max_samples or len(made.source), len(made.source))
   main = distributed.is_main()
-  graph, state = nnx.split(loaded.model)
-  evaluate = Evaluator(graph, predictor.settings)
   answered, file = [], None
-  if out is not None:
-    path = out / name / predictions.FILE
+  if folder is not None:
     if main:
-      path.parent.mkdir(exist_ok=True)
-      predictions.keep_whole_batches(path, predictor.settings.batch_size)
-    distributed.wait_for_all(f"{name} answered before")
-    answered = [json.loads(line) for line in path.read_text().splitlines()]
-    distributed.wait_for_all(f"{name} goes on")
-    file = path.open("a") if main else None
-  bar = Progress(f"evaluate {name}", total, start=len(answered), active=main)
+      folder.mkdir(exist_ok=True)
+      path = folder / predictions.FILE
+      size = evaluator.batch_size(state)
+      answered = predictions.keep_whole_batches(path, size)
+      file = path.open("a")
+    answered = distributed.gathered(answered)
+  start = answered[-1]["sample"] + 1 if answered else 0
+  bar = Progress(f"evaluate {name}", total, start=start, active=main)
 
   def write(record):
     if file is not None:
@@ -168,10 +292,10 @@ def _measure(predictor, loaded, name, data, max_samples, out):
       file.flush()
 
   try:
-    result = evaluate(
+    result = evaluator(
       state,
       made,
-      max_samples=max_samples or None,
+      max_samples=args.max_samples or None,
       on_progress=lambda done, _, note: bar.update(done, note),
       on_record=write,
       answered=answered,
@@ -180,7 +304,34 @@ def _measure(predictor, loaded, name, data, max_samples, out):
     if file is not None:
       file.close()
   bar.close()
-  return result.metrics
+  return result
+
+
+def _measure_tokenizer(
+  loaded, settings, asked, args
+) -> dict[str, dict[str, Any]]:
+  """What an image tokenizer keeps of the masks of each data set."""
+  from flax import nnx
+
+  from argenseg_jax import rows
+  from argenseg_jax.data.text import TextTokenizer
+  from argenseg_jax.tokenizer_eval import tokenizer_ceiling
+
+  whole = loaded.task == "mllm"
+  graph, state = nnx.split(loaded.model.vqvae if whole else loaded.model)
+  results = {}
+  for name, data in asked.items():
+    # No text is read.
+    made = rows.make_rows(data, "vqvae", loaded.config, TextTokenizer())
+    results[name] = tokenizer_ceiling(
+      graph,
+      state,
+      rows.of_split(made, data.split),
+      batch_size=settings.eval.batch_size,
+      max_samples=args.max_samples,
+      every_prefix=True,
+    )
+  return results
 
 
 def _claim(out: pathlib.Path, report: dict[str, Any]) -> None:
@@ -209,5 +360,17 @@ def _print_table(metrics: dict[str, dict[str, Any]]) -> None:
   for name, values in metrics.items():
     print(name)
     for key, value in values.items():
-      text = f"{value:.4f}" if isinstance(value, float) else value
-      print(f"  {key:16} {text}")
+      if isinstance(value, list):  # Of dictionaries with equal keys.
+        print("  " + " ".join(f"{column:>12}" for column in value[0]))
+        for line in value:
+          print("  " + " ".join(f"{_text(v):>12}" for v in line.values()))
+      else:
+        print(f"  {key:18} {_text(value)}")
+
+
+def _text(value: Any) -> str:
+  return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _words(protocol: str) -> str:
+  return protocol.replace("_", "-")

@@ -45,7 +45,8 @@ INTERNVL_SYSTEM_MESSAGE = (
   "联合开发的多模态大语言模型。"
 )
 
-# What is asked around the expressions.
+# What is asked around the expressions: every kind of request, in one place.
+# Free wording takes "free". Those of the first three are the authors'.
 REQUEST_TEMPLATES = {
   "referring": (
     "<image>\n Given the following instructions: {}; please perform referring "
@@ -56,6 +57,22 @@ REQUEST_TEMPLATES = {
     "<image>\n Please perform instance segmentation following the instructions "
     "below: {}."
   ),
+  "instance": "<image>\n Please segment each {} in this image, one by one.",
+  # "the defect", "the scratch on the metal".
+  "anomaly": "<image>\n Please segment {} in this image, if there is any.",
+  # Interactive: thousandths of the picture, [[x, y]] or [[x1, y1, x2, y2]].
+  "point": "<image>\n Please segment the object at point {} in this image.",
+  "box": "<image>\n Please segment the object in box {} in this image.",
+  "drawn": "<image>\n Please segment the object marked in red in this image.",
+  "generation": "Please generate an image: {}",
+  "question": (
+    "<image>\n{}\nAnswer the question using a single word or phrase."
+  ),
+  "choice": (
+    "<image>\n{}\nAnswer with the option's letter from the given choices "
+    "directly."
+  ),
+  "caption": "<image>\nDescribe this image in one sentence.",
   "free": "<image>\n{}",
 }
 # How the authors put several expressions of one object side by side: in

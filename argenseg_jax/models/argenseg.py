@@ -159,10 +159,19 @@ class ARGenSeg(nnx.Module):
   ) -> Float[Array, "b t d"]:
     """Teacher-forced decoder inputs: words, vision embeddings, code slots."""
     x = self.prompt_embeddings(inputs.tokens, vision)
-    b, m, n, c = inputs.scale_inputs.shape
-    flat = inputs.scale_inputs.reshape(b * m, n, c)
+    return self.with_slots(x, inputs.tokens, inputs.scale_inputs)
+
+  def with_slots(
+    self,
+    x: Float[Array, "b t d"],
+    tokens: Int[Array, "b t"],
+    scale_inputs: Float[Array, "b m n c"],
+  ) -> Float[Array, "b t d"]:
+    """Replaces `<MASK_CONTEXT>` by the slots of each row's masks, in order."""
+    b, m, n, c = scale_inputs.shape
+    flat = scale_inputs.reshape(b * m, n, c)
     slots = self.slot_embeddings(flat, 1).reshape(b, m * n, -1)
-    is_slot = inputs.tokens == self.config.token_ids.mask_context
+    is_slot = tokens == self.config.token_ids.mask_context
     return _fill(x, is_slot, slots.astype(x.dtype))
 
   def reach(

@@ -137,6 +137,7 @@ def encode(sample: Sample, resizing: Resizing | None = None) -> dict[str, Any]:
   meta = {name: getattr(sample, name) for name in _PLAIN} | {
     "expressions": sample.expressions,
     "conversation": sample.conversation,
+    "answers": sample.answers,
     "options": [option.expressions for option in sample.options],
     "size": None if sample.size is None else [int(n) for n in sample.size],
     "image_keys": [str(key) for key in sample.image_keys],
@@ -197,6 +198,7 @@ def _decode(record: dict[str, Any], index: int) -> Sample:
     seg_masks=stored,
     expressions=tuple(meta["expressions"]),
     conversation=tuple(meta["conversation"]),
+    answers=tuple(meta.get("answers", ())),
     options=tuple(
       Option(tuple(wordings), seg_mask)
       for wordings, seg_mask in zip(

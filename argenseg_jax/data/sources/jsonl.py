@@ -17,6 +17,7 @@ from argenseg_jax.data.sources.sample import (
   parse_json,
   read_file,
 )
+from argenseg_jax.data.text import request_text
 
 
 class JsonLines:
@@ -83,9 +84,15 @@ class JsonlSource(_LinesSource):
   """ARGenSeg's and InternVL's chat records.
 
   Reads "image" (absent, a path or a list), "mask" (absent, a path, a COCO
-  segmentation or a list of either), "conversations", and where given "dataset"
-  and "kind" ("absent" allows a mask without any pixel). Several masks, several
+  segmentation or a list of either), "conversations", and where given "dataset",
+  "kind" ("absent" allows a mask without any pixel) and "answers" (a list, of
+  several people to the last question). Several masks, several
   turns, several pictures, and text alone are all records of this layout.
+
+  A record without "conversations" may be a question to a picture: "question"
+  (or "text"), with "answer" (or "label") or "answers", and "choices" (texts)
+  for a multiple choice. Its kind, where it names none, is that of its answers:
+  "choice", "vqa" for several people's answers, "yes_no", or else "text".
   """
 
   def __getitem__(self, index: int) -> Sample:
@@ -97,6 +104,8 @@ class JsonlSource(_LinesSource):
       below(self.root, m, where) if isinstance(m, str) else m
       for m in _as_list(record.get("mask"), segmentations=True)
     )
+    if "conversations" not in record and {"question", "text"} & record.keys():
+      record = _as_chat(record, where)
     conversation = _conversation(record.get("conversations"), where)
     placeholders = sum(
       turn["value"].count("<mask>")
@@ -114,6 +123,7 @@ class JsonlSource(_LinesSource):
       images=images,
       seg_masks=seg_masks,
       conversation=conversation,
+      answers=tuple(map(str, _as_list(record.get("answers")))),
       kind=str(record.get("kind", "referring" if seg_masks else "text")),
       image_keys=tuple(str(p) for p in images),
       where=where,
@@ -138,13 +148,44 @@ class TextToImageSource(_LinesSource):
       images=(),
       seg_masks=(below(self.root, record.get("image"), where),),
       conversation=(
-        {"from": "human", "value": f"Please generate an image: {caption}"},
+        {"from": "human", "value": request_text("generation", [caption])},
         {"from": "gpt", "value": "<mask>"},
       ),
       target="picture",
       kind="generation",
       where=where,
     )
+
+
+def _as_chat(record: dict[str, Any], where: str) -> dict[str, Any]:
+  """A question with its answers as a chat record."""
+  question = str(record.get("question", record.get("text")))
+  answers = _as_list(record.get("answers"))
+  answer = record.get("answer", record.get("label"))
+  if answer is None and answers:
+    answer = max(answers, key=answers.count)
+  if answer is None:
+    raise DataError(f'{where} asks a question without "answer" or "answers".')
+  choices = _as_list(record.get("choices"))
+  question = "\n".join(
+    [question, *(f"{chr(65 + i)}. {text}" for i, text in enumerate(choices))]
+  )
+  if choices:
+    kind = "choice"
+  elif len(answers) > 1:
+    kind = "vqa"
+  else:
+    kind = "yes_no" if str(answer).lower() in ("yes", "no") else "text"
+  kind = record.get("kind", kind)
+  template = kind if kind in ("choice", "caption") else "question"
+  asked = request_text(template, [question])
+  if not record.get("image"):
+    asked = asked.replace("<image>\n", "")
+  turns = [
+    {"from": "human", "value": asked},
+    {"from": "gpt", "value": str(answer)},
+  ]
+  return record | {"kind": kind, "answers": answers, "conversations": turns}
 
 
 def _conversation(turns: Any, where: str) -> tuple[Turn, ...]:

@@ -15,6 +15,7 @@ from argenseg_jax.data.sources.array_record import (
   require_fitting,
 )
 from argenseg_jax.data.sources.folder import FolderSource
+from argenseg_jax.data.sources.interactive import Interactive
 from argenseg_jax.data.sources.jsonl import JsonlSource, TextToImageSource
 from argenseg_jax.data.sources.reason_seg import ReasonSegSource
 from argenseg_jax.data.sources.ref_coco import TfdsRefCocoSource
@@ -62,9 +63,9 @@ def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
 
   Args:
     config: where it is.
-    evaluation: every class or object of a picture, and under the per-expression
-      protocol every expression, becomes a sample of its own; in training one
-      is drawn at each visit.
+    evaluation: every class or object of a picture, every answer of a
+      conversation, and under the per-expression protocol every expression,
+      becomes a sample of its own; in training one is drawn at each visit.
 
   Raises:
     DataError: it is missing, faulty or empty.
@@ -78,9 +79,16 @@ def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
       if isinstance(part, ArrayRecordSource):
         require_fitting(part, config)
   each = config.protocol == "per_expression"
-  if evaluation and (each or has_options(source)):
-    return EachRequest(source, each_expression=each)
-  return source
+  if evaluation and (each or has_options(source) or _has_turns(source)):
+    source = EachRequest(source, each_expression=each)
+  if not config.interactive:
+    return source
+  if isinstance(source, Mixture) or has_options(source):
+    raise DataError(
+      f"config key 'data.interactive' cannot be used with source "
+      f"{config.source!r} here: its masks are not fixed before they are drawn."
+    )
+  return Interactive(source, config.interactive)
 
 
 def has_options(source: Source) -> bool:
@@ -96,6 +104,13 @@ def has_options(source: Source) -> bool:
 
 def _parts(source: Source) -> tuple[Source, ...]:
   return source.parts if isinstance(source, Mixture) else (source,)
+
+
+def _has_turns(source: Source) -> bool:
+  """Whether its records may be conversations of several answers."""
+  return any(
+    isinstance(p, (JsonlSource, ArrayRecordSource)) for p in _parts(source)
+  )
 
 
 class Mixture:

@@ -42,6 +42,8 @@ class Sample:
     expressions: wordings of one request; the pipeline puts them into a request
       template. Empty when `conversation` is given.
     conversation: the turns themselves.
+    answers: of several people to the last question, where it was asked of
+      several; for metrics.
     options: where a picture holds several things: one of them is asked for at
       each visit, see `choose`.
     request: key of `text.REQUEST_TEMPLATES`; empty takes the configuration's.
@@ -62,6 +64,7 @@ class Sample:
   seg_masks: tuple[Any, ...]
   expressions: tuple[str, ...] = ()
   conversation: tuple[Turn, ...] = ()
+  answers: tuple[str, ...] = ()
   options: tuple[Option, ...] = ()
   request: str = ""
   description: str = ""
@@ -108,6 +111,28 @@ class Sample:
       seg_masks=(option.seg_mask,),
     )
 
+  def until_answer(self, number: int) -> "Sample":
+    """The sample whose conversation ends with this answer, from 0 on."""
+    ends = [i for i, t in enumerate(self.conversation) if t["from"] == "gpt"]
+    turns = self.conversation[: ends[number] + 1]
+    drawn = [t["value"].count("<mask>") for t in turns if t["from"] == "gpt"]
+    kind = self.kind
+    if bool(drawn[-1]) != bool(self.seg_masks):  # One of several sorts.
+      kind = "referring" if drawn[-1] else "text"
+    return dataclasses.replace(
+      self,
+      conversation=turns,
+      seg_masks=self.seg_masks[: sum(drawn)],
+      answers=self.answers if number == len(ends) - 1 else (),
+      kind=kind,
+    )
+
+  @property
+  def num_past_masks(self) -> int:
+    """Masks of all answers but the last."""
+    answers = [t["value"] for t in self.conversation if t["from"] == "gpt"]
+    return sum(answer.count("<mask>") for answer in answers[:-1])
+
 
 class Source(Protocol):
   """What the pipeline needs of a source."""
@@ -122,15 +147,18 @@ class Source(Protocol):
 class EachRequest:
   """Every option of every record as a sample of its own, for evaluation.
 
+  So is every answer of a conversation: its sample ends with it, and holds the
+  turns before.
+
   Args:
     source: the records; one that cannot be read stays one bad sample.
     each_expression: split expressions too (the per-expression protocol).
-      Conversations stay as they are.
   """
 
   def __init__(self, source: Source, *, each_expression: bool):
     self._source = source
     self._each_expression = each_expression
+    # Record, option, and expression or answer.
     self._places: list[tuple[int, int | None, int | None]] = []
     for index in range(len(source)):
       try:
@@ -141,8 +169,10 @@ class EachRequest:
       options = range(len(sample.options)) if sample.options else (None,)
       for option in options:
         chosen = sample if option is None else sample.choose(option)
-        wordings = len(chosen.expressions) if each_expression else 0
-        for number in range(wordings) if wordings else (None,):
+        count = len(chosen.expressions) if each_expression else 0
+        if chosen.conversation:
+          count = sum(t["from"] == "gpt" for t in chosen.conversation)
+        for number in range(count) if count else (None,):
           self._places.append((index, option, number))
     self.fingerprint = digest(
       source.fingerprint, f"each request {each_expression}"
@@ -156,10 +186,13 @@ class EachRequest:
     sample = self._source[record]
     if option is not None:
       sample = sample.choose(option)
-    expressions = sample.expressions
-    if number is not None:
-      expressions = expressions[number : number + 1]
-    return dataclasses.replace(sample, index=index, expressions=expressions)
+    sample = dataclasses.replace(sample, index=index)
+    if number is None:
+      return sample
+    if sample.conversation:
+      return sample.until_answer(number)
+    expressions = sample.expressions[number : number + 1]
+    return dataclasses.replace(sample, expressions=expressions)
 
 
 def read_file(path: files.Path, advice: str) -> bytes:
