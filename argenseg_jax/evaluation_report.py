@@ -23,6 +23,10 @@ import matplotlib.pyplot as plt
 _SIZES = (0.01, 0.02, 0.04, 0.08, 0.16, 1.0)
 _WORDS = (1, 2, 3, 4, 6, 9, 99)
 _COLOUR = "#4477aa"
+_LEGEND = (
+  "In each line below: the picture, what was asked for, the answer, and the "
+  "answer's mask image after each scale."
+)
 _EACH = 4  # Best, worst and random answers.
 
 
@@ -46,7 +50,7 @@ def write(
     tables: further ones: heading -> row -> column -> value.
 
   Returns:
-    The random samples, for other pictures.
+    The best, the worst and a random answer of each data set.
   """
   metrics = {name: split.metrics for name, split in splits.items()}
   parts = [report.heading("Metrics"), report.table(_turned(metrics))]
@@ -62,6 +66,7 @@ def write(
         report.heading("What was answered to what", 3),
         report.table(confusion(masks)),
       ]
+      parts.append(report.paragraph(_LEGEND))
       chosen = choose(masks)
       shown = _shown(
         [r for part in chosen.values() for r in part], split, evaluator, state
@@ -70,7 +75,7 @@ def write(
         own, shown = shown[: len(part)], shown[len(part) :]
         parts.append(report.heading(f"{name}: {which}", 3))
         parts += [report.sample(row) for row in own]
-        some += own if which == "random" else []
+        some += own[:1]
     words = [r for r in split.records if "answers" in r]
     if words:
       parts += [
@@ -85,7 +90,7 @@ def write(
 def choose(
   masks: Sequence[dict[str, Any]], count: int = _EACH
 ) -> dict[str, list[dict[str, Any]]]:
-  """The best, the worst and some other answers, none of them twice.
+  """The best, the worst and some other answers, each of another picture.
 
   Args:
     masks: records with a mask and its IoU.
@@ -94,20 +99,21 @@ def choose(
   # Two empty masks agree wholly, but there is nothing to see.
   seen = [r for r in masks if predictions.pixels(r["truth"]).any()] or masks
   ranked = sorted(seen, key=lambda r: -r["iou"])
-  best = ranked[:count]
-  worst = ranked[count:][::-1][:count]
-  taken = {id(r) for r in (*best, *worst)}
-  rest = [r for r in masks if id(r) not in taken]
-  order = np.random.default_rng(0).permutation(len(rest))[:count]
-  return {
-    name: part
-    for name, part in (
-      ("best", best),
-      ("worst", worst),
-      ("random", [rest[i] for i in sorted(order)]),
-    )
-    if part
-  }
+  order = np.random.default_rng(0).permutation(len(masks))
+  found, pictures = {}, set()
+  for name, candidates in (
+    ("best", ranked),
+    ("worst", ranked[::-1]),
+    ("random", [masks[i] for i in order]),
+  ):
+    part = []
+    for record in candidates:
+      if len(part) < count and record["picture"] not in pictures:
+        part.append(record)
+        pictures.add(record["picture"])
+    if part:
+      found[name] = part
+  return found
 
 
 def confusion(
@@ -172,7 +178,11 @@ def _bars(ax, ious, values, ends, names) -> None:
       ax.bar(place, part.mean(), color=_COLOUR)
       ax.text(place, part.mean() + 0.02, str(part.size), ha="center")
   ax.set_xticks(range(len(names)), names, fontsize=8)
-  ax.set(ylim=(0, 1.12), ylabel="mean IoU (samples above)")
+  ax.set(
+    xlim=(-0.6, len(names) - 0.4),
+    ylim=(0, 1.12),
+    ylabel="mean IoU (samples above)",
+  )
 
 
 def _num_words(record: dict[str, Any]) -> int:

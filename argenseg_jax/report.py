@@ -117,6 +117,11 @@ def heading(words: str, level: int = 2) -> str:
   return f"<h{level}>{html.escape(words)}</h{level}>"
 
 
+def paragraph(words: str) -> str:
+  """A paragraph."""
+  return f"<p>{html.escape(words)}</p>"
+
+
 def picture(pixels: np.ndarray) -> str:
   """A picture as wide as the page, from uint8 [h w 3]."""
   return f'<img class="wide" alt="" src="{_data_uri(pixels)}">'

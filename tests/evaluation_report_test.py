@@ -29,7 +29,7 @@ def _records():
   return made
 
 
-def test_best_worst_and_others_are_different_samples():
+def test_best_worst_and_others_are_different_pictures():
   found = evaluation_report.choose(_records(), 3)
   assert [r["iou"] for r in found["best"]] == [1, 1, 1]
   assert [r["iou"] for r in found["worst"]] == [0, 0, 0]

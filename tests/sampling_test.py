@@ -85,6 +85,38 @@ def test_generation_equals_teacher_forcing(variant):
   np.testing.assert_array_equal(out.codes[:, 0], jnp.argmax(logits, -1))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_earlier_mask_in_the_prompt_equals_teacher_forcing(variant):
+  model = tiny_model.model(**VARIANTS[variant])
+  inputs, n = prompts(), model.scales.num_codes
+  past = jnp.asarray(np.random.default_rng(1).integers(0, 11, (2, 1, n)))
+  mask = [IDS.ge_start] + [IDS.mask_context] * (n - 1)
+  said = jnp.asarray([[*mask, IDS.ge_end, IDS.im_end, 12, 13]] * 2, jnp.int32)
+  tokens = jnp.concatenate((inputs["tokens"], said), 1)
+  valid = jnp.pad(inputs["valid"], ((0, 0), (0, n + 4)), constant_values=True)
+  is_answer = jnp.broadcast_to(jnp.arange(9 + n + 4) >= 9, valid.shape)
+  given = inputs | dict(
+    tokens=tokens, valid=valid, is_answer=is_answer, past_codes=past
+  )
+  out = run(
+    *nnx.split(model), given, max_text=3, max_masks=1, start_with_mask=True
+  )
+  codes = jnp.concatenate((past, out.codes), 1)
+  scale_inputs = model.vqvae.quantizer.scale_inputs(codes.reshape(4, n))
+  whole = jnp.pad(valid, ((0, 0), (0, n)), constant_values=True)
+  hidden = model(
+    ModelInputs(
+      tokens=jnp.concatenate((tokens, jnp.asarray([mask] * 2)), 1),
+      positions=jnp.maximum(jnp.cumsum(whole, 1) - 1, 0),
+      segment_ids=whole.astype(jnp.int32),
+      is_prompt=(jnp.arange(whole.shape[1]) < 9)[None] & whole,
+      images=inputs["images"],
+      scale_inputs=scale_inputs.reshape(2, 2, n - 1, -1),
+    )
+  )[:, -n:]
+  np.testing.assert_allclose(out.hidden[:, 0], hidden, atol=1e-4)
+
+
 def test_next_scale_equals_token_by_token():
   model = tiny_model.model()
   inputs = prompts()
