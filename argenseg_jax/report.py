@@ -32,7 +32,7 @@ class Shown(NamedTuple):
 def overlay(image: np.ndarray, seg_mask: np.ndarray) -> np.ndarray:
   """The picture with the mask tinted red and its outline drawn."""
   tinted = image.astype(np.float32)
-  tinted[seg_mask] = 0.5 * tinted[seg_mask] + 0.5 * np.array([255, 30, 60])
+  tinted[seg_mask] = 0.35 * tinted[seg_mask] + 0.65 * np.array([255, 20, 80])
   padded = np.pad(seg_mask, 1)
   inside = padded[1:-1, 1:-1]
   for shift in ((0, 1), (2, 1), (1, 0), (1, 2)):

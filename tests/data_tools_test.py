@@ -27,7 +27,7 @@ def test_check_counts_what_a_source_holds(capsys, tmp_path):
   path = layouts.write("meta", tmp_path)["path"]
   code, out, _ = _data(capsys, "check", f"meta={path}")
   assert code == 0
-  assert "data: 5 requests (3 referring, 2 text), 2 pictures, 5 masks" in out
+  assert "data: 6 requests (4 referring, 2 text), 2 pictures, 5 masks" in out
   # Each wording of two objects; the pictures are two here, too.
   assert "refs: 4 requests (4 referring), 2 pictures, 4 masks" in out
   assert ": 0 faults" in out
@@ -54,7 +54,8 @@ def test_check_names_every_fault_and_goes_on(capsys, tmp_path):
   assert "b.jpg" in faults[2]
   assert f"{path} line 5 is not JSON" in faults[3]
   assert f"{path} line 6: a conversation must begin" in faults[4]
-  assert "data: 2 requests (2 referring), 1 pictures, 3 masks" in out
+  # A conversation of two answers counts as two requests.
+  assert "data: 3 requests (3 referring), 1 pictures, 3 masks" in out
 
 
 def test_check_of_real_photographs(capsys, request):

@@ -70,7 +70,8 @@ def check(
         count = counts.setdefault(sample.dataset, Counts())
         count.requests += 1
         count.cut += len(row.cut)
-        count.masks += np.count_nonzero(row.fields.mask_valid)
+        drawn = np.count_nonzero(row.fields.mask_valid)
+        count.masks += drawn - sample.num_past_masks
         tokens = np.count_nonzero(row.fields.segment_ids)
         count.longest = max(count.longest, tokens)
         count.kinds[sample.kind] += 1

@@ -13,6 +13,7 @@ from argenseg_jax.data import text
 from argenseg_jax.data.ref_shapes import requests
 
 _SCENES = 150
+_TEMPLATES = ("referring", "semantic", "reasoning", "free")
 _ANSWERS = (
   "Sure, the segmentation result: <mask>.",
   "There is no such thing.",
@@ -34,7 +35,7 @@ def corpus() -> Iterator[str]:
   for _ in range(_SCENES):
     for role in ("system", "user", "assistant"):
       yield f"<|im_start|>{role}\n<|im_end|>\n"
-    yield from text.REQUEST_TEMPLATES.values()
+    yield from (text.REQUEST_TEMPLATES[name] for name in _TEMPLATES)
     yield from _ANSWERS
 
 
