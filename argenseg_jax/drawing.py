@@ -57,7 +57,7 @@ def draw_images(
       max_text=1,
       start_with_mask=True,
       stop_after_masks=True,
-      guidance=guidance or None,
+      guidance=float(guidance) or None,
     )
     codes = found.codes[: len(texts), 0]
     return to_uint8(model.vqvae.decode_prefixes(codes))

@@ -49,7 +49,8 @@ def test_the_command_writes_pictures_and_strips(tmp_path, monkeypatch, capsys):
   assert generate.main(command) == 0
   names = sorted(p.name for p in tmp_path.iterdir())
   assert names == ["a_0.png", "a_0_strip.png", "a_1.png", "a_1_strip.png"]
-  assert Image.open(tmp_path / "a_1.png").size == (16, 16)
+  with Image.open(tmp_path / "a_1.png") as picture:
+    assert picture.size == (16, 16)
   assert cli.main(["generate", *command]) == 2
   assert "exists" in capsys.readouterr().err
   with pytest.raises(ConfigError, match="--guidance"):
