@@ -159,7 +159,7 @@ def _layout(name: str) -> Callable[[Any], None]:
 _LENGTHS = {"size": [4, 6], "counts": [3, 5, 16]}
 _CODED = {
   "size": [20, 30],
-  "counts": predictions._run_lengths(layouts.LEFT)["counts"],
+  "counts": masks.run_lengths(layouts.LEFT)["counts"],
 }
 
 
@@ -288,7 +288,7 @@ def _codes() -> Callable[[Any], None]:
 
 def _predictions() -> Callable[[Any], None]:
   path = _folder() / "predictions.jsonl"
-  coded = predictions._run_lengths(layouts.LEFT)
+  coded = masks.run_lengths(layouts.LEFT)
   record = {"sample": 0, "picture": "a", "text": "b", "has_mask": True}
   record |= {"mask": coded, "truth": coded, "expressions": ["c"], "kind": "d"}
 
