@@ -24,7 +24,6 @@ def _run(*argv):
   assert cli.main([str(a) for a in argv]) == 0
 
 
-@pytest.mark.xfail(reason="fails since the merge of 2026-11-25; to be mended")
 def test_check_build_tokenize_show_train_eval(request, tmp_path, capsys):
   root = request.config.rootpath
   real = root.parent / "shared" / "real" / "coco33"

@@ -225,6 +225,8 @@ def _data_sets(
     data = data_tool.one_source(own, asked)
     stem = pathlib.Path(data.path).stem
     name = f"{stem}_{split}" if split else stem
+    if name in found:  # One folder may hold several layouts.
+      name = f"{data.source}_{name}"
     if name in found:
       raise ConfigError(f"--data names {name} twice.")
     found[name] = data

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from data import layouts
 
-from argenseg_jax import train
 from argenseg_jax.config import DataConfig, run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.data import text
@@ -16,6 +15,7 @@ from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.pipeline import TrainIterator
 from argenseg_jax.data.row_maker import RowMaker
 from argenseg_jax.data.sources.opening import open_source
+from argenseg_jax.train_batches import open_batches
 from argenseg_jax.types import CODE_TARGET
 
 NUM_CODES = 5
@@ -88,7 +88,6 @@ def faulty(tmp_path):
   return path
 
 
-@pytest.mark.xfail(reason="fails since the merge of 2026-11-25; to be mended")
 def test_faulty_records_have_no_weight_and_are_logged_once(
   faulty, tmp_path, capsys
 ):
@@ -101,7 +100,7 @@ def test_faulty_records_have_no_weight_and_are_logged_once(
   rows = _rows(_config(path=str(faulty), source="jsonl"))
   log = tmp_path / "bad_records.jsonl"
   for _ in range(2):  # The second run says nothing again.
-    batches = train._batches(run, rows, "an image tokenizer", tmp_path)
+    batches = open_batches(run, rows, "an image tokenizer", tmp_path)
     seen = [next(batches) for _ in range(2)]
     assert batches.num_bad_records == len(FAULTS)
     assert batches.num_cut_records == 1
