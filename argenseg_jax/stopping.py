@@ -1,11 +1,11 @@
 """SIGTERM: a run ends with a complete checkpoint, within its grace time.
 
-A run asks between steps and between batches of an evaluation. Where it cannot
-ask, because it compiles or writes, a thread of its own watches the clock.
+A run asks between steps and between batches of an evaluation. Where a single
+process cannot ask, because it compiles or writes, a thread of its own watches
+the clock. Of several processes JAX listens for each and agrees on a step.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -29,8 +29,8 @@ def listening(grace_seconds: float) -> Iterator["Stopping"]:
   """Listens to SIGTERM; within another call, that one's listener is used.
 
   Args:
-    grace_seconds: after so many the process ends with code 3 wherever it is,
-      and the last complete checkpoint counts; 0 never does that.
+    grace_seconds: after so many a single process ends with code 3 wherever it
+      is, and the last complete checkpoint counts; 0 never does that.
   """
   if _active:
     yield _active[0]
@@ -38,10 +38,12 @@ def listening(grace_seconds: float) -> Iterator["Stopping"]:
   stopping = Stopping()
   _active.append(stopping)
   try:
-    if threading.current_thread() is threading.main_thread():
+    # Only the main thread may handle signals.
+    main = threading.current_thread() is threading.main_thread()
+    if main and jax.process_count() == 1:
       with _handled(stopping, grace_seconds):
         yield stopping
-    else:  # Nobody sends signals to other threads.
+    else:
       yield stopping
   finally:
     _active.clear()
@@ -93,8 +95,7 @@ class Stopping:
 
 @contextlib.contextmanager
 def _handled(stopping: Stopping, grace_seconds: float) -> Iterator[None]:
-  """Handles SIGTERM; JAX, if it listens already, goes on hearing of it."""
-  theirs = _take_over() if jax.process_count() > 1 else None
+  """Handles SIGTERM in a single process, and ends it after its grace time."""
   before = signal.signal(signal.SIGTERM, stopping.told)
   # Python's handlers wait for its main thread; this pipe does not.
   reader, writer = os.pipe()
@@ -104,11 +105,7 @@ def _handled(stopping: Stopping, grace_seconds: float) -> Iterator[None]:
 
   def watch():
     while number := os.read(reader, 1):
-      if number[0] != signal.SIGTERM:
-        continue
-      if theirs is not None:
-        theirs(signal.SIGTERM)
-      if grace_seconds and not left.wait(grace_seconds):
+      if number[0] == signal.SIGTERM and not left.wait(grace_seconds or None):
         print(
           f"argenseg: SIGTERM came {grace_seconds:g} s ago and the run is in "
           "the middle of something; it ends here, a later call goes on from "
@@ -125,23 +122,7 @@ def _handled(stopping: Stopping, grace_seconds: float) -> Iterator[None]:
   finally:
     left.set()
     signal.set_wakeup_fd(fd_before)
-    if theirs is None:
-      signal.signal(signal.SIGTERM, before)
-    else:
-      _set_handler(signal.SIGTERM, ctypes.cast(theirs, ctypes.c_void_p))
+    signal.signal(signal.SIGTERM, before)
     os.close(writer)  # Ends the thread.
     thread.join()
     os.close(reader)
-
-
-_set_handler = ctypes.CDLL(None).signal
-_set_handler.restype = ctypes.c_void_p
-_set_handler.argtypes = ctypes.c_int, ctypes.c_void_p
-
-
-def _take_over():
-  """The C function that handled SIGTERM so far, None if there was none."""
-  address = _set_handler(signal.SIGTERM, None)  # None: the system's default.
-  if not address or address == 1:
-    return None
-  return ctypes.CFUNCTYPE(None, ctypes.c_int)(address)

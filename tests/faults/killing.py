@@ -1,6 +1,6 @@
 """Kills a run with SIGKILL at random moments until it ends; nothing is lost.
 
-`kills_test.py` does it a few times. By hand, as often as wanted:
+`killing_test.py` does it a few times. By hand, as often as wanted:
 
   python tests/faults/killing.py --kills=50 --folder=/tmp/kills
 
