@@ -1,12 +1,14 @@
 """`argenseg` with faults: python driver.py FAULT:STEP,... COMMAND ...
 
 term and kill send that signal to this process when the metrics of a step are
-noted; nan gives the step's rows a weight that is no number.
+noted; nan gives the step's rows a weight that is no number; slow makes a step
+take seconds longer, as real ones do: JAX looks for a signal once a second.
 """
 
 import os
 import signal
 import sys
+import time
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from argenseg_jax import non_finite
 from argenseg_jax.data import pipeline
 from argenseg_jax.tools import cli
 
+_LONGER = 3.0  # Seconds.
 _SIGNALS = {"term": signal.SIGTERM, "kill": signal.SIGKILL}
 
 
@@ -24,6 +27,8 @@ def _inject(faults: dict[int, str]) -> None:
     note(self, step, *rest)
     if faults.get(step) in _SIGNALS:
       os.kill(os.getpid(), _SIGNALS[faults[step]])
+    if faults.get(step) == "slow":
+      time.sleep(_LONGER)
 
   def spoilt(self):
     batch = following(self)
