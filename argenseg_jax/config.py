@@ -371,7 +371,6 @@ class LossConfig:
   # Of `linear_cross_entropy`; "auto" is the platform's own. An explicit choice
   # that cannot run fails. "reference" keeps all logits.
   implementation: Literal["auto", "reference", "xla", "tpu", "gpu"] = "auto"
-  text_weight: float = 1.0  # Of the text's mean loss beside the codes'.
 
 
 @dataclasses.dataclass(frozen=True)

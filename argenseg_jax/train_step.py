@@ -138,7 +138,7 @@ def mllm_loss(
   remat: str = "none",
   counts: losses.TargetCounts | None = None,
 ) -> tuple[Array, losses.LossSums]:
-  """Mean text loss, times its weight, plus mean code loss.
+  """Mean text loss plus mean code loss.
 
   Args:
     model: the whole model.
@@ -179,7 +179,7 @@ def mllm_objective(
   text, code = sums.means(counts)
   if config.code_average == "scale":
     code = jnp.mean(sums.scale_means(counts))
-  return config.text_weight * text + code
+  return text + code
 
 
 def vqvae_loss(

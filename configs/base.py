@@ -79,7 +79,6 @@ def get_config() -> ConfigDict:
   # Share of masks whose scale inputs are zero from a random scale on.
   c.loss.drop_scale_inputs = 0.0
   c.loss.z_loss = 0.0
-  c.loss.text_weight = 1.0  # Of the mean loss of words beside that of codes.
   # "xla", "tpu" or "gpu" kernels, or the plain "reference"; see kernels/.
   c.loss.implementation = "auto"
 

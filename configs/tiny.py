@@ -51,12 +51,11 @@ def get_config() -> ConfigDict:
   c.mllm.optimizer.warmup_steps = 100
   c.mllm.optimizer.weight_decay = 0.05
   c.mllm.optimizer.frozen = ("vqvae",)
-  c.mllm.train.steps = 4000
+  c.mllm.train.steps = 3500
   c.mllm.train.global_batch_size = 16
   c.mllm.train.eval_every = 1000
   c.loss.code_average = "scale"
   c.loss.drop_scale_inputs = 0.4
-  c.loss.text_weight = 3.0
 
   c.mesh.data = -1
   c.mesh.fsdp = 1

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from argenseg_jax import losses
-from argenseg_jax.config import LossConfig
 from argenseg_jax.scales import Scales
-from argenseg_jax.train_step import mllm_objective
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
 
 SCALES = Scales((1, 2))  # Five codes.
@@ -80,13 +78,3 @@ def test_seg_mask_loss_falls_towards_the_truth():
     10 * (np.log(2) + 0.3 * (1 - 21 / (32 + 20 + 1))),
     rtol=1e-5,
   )
-
-
-def test_the_text_weight_scales_the_words_loss_alone():
-  sums, _ = loss_sums(TARGETS, INDEX)
-  text, code = sums.means()
-  for weight in (1.0, 3.0):
-    config = LossConfig("token", 0.0, 0.0, text_weight=weight)
-    np.testing.assert_allclose(
-      mllm_objective(sums, config), weight * text + code, rtol=1e-6
-    )

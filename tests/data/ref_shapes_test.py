@@ -110,7 +110,7 @@ def test_splits_ask_for_what_they_promise():
       assert len(set(record["expressions"])) == len(record["expressions"])
       if record["kind"] == "attribute":
         words = {w for e in record["expressions"] for w in e.split()}
-        words -= {"the", "one", "shape", "that", "is", "small", "large"}
+        words -= {"the", "one", "shape", "that", "is"}
         assert words <= set(record["description"].split())
       pixels = cv2.imdecode(
         np.frombuffer(record["seg_mask"], np.uint8), cv2.IMREAD_UNCHANGED
@@ -124,20 +124,6 @@ def test_splits_ask_for_what_they_promise():
   assert 0.65 < kinds["train"]["attribute"] < 0.9
   assert 0.08 < kinds["train"]["absent"] < 0.25
   assert kinds["train"]["relation"] > 0.01
-
-
-@pytest.mark.parametrize(
-  ("x", "y", "place"),
-  [
-    (0.2, 0.1, "top left"),
-    (0.5, 0.9, "bottom"),
-    (0.99, 0.5, "right"),
-    (0.5, 0.5, "middle"),
-  ],
-)
-def test_descriptions_say_where_a_shape_is(x, y, place):
-  thing = scenes.Thing("star", "red", "small", x, y, radius=0.1, angle=0.0)
-  assert expressions.describe(thing) == f"red star {place}"
 
 
 def _digests(folder):

@@ -158,21 +158,6 @@ def absent_look(rng: np.random.Generator, scene: Scene) -> Look:
       return look
 
 
-def describe(thing: Thing) -> str:
-  """Colour, form, and the ninth of the picture that a shape lies in.
-
-  Only the last of these always has to be looked up: what a request names can
-  be copied from it.
-  """
-  rows, columns = ("top", "", "bottom"), ("left", "", "right")
-  place = f"{rows[_third(thing.y)]} {columns[_third(thing.x)]}".strip()
-  return f"{thing.colour} {thing.shape} {place or 'middle'}"
-
-
-def _third(place: float) -> int:
-  return min(int(3 * place), 2)
-
-
 def phrase(rng: np.random.Generator, query: Query) -> str:
   """Puts a query into words, in one of several ways."""
   if isinstance(query, Look):

@@ -63,7 +63,7 @@ def draw_requests(
   Returns:
     Up to `REQUESTS_PER_SCENE` records: "image" JPEG bytes, "seg_mask" PNG
     bytes of 0 and 255 (all 0 for kind "absent"), "expressions" (one to three
-    wordings of one request), "description" of the target ("red star top left";
+    wordings of one request), "description" of the target ("small red star";
     empty for kind "absent"), "kind", "scene_id", "num_objects".
   """
   plan = SPLITS[split]
@@ -92,7 +92,7 @@ def draw_requests(
       description = ""
     else:
       thing = scene.things[target]
-      description = expressions.describe(thing)
+      description = f"{thing.size} {thing.colour} {thing.shape}"
       seg_mask = drawing.visible[target].astype(np.uint8) * 255
     records.append(
       {
