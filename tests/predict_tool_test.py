@@ -170,12 +170,13 @@ def test_warmup_takes_the_options_of_predict(fake, capsys):
 
 
 def test_the_cache_is_the_users_and_can_be_switched_off(tmp_path, monkeypatch):
-  monkeypatch.setattr(
-    jax.config, "update", lambda name, value: asked.update({name: value})
-  )
-  if jax.config.jax_compilation_cache_dir:
-    pytest.skip("JAX has a cache already")
   asked = {}
+  config = types.SimpleNamespace(
+    jax_compilation_cache_dir=None,
+    update=lambda name, value: asked.update({name: value}),
+  )
+  fake = types.SimpleNamespace(config=config)
+  monkeypatch.setattr(compilation_cache, "jax", fake)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   assert compilation_cache.enable() is None  # `conftest` switched it off.
   monkeypatch.delenv(compilation_cache.SWITCH)
