@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     dtype=args.dtype,
     weights=args.weights or None,
   )
-  asked = _data_sets(settings.data, args)
+  asked = _data_sets(settings.data, settings.eval.splits, args)
   report: dict[str, Any] = {
     "what": args.what,
     "checkpoint": {"path": str(loaded.path), "sha256": _hash(loaded.path)},
@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     help="tokenizer: only encode and decode masks",
   )
   parser.add_argument(
-    "--split", default="", help="of the checkpoint's own data"
+    "--split",
+    default="",
+    help="of the checkpoint's own data; else its config's eval.splits",
   )
   parser.add_argument(
     "--data",
@@ -203,9 +205,10 @@ def _settings(found, config_flags: list[str]) -> Settings:
 
 
 def _data_sets(
-  own: DataConfig, args: argparse.Namespace
+  own: DataConfig, splits: tuple[str, ...], args: argparse.Namespace
 ) -> dict[str, DataConfig]:
-  """Data settings by the name that results have."""
+  """Data settings by the name that results have; `splits` are those of `own`
+  that are measured where the command line names none."""
   if args.protocol:
     own = dataclasses.replace(own, protocol=args.protocol)
   if not args.data:
@@ -214,8 +217,10 @@ def _data_sets(
         f"checkpoint {args.checkpoint} was not trained here and names no data; "
         "give --data LAYOUT=PATH."
       )
-    own = dataclasses.replace(own, split=args.split or own.split)
-    return {own.split: own}
+    return {
+      split: dataclasses.replace(own, split=split)
+      for split in ((args.split,) if args.split else splits)
+    }
   found = {}
   for given in args.data:
     source, _, split = given.rpartition(":")

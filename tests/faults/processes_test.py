@@ -27,7 +27,7 @@ def start(tmp_path_factory):
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
   }
 
-  def start(workdir, *faults):
+  def start(workdir, *faults, limit=900):
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -59,7 +59,7 @@ def start(tmp_path_factory):
     ]
     try:
       for process in processes:
-        output, _ = process.communicate(timeout=900)
+        output, _ = process.communicate(timeout=limit)
         ended.append((process.returncode, output))
     finally:
       for process in processes:
@@ -112,6 +112,6 @@ def test_stopped_and_gone_on_with_by_one_two_and_one_process(start, tmp_path):
 
 
 def test_the_death_of_a_host_ends_the_others(start, tmp_path):
-  (code, output), (killed, _) = start(tmp_path / "run", "", "kill:2")
+  (code, output), (killed, _) = start(tmp_path / "run", "", "kill:2", limit=300)
   assert killed == -9
   assert code not in (0, None), output
