@@ -111,7 +111,9 @@ class Engine:
     """uint8 [scales side side 3] of a mask's codes, int32 [n]."""
     return jax.device_get(self._run(self._strips, codes[None]))[0]
 
-  def prompt(self, request: str, answer_prefix: str | None) -> Prompt:
+  def prompt(
+    self, request: str, answer_prefix: str | None, template: str = ""
+  ) -> Prompt:
     """See `prompts.of_request`; the request is about one picture."""
     return prompts.of_request(
       self.tokenizer,
@@ -119,6 +121,7 @@ class Engine:
       request,
       image_tokens=(self.config.vision.num_embeddings,),
       answer_prefix=answer_prefix or "",
+      template=template,
     )
 
   def turns(

@@ -123,6 +123,7 @@ class Predictor:
     *,
     answer_prefix: str | None = None,
     num_scales: int | None = None,
+    template: str = "",
   ) -> list[Prediction]:
     """One answer for each picture and request of the same place.
 
@@ -135,13 +136,16 @@ class Predictor:
       answer_prefix: words that the answer begins with, right before its mask:
         no text is generated there. None lets the model speak.
       num_scales: stop after so many scales of a mask; None takes all.
+      template: kind of request, of `data.text.REQUEST_TEMPLATES`; that of the
+        model's training where it is "".
 
     Raises:
-      DataError: not a picture, or no such number of scales.
+      DataError: not a picture, or no such number of scales or template.
     """
     if len(images) != len(requests):
       raise DataError(f"{len(requests)} requests for {len(images)} pictures.")
-    asked = [self._engine.prompt(r, answer_prefix) for r in requests]
+    prompt = self._engine.prompt
+    asked = [prompt(r, answer_prefix, template) for r in requests]
     pixels = [_pixels(image) for image in images]
     predictions = []
     for rows in _chunks(len(asked), self.settings.batch_size):
@@ -267,10 +271,11 @@ class Picture:
     *,
     answer_prefix: str | None = None,
     num_scales: int | None = None,
+    template: str = "",
   ) -> list[Prediction]:
     """An answer for each request; see `Predictor.segment_batch`."""
     engine = self._engine
-    asked = [engine.prompt(request, answer_prefix) for request in requests]
+    asked = [engine.prompt(r, answer_prefix, template) for r in requests]
     predictions = []
     for rows in _chunks(len(asked), engine.settings.batch_size):
       predictions += self._ask(

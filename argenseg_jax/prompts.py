@@ -8,6 +8,7 @@ from jaxtyping import Bool, Int
 
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import text
+from argenseg_jax.data.errors import DataError
 
 BUCKET = 32  # Prompt lengths are padded to multiples of this.
 
@@ -48,6 +49,7 @@ def of_request(
   *,
   image_tokens: Sequence[int],
   answer_prefix: str = "",
+  template: str = "",
 ) -> Prompt:
   """A request in the wording of the model's training.
 
@@ -57,8 +59,18 @@ def of_request(
     request: what to segment.
     image_tokens: as `of_turns`.
     answer_prefix: as `of_turns`.
+    template: of `text.REQUEST_TEMPLATES`, instead of the model's own.
+
+  Raises:
+    DataError: there is no such template.
   """
-  asked = text.request_text(data.request, [request], data.join)
+  template = template or data.request
+  if template not in text.REQUEST_TEMPLATES:
+    raise DataError(
+      f"no request template is named {template!r}; there are "
+      f"{', '.join(text.REQUEST_TEMPLATES)}."
+    )
+  asked = text.request_text(template, [request], data.join)
   return of_turns(
     tokenizer,
     data,

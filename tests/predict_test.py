@@ -236,6 +236,8 @@ def test_pictures_come_as_arrays_pil_and_files(open_predictor, tmp_path):
   for wrong in (image / 255, image[..., :2]):
     with pytest.raises(DataError, match=r"give uint8 \[h w 3\]"):
       predictor.segment(wrong, "a")
+  with pytest.raises(DataError, match="no request template is named 'nope'"):
+    predictor.segment(image, "x", template="nope")
   with pytest.raises(DataError, match="2 requests for 1 pictures"):
     predictor.segment_batch([image], ["a", "b"])
 

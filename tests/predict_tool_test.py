@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import types
 
 import jax
@@ -106,7 +107,7 @@ def test_folders_and_patterns_fill_a_folder(fake, folder, capsys):
   assert fake.batches[0] == (
     1,
     ["cup", "nothing"],
-    {"num_scales": None, "answer_prefix": None},
+    {"num_scales": None, "answer_prefix": None, "template": ""},
   )
   assert predict(*asked, "--out=out", "--write", "rle") == 2
   assert "out/predictions.jsonl exists" in capsys.readouterr().err
@@ -167,6 +168,30 @@ def test_warmup_takes_the_options_of_predict(fake, capsys):
     "num_scales": 2,
   }
   assert capsys.readouterr().out.startswith("4 programs in ")
+
+
+def test_a_point_or_a_box_asks_in_thousandths(fake, folder):
+  assert predict("--image", "in/a.png", "--point", "3", "1") == 0
+  place = ("--box", "0", "1", "6", "4")
+  assert predict("--image", "in/a.png", *place, "--force") == 0
+  asked = [(t, options["template"]) for _, t, options in fake.batches]
+  assert asked == [
+    (["[[500, 250]]"], "point"),
+    (["[[0, 250, 1000, 1000]]"], "box"),
+  ]
+
+
+@pytest.mark.parametrize(
+  ("more", "fault"),
+  [
+    (("--point", "7", "1"), r"6 x 4 pixels"),
+    (("--point", "1", "1", "--text", "x"), "nothing else"),
+    (("--point", "1", "1", "--box", "1", "1", "2", "2"), "not both"),
+  ],
+)
+def test_places_that_cannot_be_asked_for(fake, folder, capsys, more, fault):
+  assert predict("--image", "in/a.png", *more) == 2
+  assert re.search(fault, capsys.readouterr().err)
 
 
 def test_the_cache_is_the_users_and_can_be_switched_off(tmp_path, monkeypatch):

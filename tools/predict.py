@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
   args = _parser().parse_args(argv)
   if args.batch_size < 1:
     raise ConfigError(f"--batch-size is {args.batch_size}; give 1 or more.")
+  _place(args)
   jobs = _jobs(args)
   out = pathlib.Path(args.out)
   alone = len(jobs) == 1 and not args.requests and not out.is_dir()
@@ -119,6 +120,26 @@ def _parser() -> argparse.ArgumentParser:
     "--text", nargs="+", default=[], help="what to segment in each of them"
   )
   parser.add_argument(
+    "--point",
+    nargs=2,
+    type=float,
+    metavar=("X", "Y"),
+    help="instead of --text, what is there in the picture (pixels)",
+  )
+  parser.add_argument(
+    "--box",
+    nargs=4,
+    type=float,
+    metavar=("X1", "Y1", "X2", "Y2"),
+    help="instead of --text, what is in there (pixels)",
+  )
+  parser.add_argument(
+    "--template",
+    default="",
+    help="kind of request (docs/evaluation.md); that of the model's training "
+    "if not given",
+  )
+  parser.add_argument(
     "--requests", metavar="FILE", help="jsonl instead; - reads it from stdin"
   )
   parser.add_argument("--out", default="mask.png")
@@ -126,6 +147,26 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--batch-size", type=int, default=8)
   parser.add_argument("--force", action="store_true", help="overwrite files")
   return parser
+
+
+def _place(args: argparse.Namespace) -> None:
+  """Makes `--point` or `--box` a request in words."""
+  if (place := args.point or args.box) is None:
+    return
+  if len(args.image) != 1 or args.text or args.requests or args.template:
+    raise ConfigError("--point and --box need one --image and nothing else.")
+  if args.point and args.box:
+    raise ConfigError("give --point or --box, not both.")
+  height, width = _read(pathlib.Path(args.image[0])).shape[:2]
+  shares = [v / (height if i % 2 else width) for i, v in enumerate(place)]
+  if not all(0 <= share <= 1 for share in shares):
+    raise ConfigError(
+      f"{args.image[0]} has {width} x {height} pixels; {place} lies outside."
+    )
+  from argenseg_jax.data.sources import interactive
+
+  args.text = [interactive.place_text(tuple(shares))]
+  args.template = "point" if args.point else "box"
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
@@ -231,7 +272,7 @@ def _answers(predictor, jobs: Sequence[Job], args) -> Iterator[tuple]:
       except DataError as error:
         read[image] = error
     good = [j for j in group if not isinstance(read[j.image], DataError)]
-    options = {"num_scales": args.num_scales}
+    options = {"num_scales": args.num_scales, "template": args.template}
     if good:
       options["answer_prefix"] = good[0].answer_prefix
     texts = [job.text for job in good]
