@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
   c.mllm.optimizer.warmup_steps = 100
   c.mllm.optimizer.weight_decay = 0.05
   c.mllm.optimizer.frozen = ("vqvae",)
-  c.mllm.train.steps = 3500
+  c.mllm.train.steps = 4000
   c.mllm.train.global_batch_size = 16
   c.mllm.train.eval_every = 1000
   c.loss.code_average = "scale"
