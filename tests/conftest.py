@@ -1,21 +1,11 @@
 """Strict settings for the whole suite, before anything imports jax."""
 
-import atexit
 import os
-import shutil
-import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Commands that tests start leave nothing in the user's cache.
 os.environ.setdefault("ARGENSEG_COMPILATION_CACHE", "off")
-# The tests and the processes that they start share what they compile; the
-# suite's first process makes the directory and removes it.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-  _cache = tempfile.mkdtemp(prefix="argenseg-tests-")
-  atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tests compile much and compute little: quick compilation is worth more.
 os.environ["XLA_FLAGS"] = " ".join(
   (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0")

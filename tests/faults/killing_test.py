@@ -8,12 +8,18 @@ import sys
 
 def test_killed_runs_end_as_one_that_was_not(tmp_path):
   script = pathlib.Path(__file__).parent / "killing.py"
+  cache = {
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_NUM_CPU_DEVICES": "1",
+  }
   done = subprocess.run(
     [
       *(sys.executable, str(script), "--kills=4", "--steps=8"),
       f"--folder={tmp_path / 'kills'}",
     ],
-    env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+    env=os.environ | cache,
     capture_output=True,
     text=True,
     timeout=600,

@@ -25,6 +25,9 @@ def start(tmp_path_factory):
   env = os.environ | {
     "JAX_NUM_CPU_DEVICES": "1",
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   }
 
   def start(workdir, *faults, limit=900):

@@ -24,6 +24,22 @@ from argenseg_jax import (
 from argenseg_jax.data import pipeline
 
 
+@pytest.fixture
+def _compiled_once(tmp_path):
+  """Later runs of a test find what the first one compiled."""
+  names = {
+    "jax_compilation_cache_dir": str(tmp_path / "cache"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in names}
+  for name, value in names.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
 def _told():
   os.kill(os.getpid(), signal.SIGTERM)
 
@@ -78,6 +94,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.usefixtures("_compiled_once")
 def test_a_run_stopped_everywhere_equals_one_that_was_not(config, tmp_path):  # noqa: F811
   stage = config.mllm.train
   stage = dataclasses.replace(
