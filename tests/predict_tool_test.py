@@ -5,6 +5,7 @@ import json
 import re
 import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image

@@ -40,7 +40,7 @@ def start(tmp_path_factory):
         [
           *(sys.executable, str(_DRIVER), fault, *COMMAND[3:]),
           *options(data, workdir),
-          "--config.mllm.train.steps=9",
+          "--config.mllm.train.steps=12",
           "--config.mllm.train.save_every=4",
           "--config.loss.drop_scale_inputs=0.4",
           *(
@@ -100,7 +100,7 @@ def test_stopped_and_gone_on_with_by_one_two_and_one_process(start, tmp_path):
   assert _steps(parts) == [3]
 
   # Only the second of two hosts has bad numbers, and is told to stop.
-  first, second = start(parts, "", "nan:5,term:6,slow:7")
+  first, second = start(parts, "", "nan:5,term:6,slow:7,slow:8,slow:9")
   assert first[0] == second[0] == stopping.INTERRUPTED, first[1] + second[1]
   stopped = max(_steps(parts))
   assert stopped >= 6
