@@ -170,7 +170,8 @@ class Predictor:
         `<image>` stands where the picture goes, else it comes first. The model
         sees the words of earlier answers, not their masks.
       image: another picture.
-      **options: as of `segment_batch`, and `max_text`: most text tokens of the
+      **options: `answer_prefix` and `num_scales` as of `segment_batch`, and
+        `max_text`: most text tokens of the
         answer.
     """
     if image is not None:

@@ -1,6 +1,7 @@
 """Evaluation: each sample once, on any devices and hosts; several turns, masks
 and sorts of questions in one data set."""
 
+import argparse
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ from data import layouts
 from flax import nnx
 
 from argenseg_jax import checkpoint, evaluate, predictions, rows, sharding
-from argenseg_jax.config import MeshConfig, run_config, to_dict
+from argenseg_jax.config import DataConfig, MeshConfig, run_config, to_dict
 from argenseg_jax.configs import base
 from argenseg_jax.data import text
 from argenseg_jax.tools import cli
+from argenseg_jax.tools import eval as eval_tool
 
 TOTAL = 13
 
@@ -218,3 +220,21 @@ def test_settings_are_changed_on_the_command_line(run, tmp_path, capsys):
       continue
     assert cli.main(_command(run, tmp_path / "no", flag)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("splits", "asked", "measured"),
+  [
+    (("val", "testA"), "", ["val", "testA"]),
+    (("val", "testA"), "testB", ["testB"]),
+    ((), "", ["train"]),
+  ],
+)
+def test_the_configs_splits_are_measured_unless_one_is_named(
+  splits, asked, measured
+):
+  args = argparse.Namespace(protocol="", data=[], split=asked)
+  own = DataConfig(source="ref_shapes", path="data", split="train")
+  found = eval_tool._data_sets(own, splits, args)
+  assert list(found) == measured
+  assert [data.split for data in found.values()] == measured

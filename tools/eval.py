@@ -219,7 +219,7 @@ def _data_sets(
       )
     return {
       split: dataclasses.replace(own, split=split)
-      for split in ((args.split,) if args.split else splits)
+      for split in ((args.split,) if args.split else splits or (own.split,))
     }
   found = {}
   for given in args.data:
