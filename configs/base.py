@@ -99,7 +99,7 @@ def get_config() -> ConfigDict:
   c.mesh.tensor = 1
 
   c.eval = ConfigDict()
-  c.eval.splits = ("val",)  # Of ref_shapes.
+  c.eval.splits = ("train",)  # Of `data.path`, where its layout has splits.
   c.eval.max_samples = 0  # A split; 0 takes all.
   c.eval.batch_size = 16
   c.eval.max_text = 32  # Text tokens of an answer.

@@ -55,7 +55,6 @@ def run(tmp_path_factory):
   c.data.max_masks = 2
   c.data.threads = 1
   c.eval.batch_size = 4
-  c.eval.splits = ("train",)
   c.eval.max_text = 4
   config = run_config(c)
   model = tiny_rows.model()
