@@ -123,7 +123,7 @@ def test_nothing_was_answered_before_the_first_batch(tmp_path):
     (
       '{"sample": 0, "picture": [], "text": "", "kind": "vqa",'
       ' "question": "", "answers": [""]}\n',
-      r"jsonl:1 .* picture \[\] is no name",
+      r"jsonl:1 .*picture \[\] is no name",
     ),
   ],
 )
