@@ -78,7 +78,7 @@ def _run(
   accept_changed_data: bool,
   stop: stopping.Stopping,
 ) -> dict[str, Any]:
-  workdir_lib.claim(config, workdir)
+  workdir_lib.claim(config, workdir, accept_changed_data=accept_changed_data)
   results, init_from = {}, config.init_from
   for task in config.tasks:
     results[task] = train(
@@ -167,7 +167,9 @@ def _train(config, task, workdir, init_from, accept_changed_data, stop):
       "tokenizer; add 'vqvae' to mllm.optimizer.frozen."
     )
   vqvae = nnx.merge(graph, variables).vqvae if task == "mllm" else None
-  batches = open_batches(config, rows, vqvae, workdir)
+  batches = open_batches(
+    config, rows, vqvae, workdir, accept_changed_data=accept_changed_data
+  )
   trains = trainable_filter(stage.optimizer, variables)
   graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
   optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
