@@ -74,7 +74,7 @@ def _run(
   accept_changed_data: bool,
   stop: stopping.Stopping,
 ) -> dict[str, Any]:
-  workdir_lib.claim(config, workdir)
+  workdir_lib.claim(config, workdir, accept_changed_data=accept_changed_data)
   results, init_from = {}, config.init_from
   for task in config.tasks:
     results[task] = train(
@@ -180,7 +180,11 @@ def _train(config, task, workdir, init_from, accept_changed_data, stop):
   graph, optimizer = described.graph, described.optimizer
   model = nnx.merge(graph, state.params, state.fixed)
   batches = open_batches(
-    config, rows, model.vqvae if task == "mllm" else None, workdir
+    config,
+    rows,
+    model.vqvae if task == "mllm" else None,
+    workdir,
+    accept_changed_data=accept_changed_data,
   )
   if data_state is not None:
     batches.set_state(data_state, force=accept_changed_data)
