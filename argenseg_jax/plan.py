@@ -114,6 +114,7 @@ def compile_training(config: RunConfig, task: str, mesh: Mesh) -> Program:
       "parameters": state.params,
       "frozen parameters": state.fixed,
       "moments": state.optimizer,
+      "average": state.average,
       "batch": batch,
     },
     state.params,
@@ -178,7 +179,7 @@ def _compile(function, arguments, mesh, parts, params) -> Program:
       used = re.search(r"Used [^.]*\.\S* of \S+ \w+\.", str(error))
       excess = used[0] if used else str(error).splitlines()[0]
   return Program(
-    parts={name: _bytes(tree) for name, tree in parts.items()},
+    parts={k: _bytes(v) for k, v in parts.items() if v is not None},
     compiled=compiled,
     excess=excess,
     split_shapes=_split_shapes(params),
