@@ -106,7 +106,9 @@ def sharded_scale_prediction(
       scores = jnp.where(logits >= lowest, scores, -jnp.inf)
     best = lax.pmax(scores, codes_axis)
     largest = np.iinfo(np.int32).max
-    mine = jnp.where(scores == best, codes + first_code, largest)
+    # No number equals NaN; a row of them still gets the id of a code.
+    won = (scores == best) | jnp.isnan(scores)
+    mine = jnp.where(won, codes + first_code, largest)
     chosen = lax.pmin(mine, codes_axis)
     logits = jnp.where(mine == chosen, logits, 0.0)
     logits = lax.psum(logits, codes_axis)

@@ -114,6 +114,21 @@ def test_prediction(sides, temperature, top_k):
   )
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prediction_of_no_numbers_is_the_id_of_a_code(temperature):
+  hidden = normal(0, 4, 9, 8).at[1, 2].set(jnp.nan)
+  head, codebook = normal(1, 32, 8), normal(2, 32, 6)
+  options = {"key": jax.random.key(0), "temperature": temperature}
+  expected, _ = scale_prediction(hidden, head, codebook, **options)
+  with use_mesh(1, 2, 4):
+    codes, _, _ = jax.jit(
+      lambda *arrays: sharded_scale_prediction(*arrays, **options)
+    )(hidden, head, codebook)
+  finite = jnp.ones((4, 9), bool).at[1, 2].set(False)
+  np.testing.assert_array_equal(codes[finite], expected[finite])
+  assert 0 <= codes[1, 2] < 32
+
+
 def test_prediction_refuses():
   hidden, head, codebook = (
     normal(0, 4, 9, 8),
