@@ -1,18 +1,16 @@
 """What a person sees of a run: metrics files and progress."""
 
-import contextlib
 import json
-import math
 import os
 import pathlib
 import socket
+import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import rich.progress
-
-_FLUSH_SECONDS = 30.0
 
 
 class MetricsWriter:
@@ -70,17 +68,7 @@ class MetricsWriter:
 
   def _warn_of_board(self, error: Exception) -> None:
     print(f"TensorBoard gets no metrics: {error}", file=sys.stderr, flush=True)
-    board, self._board = self._board, None
-    if board is not None:
-      with contextlib.suppress(Exception):
-        board.close()
-
-  def close(self) -> None:
-    if self._board is not None:
-      try:
-        self._board.close()
-      except Exception as error:
-        self._warn_of_board(error)
+    self._board = None
 
 
 class _Board:
@@ -95,26 +83,26 @@ class _Board:
     from tensorboardX.proto import event_pb2
 
     self._event, self._scalar = event_pb2.Event, summary.scalar
+    self._check = record_writer.masked_crc32c
     folder.mkdir(parents=True, exist_ok=True)
     now = time.time()
     name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}"
-    self._file = record_writer.RecordWriter(str(folder / name))
-    self._flushed = -math.inf
-    self._add(wall_time=now, file_version="brain.Event:2")
+    self._path = folder / name
+    self._append([self._event(wall_time=now, file_version="brain.Event:2")])
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     now = time.time()
-    for name, value in values.items():
-      self._add(wall_time=now, step=step, summary=self._scalar(name, value))
-    if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-      self._flushed = time.monotonic()
-      self._file.flush()
+    self._append(
+      self._event(wall_time=now, step=step, summary=self._scalar(name, value))
+      for name, value in values.items()
+    )
 
-  def _add(self, **fields) -> None:
-    self._file.write(self._event(**fields).SerializeToString())
-
-  def close(self) -> None:
-    self._file.close()
+  def _append(self, events: Iterable[Any]) -> None:
+    with self._path.open("ab") as file:
+      for event in events:
+        data = event.SerializeToString()
+        for part in (struct.pack("<Q", len(data)), data):
+          file.write(part + struct.pack("<I", self._check(part)))
 
 
 class Progress:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -100,7 +101,6 @@ def test_metrics_that_cannot_be_written_are_said_once(tmp_path, capsys):
   writer = MetricsWriter(tmp_path)
   for step in range(3):
     writer.write(step, {"loss": 1.0, "a/b": step})
-  writer.close()
   assert capsys.readouterr().err.count("metrics are not written") == 1
   assert len(_on_the_board(tmp_path)) == 6
   assert _on_the_board(tmp_path)[-1] == (2, "a/b", 2.0)
@@ -114,7 +114,6 @@ def test_metrics_go_on_when_a_full_disk_has_room_again(small_disk, capsys):
     writer.write(step, {"loss": 1.0})
   filling.unlink()
   writer.write(200, {"loss": 2.0})
-  writer.close()
   last = (small_disk / "metrics.jsonl").read_text().splitlines()[-1]
   assert json.loads(last) == {"step": 200, "loss": 2.0}
   assert "No space left on device" in capsys.readouterr().err
@@ -124,7 +123,6 @@ def test_without_tensorboard_metrics_are_written(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   writer = MetricsWriter(tmp_path)
   writer.write(1, {"loss": 1.0})
-  writer.close()
   assert _lines(tmp_path) == [{"step": 1, "loss": 1.0}]
   assert "tensorboardX" in capsys.readouterr().err
 
@@ -134,8 +132,17 @@ def test_a_tensorboard_that_is_no_folder_stops_nothing(tmp_path, capsys):
   writer = MetricsWriter(tmp_path)
   for step in range(3):
     writer.write(step, {"loss": 1.0})
-  writer.close()
   assert [line["step"] for line in _lines(tmp_path)] == [0, 1, 2]
+  assert capsys.readouterr().err.count("TensorBoard gets no metrics") == 1
+
+
+def test_a_tensorboard_whose_folder_goes_stops_nothing(tmp_path, capsys):
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"loss": 1.0})
+  shutil.rmtree(tmp_path / "tensorboard")
+  for step in (2, 3):
+    writer.write(step, {"loss": 1.0})
+  assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
   assert capsys.readouterr().err.count("TensorBoard gets no metrics") == 1
 
 
@@ -149,7 +156,6 @@ def test_a_tensorboard_whose_disk_fills_stops_nothing(
   _fill(small_disk)
   for step in range(100):
     writer.write(step, {f"x{i}": 1.0 for i in range(20)})
-  writer.close()
   assert [line["step"] for line in _lines(workdir)] == list(range(100))
   assert capsys.readouterr().err.count("TensorBoard gets no metrics") == 1
 
@@ -159,7 +165,6 @@ def test_a_line_that_a_kill_cut_off_spoils_no_other(tmp_path):
   path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
   writer = MetricsWriter(tmp_path)
   writer.write(2, {"loss": 2.0})
-  writer.close()
   lines = path.read_text().splitlines()
   assert len(lines) == 3
   assert json.loads(lines[2]) == {"step": 2, "loss": 2.0}
