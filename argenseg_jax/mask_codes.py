@@ -5,8 +5,6 @@ import hashlib
 import json
 import math
 import pathlib
-import zipfile
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,7 @@ from jaxtyping import Int
 
 from argenseg_jax import distributed, sharding
 from argenseg_jax.config import ConfigError
-from argenseg_jax.data import pipeline
+from argenseg_jax.data import archives, pipeline
 from argenseg_jax.data.sources.opening import has_options
 from argenseg_jax.models.argenseg import normalize_seg_masks
 from argenseg_jax.models.vqvae import VQVAE
@@ -119,21 +117,15 @@ def stored(
   Raises:
     ConfigError: no such file.
   """
+  most = math.prod(shape) * 8 + _NOTE_BYTES
   try:
-    with zipfile.ZipFile(path) as archive:
-      unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > math.prod(shape) * 8 + _NOTE_BYTES:
-      raise ValueError(f"it unpacks to {unpacked} bytes")
-    with np.load(path) as file:
-      codes, note = file["codes"], json.loads(str(file["note"]))
+    found = archives.read(path, lambda size: most)
+    codes, note = found["codes"], json.loads(str(found["note"]))
     if not isinstance(note, dict):
       raise ValueError("its note is no JSON object")
     if codes.dtype.kind != "i" or np.any((codes < 0) | (codes >= num_codes)):
       raise ValueError(f"it holds something else than codes below {num_codes}")
-  except (
-    *(OSError, ValueError, KeyError, EOFError, RecursionError),
-    *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),
-  ) as error:
+  except (*archives.ERRORS, RecursionError) as error:
     raise ConfigError(
       f"{path} is not a file of `argenseg data tokenize`: {error}."
     ) from error

@@ -1,10 +1,14 @@
 """What a person sees of a run: metrics files and progress."""
 
 import json
+import os
 import pathlib
+import socket
+import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import rich.progress
 
@@ -12,8 +16,8 @@ import rich.progress
 class MetricsWriter:
   """Appends metrics to `metrics.jsonl` and to TensorBoard event files.
 
-  A writer that cannot write warns once and goes on: training is worth more
-  than its log.
+  What cannot be written is said once and left out: training is worth more than
+  its log.
   """
 
   def __init__(self, workdir: str | pathlib.Path, *, active: bool = True):
@@ -21,51 +25,84 @@ class MetricsWriter:
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     self._board = None
     self._warned = False
+    self._cut = True  # Perhaps: an earlier call may have been killed.
     if not active:
       return
-    self._end_line()
     try:
-      from tensorboardX import SummaryWriter
-
-      self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
+      self._board = _Board(pathlib.Path(workdir) / "tensorboard")
     except Exception as error:  # Whatever is wrong with it, training goes on.
-      self._warn(error)
-
-  def _end_line(self) -> None:
-    """A kill may have cut the last line off: it must not spoil the next."""
-    try:
-      with self._path.open("rb+") as file:
-        if file.seek(0, 2) and file.seek(-1, 2) + 1 and file.read(1) != b"\n":
-          file.write(b"\n")
-    except FileNotFoundError:
-      pass
-    except OSError as error:
-      self._warn(error)
+      self._warn_of_board(error)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Records `values` at `step`."""
     if not self._active:
       return
     try:
+      if self._cut:
+        self._end_line()
       with self._path.open("a") as file:
+        self._cut = True
         file.write(json.dumps({"step": step, **values}) + "\n")
-      if self._board is not None:
-        for name, value in values.items():
-          self._board.add_scalar(name, value, step)
-    except Exception as error:  # TensorBoard's writer raises all kinds.
+      self._cut = False
+    except Exception as error:
       self._warn(error)
+    if self._board is not None:
+      try:
+        self._board.write(step, values)
+      except Exception as error:  # tensorboardX raises all kinds.
+        self._warn_of_board(error)
+
+  def _end_line(self) -> None:
+    """The last line may have been cut off: it must not spoil the next."""
+    try:
+      with self._path.open("rb+") as file:
+        if file.seek(0, 2) and file.seek(-1, 2) + 1 and file.read(1) != b"\n":
+          file.write(b"\n")
+    except FileNotFoundError:
+      pass
 
   def _warn(self, error: Exception) -> None:
     if not self._warned:
-      print(f"metrics are not written: {error}", file=sys.stderr)
+      print(f"metrics are not written: {error}", file=sys.stderr, flush=True)
       self._warned = True
 
-  def close(self) -> None:
-    if self._board is not None:
-      try:
-        self._board.close()
-      except Exception as error:
-        self._warn(error)
+  def _warn_of_board(self, error: Exception) -> None:
+    print(f"TensorBoard gets no metrics: {error}", file=sys.stderr, flush=True)
+    self._board = None
+
+
+class _Board:
+  """TensorBoard's event file.
+
+  tensorboardX writes it from a thread. When that one dies, of a full disk for
+  example, its queue fills up and the run waits for ever; so this writes itself.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    from tensorboardX import record_writer, summary
+    from tensorboardX.proto import event_pb2
+
+    self._event, self._scalar = event_pb2.Event, summary.scalar
+    self._check = record_writer.masked_crc32c
+    folder.mkdir(parents=True, exist_ok=True)
+    now = time.time()
+    name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}"
+    self._path = folder / name
+    self._append([self._event(wall_time=now, file_version="brain.Event:2")])
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    now = time.time()
+    self._append(
+      self._event(wall_time=now, step=step, summary=self._scalar(name, value))
+      for name, value in values.items()
+    )
+
+  def _append(self, events: Iterable[Any]) -> None:
+    with self._path.open("ab") as file:
+      for event in events:
+        data = event.SerializeToString()
+        for part in (struct.pack("<Q", len(data)), data):
+          file.write(part + struct.pack("<I", self._check(part)))
 
 
 class Progress:

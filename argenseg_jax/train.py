@@ -318,7 +318,6 @@ def _train(config, task, workdir, init_from, accept_changed_data, stop):
   results["bad_records"] = batches.num_bad_records
   results["cut_records"] = batches.num_cut_records
   writer.write(step, {f"final/{k}": v for k, v in results.items()})
-  writer.close()
   if main:
     text = json.dumps(results, indent=1)
     integrity.write_whole(workdir / "results.json", text)

@@ -2,13 +2,16 @@
 is still what was saved."""
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
 import time
+from typing import Any
 
 import numpy as np
 
+_LINE = "{:>8}  {:>9}  {:16}  {:7}  {:>8}  {}"
 _EPILOG = """examples:
   argenseg checkpoint ls runs/quickstart/mllm
   argenseg checkpoint verify runs/quickstart
@@ -19,10 +22,11 @@ _EPILOG = """examples:
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
     prog="argenseg checkpoint",
-    description="ls: steps, sizes, losses. verify: compare every file with its "
-    "manifest (exit code 1 if one is damaged). inspect: names, shapes, dtypes "
-    "and shardings. diff: what differs between two checkpoints (exit code 1 if "
-    "anything does).",
+    description="ls: steps, sizes, the last loss before each, what evaluations "
+    "measured, and whether every file is there with its size. verify: compare "
+    "every byte with the manifest (exit code 1 if one is damaged). inspect: "
+    "names, shapes, dtypes and shardings. diff: what differs between two "
+    "checkpoints (exit code 1 if anything does).",
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -59,32 +63,75 @@ def _steps(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _list(steps: list[pathlib.Path]) -> int:
-  print(f"{'step':>8}  {'MiB':>9}  {'saved':16}  {'loss':>8}  directory")
-  for step in steps:
-    files = [f.stat() for f in step.rglob("*") if f.is_file()]
-    size = sum(f.st_size for f in files) / 2**20
-    saved = time.localtime(max(f.st_mtime for f in files))
-    loss = _loss_at(step)
-    print(
-      f"{step.name:>8}  {size:9.1f}  {time.strftime('%Y-%m-%d %H:%M', saved)}  "
-      f"{'' if loss is None else f'{loss:.4f}':>8}  {step.parent}"
-    )
+  from argenseg_jax import integrity
+
+  for directory, group in itertools.groupby(steps, lambda step: step.parent):
+    print(f"{directory}:")
+    print(_LINE.format("step", "MiB", "saved", "files", "loss", "scores"))
+    log = _log(directory.parent)
+    losses = {number: v["loss"] for number, v in log.items() if "loss" in v}
+    for step in group:
+      number = int(step.name)
+      files = [f.stat() for f in step.rglob("*") if f.is_file()]
+      saved = time.localtime(max((f.st_mtime for f in files), default=0))
+      before = max((s for s in losses if s <= number), default=None)
+      cells = (
+        step.name,
+        f"{sum(f.st_size for f in files) / 2**20:.1f}",
+        time.strftime("%Y-%m-%d %H:%M", saved),
+        "damaged" if integrity.faults(step, contents=False) else "whole",
+        "" if before is None else f"{losses[before]:.4f}",
+        ", ".join(_scores(step, log.get(number, {}))),
+      )
+      print(_LINE.format(*cells).rstrip())
   return 0
 
 
-def _loss_at(step: pathlib.Path) -> float | None:
-  """The last loss that was logged up to a step."""
-  log = step.parent.parent / "metrics.jsonl"
-  loss = None
-  for line in log.read_text().splitlines() if log.is_file() else ():
+def _log(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
+  """The numbers of `metrics.jsonl` by step; what was written last counts."""
+  path, found = workdir / "metrics.jsonl", {}
+  for line in path.read_text().splitlines() if path.is_file() else ():
     try:
-      values = json.loads(line)
-    except ValueError:  # Cut off by a kill.
+      values = _numbers(json.loads(line))
+      found.setdefault(int(values["step"]), {}).update(values)
+    except (ValueError, KeyError):  # Cut off by a kill.
       continue
-    if values["step"] > int(step.name):
-      break
-    loss = values.get("loss", loss)
-  return loss
+  return found
+
+
+def _numbers(values: Any) -> dict[str, float]:
+  """Those that a JSON object holds."""
+  pairs = values.items() if isinstance(values, dict) else ()
+  return {k: v for k, v in pairs if isinstance(v, (int, float))}
+
+
+def _scores(step: pathlib.Path, logged: dict[str, float]) -> list[str]:
+  """What was measured at a step: by evaluations in training, by the one after
+  the last step, and the score that `train.keep_best` goes by."""
+  from argenseg_jax.evaluate import headline
+
+  measured: dict[str, dict[str, float]] = {}
+  for name, value in logged.items():
+    split, _, metric = name.rpartition("/")
+    measured.setdefault(split, {})[metric] = value
+  measured.pop("", None)
+  workdir = step.parent.parent
+  if _read(workdir / "results.json").get("steps") == int(step.name):
+    results = _read(workdir.parent / "results.json")
+    for split, values in results.get("splits", results).items():
+      measured[split] = _numbers(values)
+  said = [f"{k}: {v}" for k, x in measured.items() if (v := headline(x))]
+  kept_by = _read(step / "metrics" / "metrics").get("score")
+  return said if kept_by is None else [*said, f"score {kept_by:.4f}"]
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object of a file; none where there is no such file."""
+  try:
+    found = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return {}
+  return found if isinstance(found, dict) else {}
 
 
 def _verify(steps: list[pathlib.Path]) -> int:
@@ -117,9 +164,11 @@ def _inspect(path: pathlib.Path) -> int:
 
 def _axes_of(sharding) -> str:
   """Mesh axes that an array was split over when it was saved."""
+  import jax
+
   names = getattr(sharding, "axis_names", ())
   sizes = dict(zip(names, getattr(sharding, "shape", ()), strict=True))
-  axes = np.ravel([a for a in getattr(sharding, "partition_spec", ()) if a])
+  axes = jax.tree.leaves(tuple(getattr(sharding, "partition_spec", ())))
   split = [f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1]
   return f"split over {', '.join(split)}" if split else "whole"
 

@@ -1,6 +1,7 @@
 """`argenseg COMMAND`: one entry point, one module a command."""
 
 import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -23,6 +24,8 @@ COMMANDS = {
 }
 # Their programs are kept on disk when they are called from a shell.
 _CACHED = ("eval", "predict", "warmup")
+# What a disk says that takes no more.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Of every command that reads checkpoints.
 SKIP = "--skip_verification"
 
@@ -67,6 +70,16 @@ def main(argv: list[str] | None = None) -> int:
       return command.main(rest)
   except (CheckpointError, ConfigError, DataError) as error:
     print(f"argenseg {name}: {error}", file=sys.stderr)
+    return 2
+  except OSError as error:
+    if error.errno not in _DISK:
+      raise
+    where = f"cannot write {error.filename}" if error.filename else "writing"
+    print(
+      f"argenseg {name}: {where}: {error.strerror}; what was written before is "
+      "as it was. Make room or mend the disk and start again.",
+      file=sys.stderr,
+    )
     return 2
 
 

@@ -28,8 +28,9 @@ def main(argv: list[str]) -> int:
     help="about how long training may take; fewer give a worse model",
   )
   args = parser.parse_args(argv)
-  from argenseg_jax import cpu, quickstart, stopping
+  from argenseg_jax import cpu, quickstart, stopping, train
   from argenseg_jax.config import ConfigError, run_config
+  from argenseg_jax.non_finite import Diverged
 
   if args.minutes <= 0:
     raise ConfigError("--minutes must be above 0.")
@@ -47,6 +48,9 @@ def main(argv: list[str]) -> int:
   except stopping.Interrupted as stopped:
     print(f"argenseg quickstart: {stopped}", file=sys.stderr)
     return stopping.INTERRUPTED
+  except Diverged as error:
+    print(f"argenseg quickstart: {error}", file=sys.stderr)
+    return train.DIVERGED
   print(summary(results, workdir))
   return 0
 

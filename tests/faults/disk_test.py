@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import shutil
+import struct
 import subprocess
 import sys
 
@@ -9,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from argenseg_jax import integrity
 from argenseg_jax.checkpoint import CheckpointError, Checkpoints
 from argenseg_jax.monitor import MetricsWriter
 from argenseg_jax.non_finite import NonFinite
+from argenseg_jax.tools import cli
 
 
 @pytest.fixture
@@ -53,42 +58,106 @@ def test_a_full_disk_is_a_sentence_and_spoils_nothing(small_disk):
   assert integrity.faults(small_disk / "checkpoints" / "2") == ()
 
 
+def _fill(folder):
+  """Leaves no byte of a disk free; returns the file that took them."""
+  path = folder / "filling"
+  with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+    while True:
+      file.write(bytes(4096))
+  return path
+
+
+def _lines(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def _on_the_board(workdir):
+  """(step, name, value) of what TensorBoard reads."""
+  (path,) = (workdir / "tensorboard").iterdir()
+  raw, found = path.read_bytes(), []
+  while raw:
+    (length,) = struct.unpack("<Q", raw[:8])
+    body, raw = raw[: 16 + length], raw[16 + length :]
+    for at, of in ((8, body[:8]), (12 + length, body[12:-4])):
+      assert struct.unpack("<I", body[at : at + 4])[0] == masked_crc32c(of)
+    event = event_pb2.Event.FromString(body[12:-4])
+    found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+  return found
+
+
+def test_a_run_that_finds_a_full_disk_says_so(small_disk, request, capsys):
+  (small_disk / "run").mkdir()
+  _fill(small_disk)
+  config = request.config.rootpath / "configs" / "tiny.py"
+  command = ["train", f"--config={config}", "--config.data.path=x"]
+  assert cli.main([*command, f"--workdir={small_disk / 'run'}"]) == 2
+  (said,) = capsys.readouterr().err.splitlines()
+  assert "No space left on device" in said
+
+
 def test_metrics_that_cannot_be_written_are_said_once(tmp_path, capsys):
   (tmp_path / "metrics.jsonl").mkdir()
-  (tmp_path / "tensorboard").write_text("a file")
   writer = MetricsWriter(tmp_path)
   for step in range(3):
-    writer.write(step, {"loss": 1.0})
-  writer.close()
+    writer.write(step, {"loss": 1.0, "a/b": step})
   assert capsys.readouterr().err.count("metrics are not written") == 1
+  assert len(_on_the_board(tmp_path)) == 6
+  assert _on_the_board(tmp_path)[-1] == (2, "a/b", 2.0)
+
+
+def test_metrics_go_on_when_a_full_disk_has_room_again(small_disk, capsys):
+  writer = MetricsWriter(small_disk)
+  writer.write(1, {"loss": 1.0})
+  filling = _fill(small_disk)
+  for step in range(2, 200):
+    writer.write(step, {"loss": 1.0})
+  filling.unlink()
+  writer.write(200, {"loss": 2.0})
+  last = (small_disk / "metrics.jsonl").read_text().splitlines()[-1]
+  assert json.loads(last) == {"step": 200, "loss": 2.0}
+  assert "No space left on device" in capsys.readouterr().err
 
 
 def test_without_tensorboard_metrics_are_written(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   writer = MetricsWriter(tmp_path)
   writer.write(1, {"loss": 1.0})
-  writer.close()
-  line = json.loads((tmp_path / "metrics.jsonl").read_text())
-  assert line == {"step": 1, "loss": 1.0}
+  assert _lines(tmp_path) == [{"step": 1, "loss": 1.0}]
   assert "tensorboardX" in capsys.readouterr().err
 
 
-def test_a_tensorboard_that_dies_stops_nothing(tmp_path):
+def test_a_tensorboard_that_is_no_folder_stops_nothing(tmp_path, capsys):
+  (tmp_path / "tensorboard").write_text("a file")
   writer = MetricsWriter(tmp_path)
+  for step in range(3):
+    writer.write(step, {"loss": 1.0})
+  assert [line["step"] for line in _lines(tmp_path)] == [0, 1, 2]
+  assert capsys.readouterr().err.count("TensorBoard gets no metrics") == 1
 
-  class Dead:
-    def add_scalar(self, *_):
-      raise RuntimeError("dead")
 
-    close = add_scalar
-
-  writer.close()
-  writer._board = Dead()
+def test_a_tensorboard_whose_folder_goes_stops_nothing(tmp_path, capsys):
+  writer = MetricsWriter(tmp_path)
   writer.write(1, {"loss": 1.0})
-  writer.write(2, {"loss": 2.0})
-  writer.close()
-  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-  assert [json.loads(line)["step"] for line in lines] == [1, 2]
+  shutil.rmtree(tmp_path / "tensorboard")
+  for step in (2, 3):
+    writer.write(step, {"loss": 1.0})
+  assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
+  assert capsys.readouterr().err.count("TensorBoard gets no metrics") == 1
+
+
+def test_a_tensorboard_whose_disk_fills_stops_nothing(
+  small_disk, tmp_path_factory, capsys
+):
+  """It hung: tensorboardX's thread died and its queue filled up."""
+  workdir = tmp_path_factory.mktemp("run")
+  (workdir / "tensorboard").symlink_to(small_disk)
+  writer = MetricsWriter(workdir)
+  _fill(small_disk)
+  for step in range(100):
+    writer.write(step, {f"x{i}": 1.0 for i in range(20)})
+  assert [line["step"] for line in _lines(workdir)] == list(range(100))
+  assert capsys.readouterr().err.count("TensorBoard gets no metrics") == 1
 
 
 def test_a_line_that_a_kill_cut_off_spoils_no_other(tmp_path):
@@ -96,7 +165,6 @@ def test_a_line_that_a_kill_cut_off_spoils_no_other(tmp_path):
   path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
   writer = MetricsWriter(tmp_path)
   writer.write(2, {"loss": 2.0})
-  writer.close()
   lines = path.read_text().splitlines()
   assert len(lines) == 3
   assert json.loads(lines[2]) == {"step": 2, "loss": 2.0}

@@ -18,6 +18,7 @@ from argenseg_jax.data import masks, text, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.opening import open_source
 from argenseg_jax.data.sources.refer import read_refs
+from argenseg_jax.parity import compare
 from argenseg_jax.torch_weights import tensors
 from argenseg_jax.torch_weights.tensors import WeightsError
 
@@ -98,6 +99,8 @@ def test_no_record_reads_outside_its_folder(name, tmp_path):
   layouts.picture(tmp_path / "a.jpg", 0)
   record = {"image": name, "mask": [], "conversations": layouts.chat("a", "b")}
   chat = layouts.write_lines(folder / "x.jsonl", [record])
+  record = {"mask": [name], "conversations": layouts.chat("a", "<mask>")}
+  mask = layouts.write_lines(folder / "z.jsonl", [record])
   pair = layouts.write_lines(folder / "y.jsonl", [{"image": name, "text": "a"}])
   panoptic = folder / "panoptic"
   layouts.write("coco_panoptic", panoptic)
@@ -105,12 +108,20 @@ def test_no_record_reads_outside_its_folder(name, tmp_path):
   coco["images"][0]["file_name"] = name
   coco["annotations"][1]["file_name"] = name
   (panoptic / "panoptic.json").write_text(json.dumps(coco))
+  refs = folder / "refs"
+  layouts.write("refer", refs)
+  coco = json.loads((refs / "instances.json").read_text())
+  for picture in coco["images"]:
+    picture["file_name"] = name
+  (refs / "instances.json").write_text(json.dumps(coco))
   for path, source, indices in (
     (chat, "jsonl", (0,)),
+    (mask, "jsonl", (0,) if isinstance(name, str) else ()),
+    (refs / "refs(unc).p", "refer", (0,)),
     (pair, "text_to_image", (0,)),
     (panoptic / "panoptic.json", "coco_panoptic", (0, 1)),
   ):
-    if source == "jsonl" and not name and name != 0:
+    if path == chat and not name and name != 0:
       continue  # Text alone.
     for index in indices:
       with pytest.raises(DataError, match=r"names|cannot read"):
@@ -256,6 +267,55 @@ def test_codes_that_unpack_to_gigabytes_are_not_unpacked(tmp_path):
     path.write_bytes(file.getvalue())
     with pytest.raises(ConfigError, match="is not a file of `argenseg data"):
       mask_codes.stored(path, (3, 1, 5), 16)
+
+
+def test_archives_unpack_nowhere_and_are_not_believed(tmp_path):
+  folder = tmp_path / "a" / "b"
+  folder.mkdir(parents=True)
+  path = folder / "codes.npz"
+  outside = str(tmp_path / "outside")
+  arrays = {"codes": np.ones((3, 1, 5), np.int32), "note": "{}"}
+  np.savez(path, **arrays, **{"../../outside": 1, outside: 1})
+  codes, note = mask_codes.stored(path, (3, 1, 5), 16)
+  assert codes.sum() == 15
+  assert note == {}
+  assert [p.name for p in tmp_path.rglob("*")] == ["a", "b", "codes.npz"]
+  header = io.BytesIO()
+  entry = {"descr": "<i4", "fortran_order": False, "shape": (1 << 30,)}
+  np.lib.format.write_array_header_1_0(header, entry)
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("codes.npy", header.getvalue() + b"few")
+  with pytest.raises(ConfigError, match="fewer bytes than"):
+    mask_codes.stored(path, (3, 1, 5), 16)
+
+
+@pytest.mark.parametrize(
+  "header",
+  [
+    "{'descr': '<i}', 'shape': (3, 1, 5L, }",
+    "{'descr': '<,4', 'fortran_order': False, 'shape': (3, 1, 5), } # L",
+  ],
+)
+def test_an_array_with_an_odd_header_is_refused(header, tmp_path):
+  """Found by fuzzing: errors of Python's tokenizer ended the run."""
+  raw = header.ljust(117).encode() + b"\n"
+  with zipfile.ZipFile(tmp_path / "codes.npz", "w") as archive:
+    archive.writestr("codes.npy", b"\x93NUMPY\x01\x00v\x00" + raw)
+  with pytest.raises(ConfigError, match=r"codes.npz is not a file of"):
+    mask_codes.stored(tmp_path / "codes.npz", (3, 1, 5), 16)
+
+
+def test_recordings_that_unpack_to_gigabytes_are_not_unpacked(tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  path = tmp_path / "io.npz"
+  with (
+    zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as io_npz,
+    io_npz.open("in.npy", "w") as file,
+  ):
+    for _ in range(65):
+      file.write(bytes(1 << 20))
+  with pytest.raises(WeightsError, match=r"io.npz cannot be read: it unpacks"):
+    compare.Golden.open(tmp_path)
 
 
 def test_a_polygon_without_its_picture_is_refused(tmp_path):

@@ -148,7 +148,7 @@ def loop(
   seconds = time.monotonic() - began
   expected = losses(whole)
   counts = {"kills": 0, "in a save": 0, "runs": 1, "steps redone, most": 0}
-  workdir = folder / "killed1"
+  workdir, own = folder / "killed1", 0  # Kills of this run.
   while counts["kills"] < kills:
     in_save = counts["kills"] % 2 == 1
     before = newest(workdir)
@@ -161,6 +161,7 @@ def loop(
     assert after >= before, f"step {before} was lost, {after} is left"
     if os.waitstatus_to_exitcode(status) == -signal.SIGKILL:
       counts["kills"] += 1
+      own += 1
       counts["in a save"] += in_save
       log = workdir / "mllm" / "metrics.jsonl"
       reached = max(losses(workdir), default=0) if log.exists() else 0
@@ -173,18 +174,19 @@ def loop(
     else:
       assert status == 0, f"the run failed: {status}"
     if (workdir / "mllm" / "results.json").exists():
-      _same(workdir, expected, counts["kills"])
+      _same(workdir, expected, own)
       counts["runs"] += 1
-      workdir = folder / f"killed{counts['runs']}"
+      workdir, own = folder / f"killed{counts['runs']}", 0
   _, status = os.waitpid(start(command(folder, workdir, steps)), 0)
   assert status == 0, status
-  _same(workdir, expected, counts["kills"])
+  _same(workdir, expected, own)
   return counts
 
 
 def _same(
   workdir: pathlib.Path, expected: dict[int, float], kills: int
 ) -> None:
+  """Compares a run that was killed `kills` times with one that was not."""
   found = losses(workdir)
   missing = set(expected) - set(found)
   # A line that a kill cut off is not written again where its step was saved.

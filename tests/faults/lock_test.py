@@ -9,6 +9,7 @@ import pytest
 
 from argenseg_jax import lock
 from argenseg_jax.config import ConfigError
+from argenseg_jax.tools import cli
 
 _HOLD = """
 import pathlib, sys, time
@@ -42,6 +43,15 @@ def test_a_second_run_is_refused_and_told_who_holds_it(holder, tmp_path):
   ):
     pass
   assert (tmp_path / lock.NAME).read_text() == owner
+
+
+def test_argenseg_train_is_refused_too(holder, tmp_path, request, capsys):
+  config = request.config.rootpath / "configs" / "tiny.py"
+  command = ["train", f"--config={config}", "--config.data.path=x"]
+  assert cli.main([*command, f"--workdir={tmp_path}"]) == 2
+  (said,) = capsys.readouterr().err.splitlines()
+  assert f"in use by process {holder.pid} on " in said
+  assert [path.name for path in tmp_path.iterdir()] == [lock.NAME]
 
 
 def test_a_killed_run_leaves_no_lock(holder, tmp_path):
