@@ -89,9 +89,10 @@ def collectives(text: str) -> list[Collective]:
           continue
         chains.add((opcode, chain[1]))
       shapes = [_shape(*s) for s in _SHAPE.findall(match[2])]
-      if match[3].endswith("-start") and opcode == "all-gather":
+      starts = match[3].endswith("-start")
+      if starts and opcode in ("all-gather", "reduce-scatter"):
         shapes = shapes[len(shapes) // 2 :]  # Inputs, then outputs.
-      elif match[3].endswith("-start") and opcode == "collective-permute":
+      elif starts and opcode == "collective-permute":
         shapes = shapes[:1]
       size = sum(s for _, s in shapes)
       shape = max(shapes, key=lambda s: s[1])[0]

@@ -106,7 +106,7 @@ def compile_training(config: RunConfig, task: str, mesh: Mesh) -> Program:
       step,
       donate_argnums=0,
       out_shardings=(described.shardings, None),
-      compiler_options=sharding.compiler_options(mesh),
+      compiler_options=sharding.compiler_options(mesh) | _without_gpu(mesh),
     ),
     (state, batch),
     mesh,
@@ -165,6 +165,13 @@ def _abstract_model(config: RunConfig, task: str, model: ModelConfig):
     param_dtype=jnp.dtype(train.param_dtype),
   )
   return nnx.split(nnx.eval_shape(make))
+
+
+def _without_gpu(mesh: Mesh) -> dict[str, bool]:
+  """XLA's options where the GPU is not here: Triton's products want sizes that
+  only trials on a device find, and some have none that fit by default."""
+  gpu = mesh.devices.flat[0].platform in ("cuda", "gpu")
+  return {"xla_gpu_enable_triton_gemm": False} if gpu else {}
 
 
 def _compile(function, arguments, mesh, parts, params) -> Program:

@@ -83,3 +83,19 @@ def test_a_gather_that_overlaps_with_several_fusions_counts_once():
 def test_groups_named_by_mesh_axes():
   (reduce,) = [c for c in collectives(OVERLAPPED) if c.kind == "all-reduce"]
   assert reduce.group == (0, 1, 4, 5)
+
+
+STARTED = """HloModule jit_step
+
+ENTRY %main (p: bf16[64,16]) -> bf16[8,16] {
+  %start = ((bf16[64,16]{1,0}, f32[16]{0}), (bf16[8,16]{1,0}, f32[2]{0})) reduce-scatter-start(%p, %q), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add
+  ROOT %done = (bf16[8,16]{1,0}, f32[2]{0}) reduce-scatter-done(%start)
+}
+"""  # noqa: E501
+
+
+def test_a_started_scatter_is_as_large_as_what_it_scatters():
+  (found,) = collectives(STARTED)
+  size = 64 * 16 * 2 + 16 * 4
+  everyone = tuple(range(8))
+  assert found == Collective("reduce-scatter", (64, 16), size, everyone, 1)
