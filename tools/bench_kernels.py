@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -103,6 +104,7 @@ def _compile_all(chips):
           full = full and "RESOURCE_EXHAUSTED" in str(error)
           if not full and program != "tokamax":  # Others' faults end no table.
             raise
+          print(f"{program} for {name}: {error}", file=sys.stderr)
           cells = ["does not fit" if full else "raises", "", "", "", ""]
         else:
           temp = compiled.memory_analysis().temp_size_in_bytes
@@ -293,8 +295,11 @@ def _tokamax_loss(hidden, head, targets, weights):
   """Without weights, which tokamax does not know."""
   import jax
   import tokamax
+  from absl import flags
 
   del weights
+  if not flags.FLAGS.is_parsed():  # Else it would parse ours.
+    flags.FLAGS.mark_as_parsed()
 
   def total(hidden, head):
     return tokamax.linear_softmax_cross_entropy_loss(
