@@ -61,6 +61,7 @@ def config(tmp_path_factory) -> RunConfig:
   c.data.path = str(path)
   c.data.warmup_steps = 2
   c.data.sequence_length = 128
+  c.mesh.data, c.mesh.fsdp = 4, 2
   vocab_size = TextTokenizer().token_ids.first_code + 16
   c.model.overrides = (*OVERRIDES, f"llm.vocab_size={vocab_size}")
   for stage in (c.vqvae, c.mllm):
@@ -139,9 +140,11 @@ def test_restore_on_another_mesh_gives_the_same_losses(
   shutil.rmtree(copy / "checkpoints" / "6")
   (copy / "results.json").unlink()
   (copy / "metrics.jsonl").unlink()
-  mesh = MeshConfig(data=2, fsdp=4, tensor=1)
-  other = dataclasses.replace(config, mesh=mesh)
-  train.train(other, "mllm", copy, init_from=str(workdir / "vqvae"))
+  other = dataclasses.replace(config, mesh=MeshConfig(2, 2, 1))
+  mesh = train.sharding.make_mesh(other.mesh, jax.devices()[:4])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.sharding, "make_mesh", lambda _: mesh)
+    train.train(other, "mllm", copy, init_from=str(workdir / "vqvae"))
   whole, resumed = losses(workdir / "mllm"), losses(copy)
   assert sorted(resumed) == [4, 5]
   for step, loss in resumed.items():

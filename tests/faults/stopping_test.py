@@ -105,6 +105,7 @@ def test_a_run_stopped_everywhere_equals_one_that_was_not(config, tmp_path):  # 
   )
   config = dataclasses.replace(
     config,
+    mesh=dataclasses.replace(config.mesh, data=-1, fsdp=1),
     mllm=dataclasses.replace(config.mllm, train=stage),
     loss=dataclasses.replace(config.loss, drop_scale_inputs=0.4),
     data=dataclasses.replace(config.data, warmup_steps=0),
