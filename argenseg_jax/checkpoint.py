@@ -44,6 +44,19 @@ class CheckpointError(ValueError):
   """A checkpoint that cannot be used; the message says which and why."""
 
 
+class _Manager(ocp.CheckpointManager):
+  """One that leaves preemption to `stopping`.
+
+  Orbax would ask JAX, by the number of the step, whether hosts agreed to stop
+  there. `stopping` asks by a count of its own, JAX compares both with one
+  number, and hosts could stop at different steps.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
 class Checkpoints:
   """The checkpoints of one work directory, newest kept.
 
@@ -66,7 +79,7 @@ class Checkpoints:
     concurrent_gb: float = 96,
   ):
     self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       self.directory,
       item_handlers={
         "model": ocp.StandardCheckpointHandler(

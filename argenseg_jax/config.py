@@ -186,6 +186,10 @@ class DataConfig:
     return self.cache_codes or bool(self.codes)
 
 
+# Of `DataConfig`: what does not change what batches hold.
+SPEED_KEYS = ("workers", "threads", "prefetch", "cache", "max_bad_share")
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenIds:
   """Ids of the special tokens; codes follow from `first_code` on."""

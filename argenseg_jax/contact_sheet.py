@@ -1,6 +1,7 @@
 """A picture of rows as the model gets them: asked, marked, tokenised."""
 
 import pathlib
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,7 @@ import numpy as np
 from matplotlib import colors, patches
 
 from argenseg_jax import report
-from argenseg_jax.data import pipeline
+from argenseg_jax.data import pipeline, text
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, Batch
 
 matplotlib.use("agg")
@@ -24,6 +25,10 @@ LAYOUT = {
   "text to learn": "#ee7733",
   "code to learn": "#aa3377",
 }
+
+_TURN = re.compile(
+  r"<\|im_start\|>(user|assistant)\s(.*?)(?:<\|im_end\|>|$)", re.S
+)
 
 Reconstruct = Callable[[np.ndarray], np.ndarray]
 
@@ -44,6 +49,24 @@ def token_layout(row: Batch, img_context: int) -> np.ndarray:
   layout[1:][text[:-1]] = 3
   layout[row.targets == CODE_TARGET] = 4
   return layout
+
+
+def turns(row: Batch, tokenizer: text.TextTokenizer) -> list[str]:
+  """What is said in a row, in turns, an arrow before each answer.
+
+  Roles, pictures and the system message are left out; a mask is `<mask>`.
+
+  Args:
+    row: without the batch axis.
+    tokenizer: that the row was made with.
+  """
+  said = tokenizer.decode(row.tokens[row.segment_ids > 0], keep_special=True)
+  said = re.sub("<img>.*?</img>", "", said, flags=re.S)
+  said = re.sub("<ge_start>.*?<ge_end>", "<mask>", said, flags=re.S)
+  return [
+    ("\N{RIGHTWARDS ARROW} " if role == "assistant" else "") + words.strip()
+    for role, words in _TURN.findall(said)
+  ]
 
 
 def draw(
@@ -96,8 +119,10 @@ def draw(
 
 def _draw_row(line, rows, fields: Batch, reconstruct) -> None:
   special = rows.tokenizer.token_ids
-  asked = fields.tokens[fields.is_prompt & (fields.segment_ids > 0)]
-  line[0].set_title(_wrap(rows.tokenizer.decode(asked)), fontsize=7, loc="left")
+  said = turns(fields, rows.tokenizer)[:6]
+  each = max(6 // max(len(said), 1), 1)
+  caption = "\n".join(_wrap(words, lines=each) for words in said)
+  line[0].set_title(caption, fontsize=7, loc="left")
   if placed := np.count_nonzero(fields.tokens == special.img_start):
     line[0].imshow(_side_by_side(fields.images[:placed]))
   seg_masks = fields.seg_masks[fields.mask_valid]
@@ -136,5 +161,5 @@ def _side_by_side(pictures: np.ndarray) -> np.ndarray:
 
 
 def _wrap(said: str, width: int = 48, lines: int = 3) -> str:
-  short = textwrap.shorten(said, width * lines, placeholder=" ...")
-  return textwrap.fill(short, width).replace("$", r"\$")
+  wrapped = textwrap.wrap(said, width, max_lines=lines, placeholder=" ...")
+  return "\n".join(wrapped).replace("$", r"\$")

@@ -14,7 +14,10 @@ from argenseg_jax.config import ConfigError
 
 
 def initialize(
-  coordinator: str = "", num_processes: int = 0, process_id: int = -1
+  coordinator: str = "",
+  num_processes: int = 0,
+  process_id: int = -1,
+  heartbeat_seconds: int = 100,
 ) -> None:
   """Joins the other processes of a run; does nothing for a single one.
 
@@ -26,10 +29,16 @@ def initialize(
     coordinator: "HOST:PORT" of process 0.
     num_processes: of the run.
     process_id: of this one, from 0.
+    heartbeat_seconds: the others end when one has been silent for so long.
 
   Raises:
-    config.ConfigError: only some of the arguments are given.
+    config.ConfigError: only some of the arguments are given, or no second is.
   """
+  if heartbeat_seconds < 1:
+    raise ConfigError(
+      f"--heartbeat_seconds={heartbeat_seconds} must be 1 or more."
+    )
+  patience = {"heartbeat_timeout_seconds": heartbeat_seconds}
   given = (bool(coordinator), num_processes > 0, process_id >= 0)
   if any(given):
     if not all(given) or process_id >= num_processes or ":" not in coordinator:
@@ -37,9 +46,11 @@ def initialize(
         "give --coordinator=HOST:PORT, --num_processes=N and --process_id=I "
         "with I below N together."
       )
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(
+      coordinator, num_processes, process_id, **patience
+    )
   elif in_cluster():
-    jax.distributed.initialize()
+    jax.distributed.initialize(**patience)
 
 
 def in_cluster() -> bool:

@@ -33,12 +33,24 @@ _NOTE_BYTES = 1 << 20  # More than the note and numpy's headers take.
 
 
 def cached(
-  rows: pipeline.RowMaker, vqvae: VQVAE, path: pathlib.Path
+  rows: pipeline.RowMaker,
+  vqvae: VQVAE,
+  path: pathlib.Path,
+  *,
+  renew: bool = False,
 ) -> pipeline.RowMaker:
-  """The rows with the codes of their masks, from `path` if it holds them."""
-  if not distributed.agree(path.exists()):
-    write(rows, vqvae, path)
-    distributed.wait_for_all(f"codes {path.name}")
+  """The rows with the codes of their masks, from `path` if it holds them.
+
+  Codes of something else are made again if `renew`, and refused otherwise.
+  """
+  if distributed.agree(path.exists()):
+    try:
+      return read(rows, vqvae, path, remedy="add --accept_changed_data")
+    except ConfigError:
+      if not renew:
+        raise
+  write(rows, vqvae, path)
+  distributed.wait_for_all(f"codes {path.name}")
   return read(rows, vqvae, path)
 
 
@@ -58,9 +70,19 @@ def write(rows: pipeline.RowMaker, vqvae: VQVAE, path: pathlib.Path) -> None:
 
 
 def read(
-  rows: pipeline.RowMaker, vqvae: VQVAE, path: pathlib.Path
+  rows: pipeline.RowMaker,
+  vqvae: VQVAE,
+  path: pathlib.Path,
+  *,
+  remedy: str = "tokenize again",
 ) -> pipeline.RowMaker:
   """The rows with the codes that `write` put into `path`.
+
+  Args:
+    rows: of the same data.
+    vqvae: the image tokenizer that made them.
+    path: of the file.
+    remedy: what to do about other codes, for messages.
 
   Raises:
     ConfigError: no such file, or one of other data, settings or image
@@ -73,12 +95,11 @@ def read(
   if other:
     raise ConfigError(
       f"the codes in {path} were made with another {', '.join(other)}; "
-      "tokenize again."
+      f"{remedy}."
     )
   if codes.shape != shape:
     raise ConfigError(
-      f"the codes in {path} have shape {codes.shape}, not {shape}; tokenize "
-      "again."
+      f"the codes in {path} have shape {codes.shape}, not {shape}; {remedy}."
     )
   return rows.with_codes(codes)
 

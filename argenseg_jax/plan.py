@@ -16,16 +16,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, flops, hlo, sharding, speed, starting
+from argenseg_jax import (
+  checkpoint,
+  flops,
+  hlo,
+  sharding,
+  speed,
+  starting,
+  train_state,
+)
 from argenseg_jax.answering import answer_batch
 from argenseg_jax.config import ModelConfig, RunConfig
-from argenseg_jax.optimizer import (
-  init_moments,
-  make_optimizer,
-  trainable_filter,
-)
 from argenseg_jax.topology import Topology
-from argenseg_jax.train_step import TrainState, make_train_step
+from argenseg_jax.train_step import make_train_step
 from argenseg_jax.types import Batch
 
 _PROMPT_TEXT = 64  # Text tokens of a prompt, in the plan of generation.
@@ -87,28 +90,22 @@ def compile_training(config: RunConfig, task: str, mesh: Mesh) -> Program:
   stage = config.stage(task)
   sharding.check_hosts(mesh, stage.train.global_batch_size)
   model = starting.model_config(config, config.init_from)
-  graph, variables = _abstract_model(config, task, model)
-  trains = trainable_filter(stage.optimizer, variables)
-  graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
-  optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
-  state = TrainState(
-    step=jax.ShapeDtypeStruct((), jnp.int32),
-    params=params,
-    fixed=fixed,
-    optimizer=jax.eval_shape(lambda p: init_moments(optimizer, p), params),
-    usage=jax.ShapeDtypeStruct((model.vqvae.num_codes,), jnp.int32),
+  described = train_state.describe(
+    *_abstract_model(config, task, model),
+    stage,
+    num_codes=model.vqvae.num_codes,
+    mesh=mesh,
   )
-  shardings = sharding.state_shardings(state, mesh)
-  state = _placed(state, shardings)
+  graph, optimizer, state = described
   rows = sharding.batch_sharding(mesh)
   batch = abstract_batch(config, model, task)
-  batch = _placed(batch, jax.tree.map(lambda _: rows, batch))
+  batch = sharding.placed(batch, jax.tree.map(lambda _: rows, batch))
   step = make_train_step(graph, optimizer, config, task, mesh=mesh)
   return _compile(
     jax.jit(
       step,
       donate_argnums=0,
-      out_shardings=(shardings, None),
+      out_shardings=(described.shardings, None),
       compiler_options=sharding.compiler_options(mesh),
     ),
     (state, batch),
@@ -117,6 +114,7 @@ def compile_training(config: RunConfig, task: str, mesh: Mesh) -> Program:
       "parameters": state.params,
       "frozen parameters": state.fixed,
       "moments": state.optimizer,
+      "average": state.average,
       "batch": batch,
     },
     state.params,
@@ -127,7 +125,9 @@ def compile_generation(config: RunConfig, mesh: Mesh) -> Program:
   """The program of `argenseg predict` and `eval`: prompt, text, masks."""
   model = starting.model_config(config, config.init_from)
   graph, variables = _abstract_model(config, "mllm", model)
-  variables = _placed(variables, sharding.state_shardings(variables, mesh))
+  variables = sharding.placed(
+    variables, sharding.state_shardings(variables, mesh)
+  )
   b, side = config.eval.batch_size, config.data.image_side
   t = config.data.max_images * model.vision.num_embeddings + _PROMPT_TEXT
   rows = sharding.batch_sharding(mesh)
@@ -167,14 +167,6 @@ def _abstract_model(config: RunConfig, task: str, model: ModelConfig):
   return nnx.split(nnx.eval_shape(make))
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    tree,
-    shardings,
-  )
-
-
 def _compile(function, arguments, mesh, parts, params) -> Program:
   compiled, excess = None, ""
   # The platform, not the machine that compiles, picks kernels.
@@ -187,7 +179,7 @@ def _compile(function, arguments, mesh, parts, params) -> Program:
       used = re.search(r"Used [^.]*\.\S* of \S+ \w+\.", str(error))
       excess = used[0] if used else str(error).splitlines()[0]
   return Program(
-    parts={name: _bytes(tree) for name, tree in parts.items()},
+    parts={k: _bytes(v) for k, v in parts.items() if v is not None},
     compiled=compiled,
     excess=excess,
     split_shapes=_split_shapes(params),

@@ -205,6 +205,8 @@ def rescore(path: str | pathlib.Path) -> dict[str, Any]:
           values = json.loads(line)
           for key in _NEEDED["mask" in values]:
             values[key]
+          if not isinstance(values["picture"], str):
+            raise TypeError(f"picture {values['picture']!r} is no name")
           scorer.add(values)
         except (
           *(DataError, ValueError, KeyError, TypeError),

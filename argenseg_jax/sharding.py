@@ -174,14 +174,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def placed(tree: Any, shardings: Any) -> Any:
+  """Abstract arrays of `tree`'s shapes and dtypes with shardings."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )
+
+
 def create_sharded(
   make: Callable[[], nnx.Module], mesh: Mesh
 ) -> tuple[nnx.GraphDef, nnx.State]:
   """Runs a module's constructor under jit, so that every parameter is born
   sharded and no device ever holds the whole model."""
-  abstract = nnx.eval_shape(make)
-  graph, abstract_state = nnx.split(abstract)
-  shardings = state_shardings(abstract_state, mesh)
+  graph, abstract = nnx.split(nnx.eval_shape(make))
+  shardings = state_shardings(abstract, mesh)
   # Runs once: on a CPU, optimising it would take ten times as long.
   options = {}
   if mesh.devices.flat[0].platform == "cpu":

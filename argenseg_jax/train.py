@@ -19,6 +19,7 @@ from argenseg_jax import (
   speed,
   starting,
   stopping,
+  train_state,
   upkeep,
 )
 from argenseg_jax import config as config_lib
@@ -29,15 +30,10 @@ from argenseg_jax.evaluate import Evaluator, evaluate_checkpoint, headline
 from argenseg_jax.goodput import Goodput
 from argenseg_jax.monitor import MetricsWriter, Progress
 from argenseg_jax.non_finite import NonFinite
-from argenseg_jax.optimizer import (
-  init_moments,
-  make_optimizer,
-  trainable_filter,
-)
 from argenseg_jax.scores import Scores
 from argenseg_jax.tokenizer_eval import tokenizer_ceiling
 from argenseg_jax.train_batches import open_batches
-from argenseg_jax.train_step import TrainState, make_train_step, state_part
+from argenseg_jax.train_step import make_train_step
 from argenseg_jax.watchdog import Watchdog
 
 DIVERGED = 4  # Exit code of a run whose loss stayed NaN or infinite.
@@ -78,7 +74,7 @@ def _run(
   accept_changed_data: bool,
   stop: stopping.Stopping,
 ) -> dict[str, Any]:
-  workdir_lib.claim(config, workdir)
+  workdir_lib.claim(config, workdir, accept_changed_data=accept_changed_data)
   results, init_from = {}, config.init_from
   for task in config.tasks:
     results[task] = train(
@@ -146,71 +142,64 @@ def _train(config, task, workdir, init_from, accept_changed_data, stop):
   if main:
     shutil.copyfile(tokenizer.name, workdir / "tokenizer.json")
   rows = rows_lib.make_rows(config.data, task, model_config, tokenizer)
-  graph, variables = sharding.create_sharded(
-    checkpoint.model_factory(
-      task,
-      model_config,
-      seed=config.seed,
-      dtype=jnp.dtype(stage.train.compute_dtype),
-      param_dtype=jnp.dtype(stage.train.param_dtype),
-    ),
-    mesh,
+  make = checkpoint.model_factory(
+    task,
+    model_config,
+    seed=config.seed,
+    dtype=jnp.dtype(stage.train.compute_dtype),
+    param_dtype=jnp.dtype(stage.train.param_dtype),
   )
-  if init_from is not None:
-    variables = starting.fill(variables, init_from, task, mesh)
-    if main:
-      starting.keep_files(init_from, workdir)
+  described = train_state.describe(
+    *nnx.split(nnx.eval_shape(make)),
+    stage,
+    num_codes=model_config.vqvae.num_codes,
+    mesh=mesh,
+  )
   thaws = task == "mllm" and "vqvae" not in stage.optimizer.frozen
   if config.data.tokenized and thaws:
     raise ConfigError(
       "config keys 'data.cache_codes' and 'data.codes' need a frozen image "
       "tokenizer; add 'vqvae' to mllm.optimizer.frozen."
     )
-  vqvae = nnx.merge(graph, variables).vqvae if task == "mllm" else None
-  batches = open_batches(config, rows, vqvae, workdir)
-  trains = trainable_filter(stage.optimizer, variables)
-  graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
-  optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
-
-  state = TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    fixed=fixed,
-    optimizer=jax.eval_shape(lambda: init_moments(optimizer, params)),
-    usage=jnp.zeros((model_config.vqvae.num_codes,), jnp.int32),
-    # A copy: the step gives its inputs' memory away.
-    average=jax.tree.map(jnp.copy, params)
-    if stage.optimizer.ema_decay
-    else None,
-  )
-  shardings = sharding.state_shardings(state, mesh)
-  moments = jax.jit(
-    lambda params: init_moments(optimizer, params),
-    out_shardings=shardings.optimizer,
-  )(params)
-  state = jax.device_put(state._replace(optimizer=moments), shardings)
-
   checkpoints = checkpoint.Checkpoints(
     workdir,
     keep=stage.train.keep,
     keep_every=stage.train.keep_every,
     keep_best=stage.train.keep_best,
   )
+  data_state = None
+  if (latest := checkpoints.newest_good()) is not None:
+    state, data_state = described.restore(checkpoints, latest)
+  else:
+    _, variables = sharding.create_sharded(make, mesh)
+    if init_from is not None:
+      variables = starting.fill(variables, init_from, task, mesh)
+      if main:
+        starting.keep_files(init_from, workdir)
+    state = described.begin(variables)
+  graph, optimizer = described.graph, described.optimizer
+  model = nnx.merge(graph, state.params, state.fixed)
+  batches = open_batches(
+    config,
+    rows,
+    model.vqvae if task == "mllm" else None,
+    workdir,
+    accept_changed_data=accept_changed_data,
+  )
+  if data_state is not None:
+    batches.set_state(data_state, force=accept_changed_data)
   meta = {
     "task": task,
     "model": config_lib.to_dict(model_config),
     "run": config_lib.to_dict(config),
   }
-  if (latest := checkpoints.newest_good()) is not None:
-    state, data_state = _restore(checkpoints, latest, state)
-    batches.set_state(data_state, force=accept_changed_data)
 
   def save(step):
     with goodput.spent("save"), watchdog.paused():
       checkpoints.save(
         step,
         state.variables,
-        _counters(state),
+        state.counters,
         meta | {"data": data_state},
         score=scores(stage.train.best_by),
       )
@@ -221,7 +210,7 @@ def _train(config, task, workdir, init_from, accept_changed_data, stop):
         graph, optimizer, config, task, mesh=mesh, quantize=quantize
       ),
       donate_argnums=0,
-      out_shardings=(shardings, None),
+      out_shardings=(described.shardings, None),
       compiler_options=sharding.compiler_options(mesh),
     )
     for quantize in (True, False)
@@ -338,30 +327,6 @@ def _train(config, task, workdir, init_from, accept_changed_data, stop):
 
 def _stopped_at(step: int) -> str:
   return f"stopped at step {step}; a later call goes on."
-
-
-def _counters(state: TrainState) -> tuple:
-  """What a checkpoint holds beside the model: with an average, which stands in
-  the model's place, the raw parameters too."""
-  raw = None if state.average is None else state.params
-  return state.step, state.optimizer, state.usage, raw
-
-
-def _restore(checkpoints, step, state):
-  variables, counters, meta = checkpoints.restore(
-    step, state.variables, _counters(state)
-  )
-  params, average = state_part(variables, state.params), None
-  if state.average is not None:
-    params, average = counters[3], params
-  return TrainState(
-    step=counters[0],
-    params=params,
-    fixed=state_part(variables, state.fixed),
-    optimizer=counters[1],
-    usage=counters[2],
-    average=average,
-  ), meta["data"]
 
 
 def _as_floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:

@@ -18,11 +18,14 @@ def open_batches(
   rows: pipeline.RowMaker,
   vqvae: VQVAE | None,
   workdir: pathlib.Path,
+  *,
+  accept_changed_data: bool = False,
 ) -> pipeline.TrainIterator | Curriculum:
   """Training batches of this host.
 
   The decoder's (those with a `vqvae`) may hold codes instead of masks and begin
-  with an easier split. `workdir` gets `bad_records.jsonl` and kept codes.
+  with an easier split. `workdir` gets `bad_records.jsonl` and kept codes;
+  those of other data are made again if `accept_changed_data`, else refused.
   """
   task = "mllm" if vqvae else "vqvae"
   log = workdir / "bad_records.jsonl"
@@ -43,7 +46,8 @@ def open_batches(
     if vqvae and config.data.codes:
       rows = mask_codes.read(rows, vqvae, pathlib.Path(config.data.codes))
     elif vqvae and config.data.cache_codes:
-      rows = mask_codes.cached(rows, vqvae, workdir / f"codes_{name}.npz")
+      path = workdir / f"codes_{name}.npz"
+      rows = mask_codes.cached(rows, vqvae, path, renew=accept_changed_data)
     return pipeline.TrainIterator(
       rows,
       config.stage(task).train.global_batch_size,

@@ -25,6 +25,7 @@ from argenseg_jax.models.argenseg import (
 )
 from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.tokenizer_training import usage_and_perplexity
+from argenseg_jax.train_state import TrainState
 from argenseg_jax.types import Batch, ModelInputs
 
 REMAT_POLICIES: dict[str, Callable | bool | None] = {
@@ -32,24 +33,6 @@ REMAT_POLICIES: dict[str, Callable | bool | None] = {
   "full": None,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-class TrainState(NamedTuple):
-  """What a step changes, and `fixed`: variables that do not train."""
-
-  step: Array  # int32 []
-  params: nnx.State
-  fixed: nnx.State
-  optimizer: Any
-  usage: Array  # int32 [codes]: since the last revival (image tokenizer only).
-  # Exponential average of params, or None. It is what others get to see.
-  average: nnx.State | None = None
-
-  @property
-  def variables(self) -> nnx.State:
-    """The whole model, averaged if an average is kept."""
-    params = self.params if self.average is None else self.average
-    return nnx.merge_state(params, self.fixed)
 
 
 class Noise(NamedTuple):
@@ -361,14 +344,6 @@ def make_train_step(
     return new._replace(step=state.step + 1), metrics
 
   return step
-
-
-def state_part(variables: nnx.State, part: nnx.State) -> nnx.State:
-  """The variables that stand at the paths of `part`."""
-  flat = dict(nnx.to_flat_state(variables))
-  return nnx.from_flat_state(
-    [(path, flat[path]) for path, _ in nnx.to_flat_state(part)]
-  )
 
 
 def update_average(

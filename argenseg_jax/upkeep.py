@@ -9,7 +9,7 @@ from argenseg_jax import rows as rows_lib
 from argenseg_jax import sharding, tokenizer_training
 from argenseg_jax.config import RunConfig
 from argenseg_jax.data import pipeline
-from argenseg_jax.train_step import TrainState, state_part
+from argenseg_jax.train_state import TrainState, state_part
 
 
 def maintain(

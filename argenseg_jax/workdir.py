@@ -17,23 +17,53 @@ def held(workdir: pathlib.Path):
   return contextlib.nullcontext()
 
 
-def claim(config: RunConfig, workdir: pathlib.Path) -> None:
-  """Writes `config.json`; refuses a directory of another config."""
+def claim(
+  config: RunConfig,
+  workdir: pathlib.Path,
+  *,
+  accept_changed_data: bool = False,
+) -> None:
+  """Writes `config.json`; refuses a directory of another config.
+
+  Settings that leave every batch as it was may differ.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    accept_changed_data: let data settings and the global batch size differ.
+  """
   path = workdir / "config.json"
   mine = config_lib.to_dict(config)
   if path.exists():
     theirs = _read(path)
-    if theirs != mine:
-      keys = ", ".join(sorted(_differences(theirs, mine))[:5])
+    if theirs == mine:
+      return
+    differences = sorted(_differences(theirs, mine))
+    keys = [key for key in differences if not _is_speed(key)]
+    if keys and not (accept_changed_data and all(map(_is_of_data, keys))):
+      also = ""
+      if all(map(_is_of_data, keys)):
+        also = ", or accept the change with --accept_changed_data"
       raise ConfigError(
         f"work directory {workdir} belongs to another config (it differs in "
-        f"{keys}); give another directory or that config."
+        f"{', '.join(keys[:5])}); give another directory or that config{also}."
       )
-    return
   distributed.wait_for_all("claim")  # All have looked before one writes.
   if distributed.is_main():
     workdir.mkdir(parents=True, exist_ok=True)
     integrity.write_whole(path, json.dumps(mine, indent=1))
+
+
+def _is_speed(key: str) -> bool:
+  section, _, name = key.partition(".")
+  return section == "data" and name in config_lib.SPEED_KEYS
+
+
+def _is_of_data(key: str) -> bool:
+  """Whether a saved data state can be gone on with once this key changed."""
+  if key.endswith(".train.global_batch_size"):
+    return True
+  return key.startswith("data.") and key != "data.warmup_steps"
 
 
 def _read(path: pathlib.Path) -> Any:

@@ -17,7 +17,8 @@ def rows_of(printed: str) -> dict[tuple[str, int], float]:
 
 
 def test_every_stage_is_timed(monkeypatch, capsys):
-  monkeypatch.setitem(variants.VARIANTS, "test", tiny_model.config())
+  config = config_lib.replace(tiny_model.config(), {"llm.num_layers": 1})
+  monkeypatch.setitem(variants.VARIANTS, "test", config)
   arguments = ["--variant=test", "--batches=1,2", "--repeats=1"]
   assert bench_generate.main(arguments) == 0
   printed = capsys.readouterr().out

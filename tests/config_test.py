@@ -1,5 +1,6 @@
 """Configs: strict keys, and every file of configs/ resolves."""
 
+import functools
 import importlib
 import pathlib
 
@@ -50,16 +51,21 @@ def test_missing_key_is_named():
 @pytest.mark.parametrize(
   ("key", "value", "message"),
   [
-    ("steps", "many", "must be int"),
-    ("remat", "some", "use 'none', 'full', 'dots'"),
-    ("keep", True, "must be int"),
+    ("mllm.train.steps", "many", "must be int"),
+    ("mllm.train.remat", "some", "use 'none', 'full', 'dots'"),
+    ("mllm.train.keep", True, "must be int"),
+    ("data.jpeg_quality", 75.5, "must be int"),
+    ("data.pad_square", 1, "must be bool"),
+    ("data.resize", "nearest", "use 'pillow', 'opencv'"),
+    ("data.interactive", "circle", "use '', 'point', 'box'"),
   ],
 )
 def test_wrong_type_is_named(key, value, message):
   values = tiny.get_config().to_dict()
   values["data"]["path"] = "x"
-  values["mllm"]["train"][key] = value
-  with pytest.raises(ConfigError, match=f"mllm.train.{key}.*{message}"):
+  *sections, name = key.split(".")
+  functools.reduce(dict.get, sections, values)[name] = value
+  with pytest.raises(ConfigError, match=f"{key}.*{message}"):
     run_config(values)
 
 

@@ -6,9 +6,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Commands that tests start leave nothing in the user's cache.
 os.environ.setdefault("ARGENSEG_COMPILATION_CACHE", "off")
-# Tests compile much and compute little: quick compilation is worth more.
+# Tests compile much and compute little: quick compilation is worth more. The
+# processes that they start inherit this.
 os.environ["XLA_FLAGS"] = " ".join(
-  (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0")
+  (
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+  )
 )
 
 import jax

@@ -1,5 +1,6 @@
 """`argenseg data`: what it says of good and of faulty sources."""
 
+import dataclasses
 import json
 
 import cv2
@@ -150,6 +151,28 @@ def test_token_layout_says_what_each_position_is(tmp_path):
   assert fields.tokens[start + 5] == special.ge_end
   assert counts["text to learn"] == 1  # <|im_end|>
   assert names[layout[used - 2]] == "text to learn"
+
+
+def test_captions_are_what_was_said(tmp_path):
+  rows = _rows(tmp_path)
+  arrow = "\N{RIGHTWARDS ARROW}"
+  captions = [
+    contact_sheet.turns(rows(i).fields, rows.tokenizer) for i in range(4)
+  ]
+  assert captions == [
+    ["the left box", f"{arrow} <mask>"],
+    ["both boxes", f"{arrow} <mask> and <mask>"],
+    [
+      *("the left box", f"{arrow} <mask>"),
+      *("and the right one?", f"{arrow} It is blue: <mask>"),
+    ],
+    ["how many?", f"{arrow} two"],
+  ]
+  asked = layouts.chat("<image>\nthe user\nassistant", "<mask>")
+  system = [{"from": "system", "value": "You help."}]
+  sample = dataclasses.replace(rows.source[0], conversation=(*system, *asked))
+  said = contact_sheet.turns(rows.row(sample).fields, rows.tokenizer)
+  assert said == ["the user\nassistant", f"{arrow} <mask>"]
 
 
 def test_show_asks_for_reconstructions_of_the_masks(tmp_path):

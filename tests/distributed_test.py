@@ -42,7 +42,6 @@ def data(tmp_path_factory):
 def start(data, workdir, devices, *arguments) -> subprocess.Popen:
   workdir.mkdir(exist_ok=True)
   (workdir / "results.json").write_text("{}")  # Nothing to evaluate.
-  flags = "--xla_backend_optimization_level=0"
   return subprocess.Popen(
     [
       *COMMAND,
@@ -50,7 +49,7 @@ def start(data, workdir, devices, *arguments) -> subprocess.Popen:
       f"--workdir={workdir}",
       *arguments,
     ],
-    env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags},
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
@@ -116,6 +115,11 @@ def test_the_address_of_a_bucket_is_refused(data, capsys):
 def test_half_a_coordinator_is_refused(given):
   with pytest.raises(ConfigError, match="--coordinator=HOST:PORT"):
     distributed.initialize(*given)
+
+
+def test_no_heartbeat_is_refused():
+  with pytest.raises(ConfigError, match="heartbeat_seconds=0 must be 1"):
+    distributed.initialize(heartbeat_seconds=0)
 
 
 def test_a_single_process_is_no_cluster(monkeypatch):

@@ -153,7 +153,6 @@ def test_two_processes_give_the_same_numbers(run, whole, tmp_path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  flags = "--xla_backend_optimization_level=0"
   processes = [
     subprocess.Popen(
       [
@@ -162,7 +161,7 @@ def test_two_processes_give_the_same_numbers(run, whole, tmp_path):
         "--num_processes=2",
         f"--process_id={i}",
       ],
-      env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": flags},
+      env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,

@@ -48,7 +48,11 @@ LAYERS = [
   ("argenseg_jax.bootstrap", "argenseg_jax.understanding"),
   ("argenseg_jax.predictions",),
   ("argenseg_jax.checkpoint",),
-  ("argenseg_jax.starting", "argenseg_jax.torch_weights"),
+  (
+    "argenseg_jax.starting",
+    "argenseg_jax.torch_weights",
+    "argenseg_jax.train_state",
+  ),
   ("argenseg_jax.parity",),
   (
     "argenseg_jax.answering",

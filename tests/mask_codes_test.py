@@ -71,6 +71,25 @@ def test_codes_of_something_else_are_refused(model, tmp_path):
     mask_codes.read(rows, model.vqvae, path)
 
 
+def test_kept_codes_of_changed_data_are_renewed_if_accepted(model, tmp_path):
+  rows = tiny_rows.write("jsonl", tmp_path)
+  path = tmp_path / "codes.npz"
+  before = mask_codes.cached(rows, model.vqvae, path)
+  right = (tmp_path / "masks" / "right.png").read_bytes()
+  (tmp_path / "masks" / "left.png").write_bytes(right)
+  file = tmp_path / "data.jsonl"
+  file.write_text(file.read_text() + "\n")
+  rows = tiny_rows.of(rows.config)
+  with pytest.raises(ConfigError, match="source; add --accept_changed_data"):
+    mask_codes.cached(rows, model.vqvae, path)
+  after = mask_codes.cached(rows, model.vqvae, path, renew=True)
+  np.testing.assert_array_equal(after.codes[1, 0], after.codes[1, 1])
+  np.testing.assert_array_equal(after.codes[1, 1], before.codes[1, 1])
+  assert (before.codes[1, 0] != before.codes[1, 1]).any()
+  again = mask_codes.cached(rows, model.vqvae, path)
+  np.testing.assert_array_equal(again.codes, after.codes)
+
+
 def test_codes_need_one_mask_a_request(model, tmp_path):
   rows = tiny_rows.write("coco_panoptic", tmp_path)
   with pytest.raises(ConfigError, match="one of several masks at each visit"):

@@ -120,6 +120,11 @@ def test_nothing_was_answered_before_the_first_batch(tmp_path):
     ("", "holds no answered sample"),
     ("{}\n", r"jsonl:1 is not an answered sample"),
     ("nonsense\n", r"jsonl:1 is not an answered sample"),
+    (
+      '{"sample": 0, "picture": [], "text": "", "kind": "vqa",'
+      ' "question": "", "answers": [""]}\n',
+      r"jsonl:1 .*picture \[\] is no name",
+    ),
   ],
 )
 def test_a_file_of_something_else_is_named(text, message, tmp_path):

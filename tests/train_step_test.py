@@ -21,11 +21,8 @@ from argenseg_jax.config import (
 from argenseg_jax.configs import tiny
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.optimizer import init_moments, trainable_filter
-from argenseg_jax.train_step import (
-  TrainState,
-  make_train_step,
-  update_average,
-)
+from argenseg_jax.train_state import TrainState
+from argenseg_jax.train_step import make_train_step, update_average
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, Batch
 
 ROWS, LENGTH = 8, 32

@@ -11,13 +11,14 @@ from argenseg_jax.config import ConfigError
 HELP = """\
 argenseg train --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
   [--coordinator=HOST:PORT --num_processes=N --process_id=I]
-  [--accept_changed_data]
+  [--heartbeat_seconds=100] [--accept_changed_data]
 
 Trains the tasks of a config in order and goes on where an earlier call stopped;
 data that changed meanwhile are refused unless you accept them.
 configs/base.py explains every key. On several hosts run the same command on
 each, with one --workdir that all see: TPU hosts and Slurm tasks find each
-other, the rest name process 0 and their own number (docs/pods.md).
+other, the rest name process 0 and their own number (docs/pods.md). When one
+is silent for --heartbeat_seconds, the others end with an error.
 
 Example, on your own masks (one JSON object a line, see docs/own_masks.md):
   argenseg train --config=configs/own_masks.py --workdir=runs/mine \\
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
   flags.DEFINE_string("coordinator", "", "", flag_values=values)
   flags.DEFINE_integer("num_processes", 0, "", flag_values=values)
   flags.DEFINE_integer("process_id", -1, "", flag_values=values)
+  flags.DEFINE_integer("heartbeat_seconds", 100, "", flag_values=values)
   flags.DEFINE_boolean("accept_changed_data", False, "", flag_values=values)
   config = parse(values, argv)
   if not values.workdir:
@@ -47,7 +49,10 @@ def main(argv: list[str]) -> int:
 
   cpu.use_all_cores(config)
   distributed.initialize(
-    values.coordinator, values.num_processes, values.process_id
+    values.coordinator,
+    values.num_processes,
+    values.process_id,
+    values.heartbeat_seconds,
   )
   from argenseg_jax import stopping, train
   from argenseg_jax.non_finite import Diverged

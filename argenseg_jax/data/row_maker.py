@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from argenseg_jax.config import DataConfig, to_dict
+from argenseg_jax.config import SPEED_KEYS, DataConfig, to_dict
 from argenseg_jax.data import text, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, Source, Turn
@@ -17,9 +17,6 @@ from argenseg_jax.types import Batch
 
 # In an answer: what the source calls the target.
 DESCRIPTION = "{description}"
-
-# Settings that do not change what batches hold.
-_SPEED_KEYS = ("workers", "threads", "prefetch", "cache", "max_bad_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +91,7 @@ class RowMaker:
   def fingerprint(self) -> str:
     """Changes with anything that changes the content or order of rows."""
     config = to_dict(self.config)
-    for key in (*_SPEED_KEYS, "path", "root", "text_tokenizer", "codes"):
+    for key in (*SPEED_KEYS, "path", "root", "text_tokenizer", "codes"):
       del config[key]
     parts = (
       config,

@@ -118,6 +118,44 @@ def test_faulty_records_have_no_weight_and_are_logged_once(
     np.testing.assert_array_equal(codes, NUM_CODES * (1 - bad))
 
 
+def _write(layout, folder, words):
+  """A layout whose requests all are `words`."""
+  keys = layouts.write(layout, folder)
+  if layout == "folder":
+    (folder / "a.txt").write_text(words)
+    (folder / "b.txt").write_text(words)
+  elif layout == "text_to_image":
+    record = {"image": "a.jpg", "text": words}
+    layouts.write_lines(folder / "pairs.jsonl", [record])
+  elif layout == "grefer":
+    path = folder / "grefs(unc).json"
+    refs = json.loads(path.read_text())
+    sentences = [{"sent": words}]
+    path.write_text(json.dumps([r | {"sentences": sentences} for r in refs]))
+  else:
+    for path in (folder / "train").glob("*.json"):
+      record = json.loads(path.read_text())
+      path.write_text(json.dumps(record | {"text": [words]}))
+  return keys
+
+
+@pytest.mark.parametrize(
+  "layout", ["folder", "grefer", "reason_seg", "text_to_image"]
+)
+def test_no_and_a_thousand_words_in_every_layout(layout, tmp_path):
+  rows = _rows(_config(**_write(layout, tmp_path / "none", " ")))
+  for i in range(len(rows.source)):
+    assert re.search('has an empty expression|needs "text"', rows(i).error)
+    assert not rows(i).fields.sample_weight
+  rows = _rows(_config(**_write(layout, tmp_path / "many", "word " * 1000)))
+  for i in range(len(rows.source)):
+    row = rows(i)
+    assert not row.error
+    assert row.cut == (i,)
+    codes = (row.fields.targets == CODE_TARGET).sum()
+    assert codes == NUM_CODES * row.fields.mask_valid.sum()
+
+
 def test_expressions_of_no_and_of_a_thousand_words(tmp_path):
   keys = layouts.write("refer", tmp_path)
   path = tmp_path / "refs(unc).p"

@@ -24,13 +24,12 @@ def start(tmp_path_factory):
   data = builder.prepare(folder / "data", num_train=24, num_eval=8, seed=0)
   env = os.environ | {
     "JAX_NUM_CPU_DEVICES": "1",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
     "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   }
 
-  def start(workdir, *faults, limit=900):
+  def start(workdir, *faults, limit=900, arguments=()):
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -43,6 +42,7 @@ def start(tmp_path_factory):
           "--config.mllm.train.steps=12",
           "--config.mllm.train.save_every=4",
           "--config.loss.drop_scale_inputs=0.4",
+          *arguments,
           *(
             [
               f"--coordinator={address}",
@@ -115,6 +115,11 @@ def test_stopped_and_gone_on_with_by_one_two_and_one_process(start, tmp_path):
 
 
 def test_the_death_of_a_host_ends_the_others(start, tmp_path):
-  (code, output), (killed, _) = start(tmp_path / "run", "", "kill:2", limit=300)
+  (code, output), (killed, _) = start(
+    tmp_path / "run",
+    *("", "kill:2"),
+    limit=180,
+    arguments=["--heartbeat_seconds=5"],
+  )
   assert killed == -9
   assert code not in (0, None), output

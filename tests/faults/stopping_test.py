@@ -8,9 +8,12 @@ import sys
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
+from jax.experimental import multihost_utils
 from train_test import _standard_promotion, config, losses  # noqa: F401
 
 from argenseg_jax import (
@@ -150,6 +153,20 @@ with stopping.listening(0.3):
   )
   assert done.returncode == stopping.INTERRUPTED, done.stderr
   assert "goes on from the last complete checkpoint" in done.stderr
+
+
+def test_saves_do_not_ask_whether_to_stop(tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(
+    multihost_utils, "reached_preemption_sync_point", asked.append
+  )
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  value = nnx.State({"kernel": nnx.Param(jnp.zeros(2))})
+  checkpoints.save(1, value, None, {})
+  checkpoints.wait()
+  checkpoints.close()
+  assert (tmp_path / "checkpoints" / "1").is_dir()
+  assert not asked
 
 
 def test_other_threads_do_not_listen():
