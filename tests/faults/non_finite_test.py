@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from argenseg_jax.non_finite import Diverged, NonFinite
+from argenseg_jax.scores import Scores
 
 
 def _note(guard, flags, first=1):
@@ -51,3 +52,17 @@ def test_other_processes_count_and_do_not_write(tmp_path):
   with pytest.raises(Diverged):
     guard.check(2)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_save_after_a_bad_loss_has_no_score(bad):
+  scores = Scores()
+  for loss in (1.0, bad, 3.0):
+    scores.add_loss(jnp.asarray(loss))
+  assert scores("loss") is None
+  scores.add_loss(jnp.asarray(3.0))
+  scores.add_loss(jnp.asarray(4.0))
+  assert scores("loss") == -3.5
+  scores.ciou = 0.25
+  assert scores("ciou") == 0.25
+  assert scores("ciou") is None
