@@ -9,6 +9,7 @@ BENCHES = {
   "exits": "quality and speed of masks that stop after fewer scales",
   "generate": "what a mask costs, stage by stage, also beside PyTorch",
   "kernels": "memory, work against each chip's roofline, and time of kernels",
+  "train": "a training step, forward and backward, also beside PyTorch",
 }
 
 

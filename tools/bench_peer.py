@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from argenseg_jax.config import LLMConfig, ModelConfig, VisionConfig
+from argenseg_jax.config import (
+  LLMConfig,
+  ModelConfig,
+  VisionConfig,
+  VQVAEConfig,
+)
 from argenseg_jax.cpu import num_cores
 from argenseg_jax.tools.bench_generate import median_seconds
 
@@ -123,6 +128,34 @@ def vq_decoder(width, multipliers, blocks, channels) -> nn.Sequential:
   return nn.Sequential(*modules)
 
 
+class Quantizer(nn.Module):
+  """Codebook, phis and the partial latent that they add up to."""
+
+  def __init__(self, config: VQVAEConfig):
+    super().__init__()
+    c, self.scales = config.latent_channels, config.scales
+    self.codebook = nn.Embedding(config.num_codes, c)
+    self.phis = nn.ModuleList(
+      nn.Conv2d(c, c, 3, padding=1) for _ in range(config.num_phis)
+    )
+
+  def add(self, latent, codes, k: int):
+    """The partial latent once scale `k` is in it."""
+    now, side = self.scales[k], self.scales[-1]
+    rows = self.codebook(codes).mT.reshape(len(codes), -1, now, now)
+    if now != side:
+      rows = F.interpolate(rows, (side, side), mode="bicubic")
+    phi = self.phis[k * len(self.phis) // len(self.scales)]
+    return latent + 0.5 * rows + 0.5 * phi(rows)
+
+  def vectors_at(self, latent, k: int):
+    """A latent at scale `k`, [b n c]."""
+    now = self.scales[k]
+    if now != self.scales[-1]:
+      latent = F.interpolate(latent, (now, now), mode="area")
+    return latent.flatten(2).mT
+
+
 class Peer(nn.Module):
   """Picture and prompt to a mask image, as the released loop goes."""
 
@@ -131,14 +164,10 @@ class Peer(nn.Module):
     self.config = config
     llm, vqvae = config.llm, config.vqvae
     self.vision = VisionTower(config.vision, llm.width)
-    self.llm = LlamaModel(_llama(llm))
+    self.llm = LlamaModel(llama_config(llm))
     self.code_head = nn.Linear(llm.width, vqvae.num_codes, bias=False)
-    self.codebook = nn.Embedding(vqvae.num_codes, vqvae.latent_channels)
+    self.quantizer = Quantizer(vqvae)
     self.word_embed = nn.Linear(vqvae.latent_channels, llm.width)
-    self.phis = nn.ModuleList(
-      nn.Conv2d(vqvae.latent_channels, vqvae.latent_channels, 3, padding=1)
-      for _ in range(vqvae.num_phis)
-    )
     self.decoder = vq_decoder(
       vqvae.width,
       vqvae.width_multipliers,
@@ -156,23 +185,18 @@ class Peer(nn.Module):
     self.llm(inputs_embeds=prompt, **{_CACHE: cache})
     latent = torch.zeros(1, self.config.vqvae.latent_channels, side, side)
     x, images = text[:, :1], []
-    for k, now in enumerate(scales):
+    for k in range(len(scales)):
       if k:
-        feature = F.interpolate(latent, (now, now), mode="area")
-        x = self.word_embed(feature.flatten(2).mT)
+        x = self.word_embed(self.quantizer.vectors_at(latent, k))
       hidden = self.llm(inputs_embeds=x, **{_CACHE: cache}).last_hidden_state
       codes = self.code_head(hidden).argmax(-1)
-      rows = self.codebook(codes).mT.reshape(1, -1, now, now)
-      if now != side:
-        rows = F.interpolate(rows, (side, side), mode="bicubic")
-      phi = self.phis[k * len(self.phis) // len(scales)]
-      latent = latent + 0.5 * rows + 0.5 * phi(rows)
+      latent = self.quantizer.add(latent, codes, k)
       if decode == "all" or (decode == "last" and k == len(scales) - 1):
         images.append(self.decoder(latent))
     return images
 
 
-def _llama(config: LLMConfig) -> LlamaConfig:
+def llama_config(config: LLMConfig) -> LlamaConfig:
   return LlamaConfig(
     hidden_size=config.width,
     intermediate_size=config.mlp_width,
