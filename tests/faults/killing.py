@@ -98,15 +98,17 @@ def _kill_in_save() -> None:
 
 
 def newest(workdir: pathlib.Path) -> int:
-  """The newest good step, 0 if there is none; AssertionError for a step under
-  its final name that is damaged."""
-  steps = [0]
+  """The newest step, 0 if there is none; AssertionError if it is damaged.
+
+  An older one may be: a kill can come while it is deleted.
+  """
   folder = workdir / "mllm" / "checkpoints"
-  for path in folder.iterdir() if folder.is_dir() else ():
-    if path.name.isdigit():
-      assert not integrity.faults(path), f"{path} {integrity.faults(path)}"
-      steps.append(int(path.name))
-  return max(steps)
+  names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+  step = max([int(name) for name in names if name.isdigit()], default=0)
+  assert not step or not integrity.faults(folder / str(step)), folder / str(
+    step
+  )
+  return step
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
