@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -37,6 +38,9 @@ SPECIAL_TOKENS = {
   "ge_end": "<ge_end>",
   "mask_context": "<MASK_CONTEXT>",
 }
+# They stand side by side by the hundred.
+_SLOTS = tuple(SPECIAL_TOKENS[f] for f in ("img_context", "mask_context"))
+_RUN_OF_SLOTS = re.compile("|".join(f"(?:{re.escape(s)})+" for s in _SLOTS))
 # First of these that the vocabulary has: ours, InternLM2's, Qwen2's.
 _PAD_TOKENS = ("<pad>", "</s>", "<|endoftext|>")
 
@@ -194,9 +198,29 @@ class TextTokenizer:
 
     The array is shared between calls and cannot be written to.
     """
-    if len(text) > _MAX_CACHED:
+    counts: list[int] = []
+
+    def one_for_all(run: re.Match[str]) -> str:
+      slot = next(s for s in _SLOTS if run[0].startswith(s))
+      counts.append(len(run[0]) // len(slot))
+      return slot
+
+    short = _RUN_OF_SLOTS.sub(one_for_all, text)
+    if len(short) > _MAX_CACHED:
+      ids = self._encode_uncached(short)
+    else:
+      ids = self._encode(short)
+    if short == text:
+      return ids
+    runs = ids == self.token_ids.img_context
+    runs |= ids == self.token_ids.mask_context
+    if np.count_nonzero(runs) != len(counts):  # It splits special tokens.
       return self._encode_uncached(text)
-    return self._encode(text)
+    repeats = np.ones(len(ids), np.int64)
+    repeats[runs] = counts
+    ids = np.repeat(ids, repeats)
+    ids.flags.writeable = False
+    return ids
 
   def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
     """Text of ids; image codes are left out, and so are special tokens unless

@@ -1,7 +1,9 @@
+import json
 import pickle
 
 import numpy as np
 import pytest
+import tokenizers
 
 from argenseg_jax.data import text, text_corpus
 from argenseg_jax.data.errors import DataError
@@ -36,6 +38,28 @@ def test_shipped_vocabulary(tokenizer):
 def test_any_text_survives(tokenizer, said):
   ids = tokenizer.encode(said)
   assert tokenizer.decode(ids, keep_special=True) == said
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_runs_of_slots_encode_as_one_by_one(special):
+  shipped = text.TextTokenizer()
+  model = tokenizers.Tokenizer.from_str(shipped._model.to_str())
+  if not special:  # Words like others: they are split, and differently so.
+    words = json.loads(model.to_str())
+    words["added_tokens"] = [
+      t for t in words["added_tokens"] if t["content"] not in text._SLOTS
+    ]
+    model = tokenizers.Tokenizer.from_str(json.dumps(words))
+    shipped._model = model
+  picture, code = text._SLOTS
+  for said in (
+    f"<img>{picture * 7}</img>\n a cup",
+    f" {picture}{code * 3} {picture * 2}{code}x{code * 680}<ge_end>",
+    picture,
+  ):
+    expected = model.encode(said, add_special_tokens=False).ids
+    assert shipped.encode(said).tolist() == expected
+    assert not shipped.encode(said).flags.writeable
 
 
 def test_requests_are_short(tokenizer):
