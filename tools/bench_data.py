@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     epilog=EXAMPLE,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--records", type=int, default=512)
+  parser.add_argument("--records", type=int, default=2048)
   parser.add_argument("--batches", type=int, default=12, help="of each kind")
   parser.add_argument(
     "--steps", type=int, default=60, help="of training; 0 leaves it out"
