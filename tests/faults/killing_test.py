@@ -16,7 +16,7 @@ def test_killed_runs_end_as_one_that_was_not(tmp_path):
   }
   done = subprocess.run(
     [
-      *(sys.executable, str(script), "--kills=4", "--steps=8"),
+      *(sys.executable, str(script), "--kills=10", "--steps=8"),
       f"--folder={tmp_path / 'kills'}",
     ],
     env=os.environ | cache,
@@ -26,4 +26,4 @@ def test_killed_runs_end_as_one_that_was_not(tmp_path):
     check=False,
   )
   assert done.returncode == 0, done.stdout + done.stderr
-  assert "'in a save': 2" in done.stdout
+  assert "'in a save': 5" in done.stdout
