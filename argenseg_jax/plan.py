@@ -106,7 +106,7 @@ def compile_training(config: RunConfig, task: str, mesh: Mesh) -> Program:
       step,
       donate_argnums=0,
       out_shardings=(described.shardings, None),
-      compiler_options=sharding.compiler_options(mesh) | _without_gpu(mesh),
+      compiler_options=sharding.compiler_options(mesh),
     ),
     (state, batch),
     mesh,
@@ -179,7 +179,7 @@ def _compile(function, arguments, mesh, parts, params) -> Program:
   # The platform, not the machine that compiles, picks kernels.
   with jax.set_mesh(mesh):
     try:
-      compiled = function.lower(*arguments).compile()
+      compiled = function.lower(*arguments).compile(_without_gpu(mesh))
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
