@@ -177,7 +177,7 @@ class ARGenSeg(nnx.Module):
   def reach(
     self, tokens: Int[Array, "b t"], is_prompt: Bool[Array, "b t"]
   ) -> Int[Array, "b t"] | None:
-    """Last visible index of each position, see `llm.attention_mask`; None
+    """Last visible index of each position, see `attention.attention_mask`; None
     where attention is plainly causal."""
     config = self.config
     if not (config.bidirectional_prompt or config.full_attention_in_scale):

@@ -26,7 +26,7 @@ def attend(
 ) -> Float[Array, "b t heads hd"]:
   """Causal attention within segments, by JAX's splash attention.
 
-  Equal to `layers.attend` with the mask of `llm.attention_mask`, but for
+  Equal to `attention.attend` with the mask of `attention_mask`, but for
   padding (segment 0), which sees itself here.
   """
   b, t, heads, hd = queries.shape

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from argenseg_jax import sharding
 
@@ -69,7 +69,10 @@ class Linear(nnx.Module):
     )
 
   def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-    y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+    kernel = self.kernel[...].astype(self.dtype)
+    # Of two axes, so that a CPU does not transpose x for the kernel's gradient.
+    y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel
+    y = y.reshape(*x.shape[:-1], -1)
     return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -189,44 +192,6 @@ class GroupNorm(nnx.Module):
     means = jnp.mean(x, (1, 2)).reshape(len(x), self.num_groups, -1)
     means = jnp.broadcast_to(jnp.mean(means, -1, keepdims=True), means.shape)
     return means.reshape(len(x), 1, 1, -1)
-
-
-# A logit that no other reaches; finite, so that a query without keys is too.
-_UNSEEN = -1e30
-
-
-def attend(
-  queries: Float[Array, "b t heads hd"],
-  keys: Float[Array, "b s kv hd"],
-  values: Float[Array, "b s kv hd"],
-  mask: Bool[Array, "b t s"] | None = None,
-) -> Float[Array, "b t heads hd"]:
-  """Softmax attention with grouped queries; softmax in float32.
-
-  A query that sees no key gets the mean of all values: finite, and to be
-  ignored by the caller.
-  """
-  b, t, heads, hd = queries.shape
-  groups = (b, t, keys.shape[2], -1, hd)
-  queries = (queries * hd**-0.5).astype(queries.dtype).reshape(groups)
-  logits = jnp.einsum(
-    "btkgd,bskd->bktgs", queries, keys, preferred_element_type=jnp.float32
-  )
-  if mask is not None:
-    # Added, not selected: the backward pass has nothing to mask again.
-    logits += jnp.where(mask, 0.0, _UNSEEN)[:, None, :, None]
-  peak = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
-  weights = jnp.exp(logits - peak)
-  # Divided after the product with the values: a row of hd numbers instead of s.
-  total = jnp.sum(weights, -1)
-  mixed = jnp.einsum(
-    "bktgs,bskd->bktgd",
-    weights.astype(values.dtype),
-    values,
-    preferred_element_type=jnp.float32,
-  )
-  mixed = (mixed / total[..., None]).astype(values.dtype)
-  return jnp.moveaxis(mixed, 2, 1).reshape(b, t, heads, hd)
 
 
 def rope_frequencies(

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from argenseg_jax.config import LLMConfig
-from argenseg_jax.models import flash, layers
+from argenseg_jax.models import attention, flash, layers
 
 
 class KVCache(NamedTuple):
@@ -63,36 +63,6 @@ class KVCache(NamedTuple):
       valid=self.valid.at[:, : shape[1]].set(prefix.valid),
       length=prefix.length,
     )
-
-
-def attention_mask(
-  reach: Int[Array, "b t"],
-  query_segments: Int[Array, "b t"],
-  key_segments: Int[Array, "b s"],
-) -> Bool[Array, "b t s"]:
-  """The one place that draws attention masks.
-
-  A query sees the keys of its own segment up to index `reach`. Plain causal
-  attention reaches its own index; a query inside a fully connected block (a
-  bidirectional prompt, the codes of one scale) reaches the block's end:
-
-      index  0 1 2 3 4     causal      block {1, 2, 3}
-      reach  0 1 2 3 4     x . . . .     reach  0 3 3 3 4
-                           x x . . .     x . . . .
-                           x x x . .     x x x x .
-                           x x x x .     x x x x .
-                           x x x x x     x x x x .
-                                         x x x x x
-
-  Args:
-    reach: index of the last visible key of each query.
-    query_segments: sample of each query; 0 is padding.
-    key_segments: sample of each key; 0 is padding or an empty cache slot.
-  """
-  index = jnp.arange(key_segments.shape[1])
-  visible = index[None, None] <= reach[:, :, None]
-  same = query_segments[:, :, None] == key_segments[:, None]
-  return visible & same & (key_segments > 0)[:, None]
 
 
 class Attention(nnx.Module):
@@ -290,7 +260,7 @@ class Decoder(nnx.Module):
       x: input embeddings.
       positions: RoPE positions.
       segment_ids: which sample a position belongs to; 0 is padding.
-      reach: see `attention_mask`; None is plain causal attention.
+      reach: see `attention.attention_mask`; None is plain causal attention.
       rope_length: longest sequence that the rope table has served (dynamic
         NTK); None takes t.
       remat_policy: see `layers.layer_scan`.
@@ -306,8 +276,8 @@ class Decoder(nnx.Module):
     else:
       if reach is None:
         reach = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
-      attn_mask = attention_mask(reach, segment_ids, segment_ids)
-      attend = functools.partial(layers.attend, mask=attn_mask)
+      visible = attention.Visible(reach, segment_ids, segment_ids)
+      attend = attention.attender(visible, t, t)
 
     def step(layer, x, _):
       q, k, v = layer.attention.project(
@@ -352,13 +322,15 @@ class Decoder(nnx.Module):
     if reach is None:
       reach = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     slots_valid = jax.lax.dynamic_update_slice(cache.valid, valid, (0, start))
-    attn_mask = attention_mask(
+    visible = attention.Visible(
       start + reach,
       jnp.ones((b, t), jnp.int32),
       slots_valid[:, :visible_slots].astype(jnp.int32),
     )
+    num_seen = visible.key_segments.shape[1]
+    attend = attention.attender(visible, t, num_seen)
     frequencies = self.frequencies(rope_length)
-    seen_shape = (b, attn_mask.shape[2], *cache.keys.shape[3:])
+    seen_shape = (b, num_seen, *cache.keys.shape[3:])
 
     def step(layer, carry, index):
       x, keys, values = carry
@@ -376,9 +348,7 @@ class Decoder(nnx.Module):
         jax.lax.dynamic_slice(x, (index, 0, 0, 0, 0), (1, *seen_shape))[0]
         for x in (keys, values)
       )
-      attended = layers.attend(
-        q, all_k.astype(q.dtype), all_v.astype(q.dtype), attn_mask
-      )
+      attended = attend(q, all_k.astype(q.dtype), all_v.astype(q.dtype))
       return (layer.finish(x, attended), keys, values), None
 
     (x, keys, values), _ = layers.layer_scan(

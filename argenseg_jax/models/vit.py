@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from argenseg_jax.config import VisionConfig
-from argenseg_jax.models import layers
+from argenseg_jax.models import attention, layers
 
 _position_init = nnx.initializers.normal(0.02)
 
@@ -299,7 +299,8 @@ class VisionLayer(nnx.Module):
     if self.query_norm is not None:
       q, k = self.query_norm(q), self.key_norm(k)
     q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1) for y in (q, k, v))
-    return self.out(layers.attend(q, k, v).reshape(x.shape))
+    attend = attention.attender(None, x.shape[1], x.shape[1])
+    return self.out(attend(q, k, v).reshape(x.shape))
 
 
 class Connector(nnx.Module):

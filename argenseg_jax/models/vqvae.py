@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from argenseg_jax.config import VQVAEConfig
-from argenseg_jax.models import layers
+from argenseg_jax.models import attention, layers
 from argenseg_jax.models.quantizer import Quantizer
 
 
@@ -330,7 +330,7 @@ class SpatialAttention(nnx.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     b, h, w, c = x.shape
     qkv = self.qkv(self.norm(x)).reshape(b, h * w, 3, c)
-    y = layers.attend(qkv[:, :, :1], qkv[:, :, 1:2], qkv[:, :, 2:])
+    y = attention.attend(qkv[:, :, :1], qkv[:, :, 1:2], qkv[:, :, 2:])
     return x + self.out(y.reshape(b, h, w, c))
 
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from argenseg_jax.models import layers
+from argenseg_jax import sharding
+from argenseg_jax.config import MeshConfig
+from argenseg_jax.models import attention
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -30,7 +32,7 @@ def test_values_and_gradients_are_those_of_softmax_attention(kv_heads, masked):
 
     return attend(*inputs), jax.grad(loss, argnums=(0, 1, 2))(*inputs)
 
-  mine = of(lambda *x: layers.attend(*x, mask=mask))
+  mine = of(lambda *x: attention.attend(*x, mask=mask))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3),
     mine,
@@ -42,6 +44,78 @@ def test_a_query_without_keys_gets_the_mean_of_all_values():
   q, k, v = (
     jax.random.normal(jax.random.key(i), (1, 3, 2, 4)) for i in range(3)
   )
-  out = layers.attend(q, k, v, mask=jnp.zeros((1, 3, 3), bool))
+  out = attention.attend(q, k, v, mask=jnp.zeros((1, 3, 3), bool))
   mean = jnp.broadcast_to(jnp.mean(v, 1, keepdims=True), v.shape)
   np.testing.assert_allclose(out, mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+  ("t", "s", "dtype"),
+  [(16, 16, "float32"), (11, 17, "float32"), (9, 5, "bfloat16")],
+)
+def test_tiles_give_values_and_gradients_of_whole_attention(
+  kv_heads, t, s, dtype
+):
+  rng = np.random.default_rng(0)
+  shapes = (2, t, 4, 8), (2, s, kv_heads, 8), (2, s, kv_heads, 8)
+  inputs = [jnp.asarray(rng.standard_normal(n), dtype) for n in shapes]
+  # Packed rows whose queries see the first key of their segment at least.
+  key_segments = np.sort(rng.integers(1, 3, (2, s)), axis=1)
+  key_segments[:, 0] = 1
+  query_segments = np.ones((2, t), int)
+  reach = rng.integers(0, s + 3, (2, t))
+  visible = attention.Visible(
+    *(jnp.asarray(x, jnp.int32) for x in (reach, query_segments, key_segments))
+  )
+
+  def of(attend):
+    def loss(*x):
+      return jnp.sum(attend(*x).astype(jnp.float32) ** 2)
+
+    return attend(*inputs), jax.grad(loss, argnums=(0, 1, 2))(*inputs)
+
+  tolerance = 1e-4 if dtype == "float32" else 0.1
+  for seen in (None, visible):
+    mask = None if seen is None else attention.attention_mask(*seen)
+    expected = of(lambda *x, mask=mask: attention.attend(*x, mask))
+    for side in (4, 64):
+      found = of(
+        lambda *x, seen=seen, side=side: attention.attend_in_tiles(
+          *x, seen, side=side
+        )
+      )
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+          a.astype(jnp.float32),
+          b.astype(jnp.float32),
+          rtol=tolerance,
+          atol=10 * tolerance,
+        ),
+        found,
+        expected,
+      )
+
+
+def test_tiles_stay_finite_where_a_query_sees_no_key():
+  q, k, v = (
+    jax.random.normal(jax.random.key(i), (1, 6, 2, 4)) for i in range(3)
+  )
+  padding = jnp.zeros((1, 6), jnp.int32)
+  visible = attention.Visible(padding + jnp.arange(6), padding, padding)
+  out, back = jax.vjp(
+    lambda *x: attention.attend_in_tiles(*x, visible, side=4), q, k, v
+  )
+  for x in (out, *back(jnp.ones_like(out))):
+    assert np.isfinite(x).all()
+
+
+def test_tiles_are_taken_for_long_sequences_on_a_cpu():
+  def program(t, s):
+    return attention.attender(None, t, s).func
+
+  assert program(1025, 1025) is attention.attend_in_tiles
+  assert program(1, 1025) is attention.attend
+  mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+  with jax.set_mesh(mesh):  # XLA splits the program.
+    assert program(1025, 1025) is attention.attend

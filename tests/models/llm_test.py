@@ -10,7 +10,8 @@ from flax import nnx
 
 from argenseg_jax.config import LLMConfig
 from argenseg_jax.models import layers
-from argenseg_jax.models.llm import Decoder, KVCache, attention_mask
+from argenseg_jax.models.attention import attention_mask
+from argenseg_jax.models.llm import Decoder, KVCache
 
 FAMILIES = {
   "internlm2": dict(rope_scaling="dynamic", rope_factor=2.0, pad_id=2),
