@@ -214,19 +214,21 @@ def _random(structs):
 
 
 class _Shapes(NamedTuple):
-  losses: list[tuple[int, int, int]]  # tokens, width, words
+  # Tokens, width, words, and the share of tokens that bear loss.
+  losses: list[tuple[int, int, int, float]]
   predictions: list[tuple[int, int, int, int]]  # rows, width, codes, channels
   codes: list[tuple[int, int, int]]  # latents, channels, codes
 
 
-# The quickstart's, and one that is large for a CPU.
+# The quickstart's (as it is, and if all tokens bore loss), and one that is
+# large for a CPU.
 _SMALL = _Shapes(
-  losses=[(2688, 96, 730), (2688, 96, 986), (1024, 256, 20_000)],
+  losses=[(2784, 96, 742, 0.44), (2784, 96, 742, 1), (1024, 256, 20_000, 1)],
   predictions=[(16 * 64, 96, 256, 16)],
   codes=[(64 * 64, 16, 256), (64 * 256, 32, 4096)],
 )
 _LARGE = _Shapes(
-  losses=[(8192, 4096, 96_653), (16_384, 896, 151_674)],
+  losses=[(8192, 4096, 96_653, 1), (16_384, 896, 151_674, 1)],
   predictions=[(256, 4096, 4096, 32), (64 * 256, 4096, 4096, 32)],
   codes=[(64 * 256, 32, 4096)],
 )
@@ -235,6 +237,7 @@ _LARGE = _Shapes(
 def _cases(platform: str, shapes: _Shapes, dtype: str) -> Iterator[Case]:
   import jax
   import jax.numpy as jnp
+  import numpy as np
 
   from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
   from argenseg_jax.kernels.nearest_code import nearest_code
@@ -249,8 +252,9 @@ def _cases(platform: str, shapes: _Shapes, dtype: str) -> Iterator[Case]:
     names = {**{k: k for k in kernel}, "xla": "xla", "naive": "reference"}
     return {name: make(option) for name, option in names.items()}
 
-  def loss_of(implementation):
+  def loss_of(implementation, bears):
     def total(hidden, head, targets, weights):
+      weights = jnp.where(bears, weights, 0.0)
       return jnp.sum(
         linear_cross_entropy(
           hidden, head, targets, weights, implementation=implementation
@@ -259,17 +263,20 @@ def _cases(platform: str, shapes: _Shapes, dtype: str) -> Iterator[Case]:
 
     return jax.value_and_grad(total, argnums=(0, 1))
 
-  for t, d, words in shapes.losses:
+  for t, d, words, share in shapes.losses:
+    bears = np.random.default_rng(0).random(t) < share
     inputs = (
       struct(dtype, t, d),
       struct(dtype, words, d),
       struct("int32", t),
       struct("float32", t),
     )
-    some = programs(loss_of)
+    some = programs(functools.partial(loss_of, bears=bears))
     if platform == "tpu" and importlib.util.find_spec("tokamax"):
       some["tokamax"] = _tokamax_loss
     name = f"loss and gradients, {t} x {words} x {d}"
+    if share < 1:
+      name += f", {share:.0%} bear loss"
     yield Case(name, some, inputs, 4 * t * words, 6 * t * words * d)
   for r, d, codes, c in shapes.predictions:
     inputs = (

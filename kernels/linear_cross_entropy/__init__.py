@@ -25,13 +25,14 @@ def linear_cross_entropy(
 
   Losses of several kinds (text, codes) come from one call: sum the result over
   the tokens of each kind. Differentiable once, with respect to `hidden`, `head`
-  and `weights`; logits are computed again, block by block, for the gradient.
+  and `weights` (where they are not 0); logits are computed again, block by
+  block, for the gradient.
 
   Args:
     hidden: last hidden states, bfloat16 or float32.
     head: one row per word, in the dtype of `hidden`.
     targets: int32; any value, negative too, where the weight is 0.
-    weights: float32; 0 ignores a token.
+    weights: float32; 0 ignores a token, which then costs blocked XLA nothing.
     z_loss: weight of the squared log-sum-exp.
     implementation: see `dispatch.load`.
 
@@ -49,23 +50,24 @@ def linear_cross_entropy(
     losses = reference.token_losses(hidden, head, targets, z_loss=z_loss)
   else:
     module = dispatch.load("linear_cross_entropy", implementation)
-    losses = _token_losses(module, z_loss, hidden, head, targets)
+    bears = weights != 0
+    losses = _token_losses(module, z_loss, hidden, head, targets, bears)
   return weights * losses
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _token_losses(module, z_loss, hidden, head, targets):
-  return _forward(module, z_loss, hidden, head, targets)[0]
+def _token_losses(module, z_loss, hidden, head, targets, bears):
+  return _forward(module, z_loss, hidden, head, targets, bears)[0]
 
 
-def _forward(module, z_loss, hidden, head, targets):
-  kept = {}
+def _forward(module, z_loss, hidden, head, targets, bears):
+  kept = {"bears": bears} if module is xla else {}
   if module is xla and xla.keeps_chances(hidden, head):
     normalizers, logits, kept["chances"] = xla.statistics_and_chances(
-      hidden, head, targets
+      hidden, head, targets, bears
     )
   else:
-    normalizers, logits = module.statistics(hidden, head, targets)
+    normalizers, logits = module.statistics(hidden, head, targets, **kept)
   losses = normalizers - logits + z_loss * jnp.square(normalizers)
   return losses, (hidden, head, targets, normalizers, kept)
 
@@ -81,7 +83,7 @@ def _backward(module, z_loss, residuals, gradients):
     d_logits=-gradients,
     **kept,
   )
-  return d_hidden, d_head, None
+  return d_hidden, d_head, None, None
 
 
 _token_losses.defvjp(_forward, _backward)

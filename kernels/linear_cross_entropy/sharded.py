@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from argenseg_jax.kernels import dispatch
 from argenseg_jax.kernels.collectives import scatter_sum
+from argenseg_jax.kernels.linear_cross_entropy import xla
 
 
 class Layout(NamedTuple):
@@ -80,30 +81,34 @@ def sharded_linear_cross_entropy(
         f"mesh axis {layout.words!r}; pad the vocabulary or use "
         "Layout(words=None)."
       )
-  losses = _token_losses(layout, z_loss, implementation, hidden, head, targets)
+  options = layout, z_loss, implementation
+  losses = _token_losses(options, hidden, head, targets, weights != 0)
   return weights * losses
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _token_losses(layout, z_loss, implementation, hidden, head, targets):
-  return _forward(layout, z_loss, implementation, hidden, head, targets)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_losses(options, hidden, head, targets, bears):
+  return _forward(options, hidden, head, targets, bears)[0]
 
 
-def _forward(layout, z_loss, implementation, hidden, head, targets):
+def _forward(options, hidden, head, targets, bears):
+  layout, z_loss, implementation = options
   rows = P(layout.rows)
 
   @functools.partial(
     jax.shard_map,
-    in_specs=(rows, P(layout.words, layout.width), rows),
+    in_specs=(rows, P(layout.words, layout.width), rows, rows),
     out_specs=(rows, rows, P(layout.words)),
     check_vma=False,
   )
-  def forward(hidden, head, targets):
+  def forward(hidden, head, targets, bears):
     module = dispatch.load("linear_cross_entropy", implementation)
     if layout.width is not None:
       head = lax.all_gather(head, layout.width, axis=1, tiled=True)
     targets = targets - _first_word(head, layout)
-    normalizers, logits = module.statistics(hidden, head, targets)
+    normalizers, logits = module.statistics(
+      hidden, head, targets, **_skips(module, bears)
+    )
     if layout.words is not None:
       peak = lax.pmax(normalizers, layout.words)
       total = lax.psum(jnp.exp(normalizers - peak), layout.words)
@@ -111,22 +116,25 @@ def _forward(layout, z_loss, implementation, hidden, head, targets):
       logits = lax.psum(logits, layout.words)
     return normalizers, logits, head
 
-  normalizers, logits, gathered = forward(hidden, head, targets)
+  normalizers, logits, gathered = forward(hidden, head, targets, bears)
   losses = normalizers - logits + z_loss * jnp.square(normalizers)
-  return losses, (hidden, gathered, targets, normalizers)
+  return losses, (hidden, gathered, targets, bears, normalizers)
 
 
-def _backward(layout, z_loss, implementation, residuals, gradients):
-  hidden, head, targets, normalizers = residuals
+def _backward(options, residuals, gradients):
+  layout, z_loss, implementation = options
+  hidden, head, targets, bears, normalizers = residuals
   rows = P(layout.rows)
 
   @functools.partial(
     jax.shard_map,
-    in_specs=(rows, P(layout.words), *[rows] * 4),
+    in_specs=(rows, P(layout.words), *[rows] * 5),
     out_specs=(rows, P(layout.words, layout.width)),
     check_vma=False,
   )
-  def backward(hidden, head, targets, normalizers, d_normalizers, d_logits):
+  def backward(
+    hidden, head, targets, bears, normalizers, d_normalizers, d_logits
+  ):
     module = dispatch.load("linear_cross_entropy", implementation)
     d_hidden, d_head = module.gradients(
       hidden,
@@ -135,6 +143,7 @@ def _backward(layout, z_loss, implementation, residuals, gradients):
       normalizers=normalizers,
       d_normalizers=d_normalizers,
       d_logits=d_logits,
+      **_skips(module, bears),
     )
     if layout.words is not None:
       d_hidden = lax.psum(d_hidden, layout.words)
@@ -145,9 +154,14 @@ def _backward(layout, z_loss, implementation, residuals, gradients):
 
   d_normalizers = gradients * (1 + 2 * z_loss * normalizers)
   d_hidden, d_head = backward(
-    hidden, head, targets, normalizers, d_normalizers, -gradients
+    hidden, head, targets, bears, normalizers, d_normalizers, -gradients
   )
-  return d_hidden, d_head, None
+  return d_hidden, d_head, None, None
+
+
+def _skips(module, bears):
+  """Options of the implementation that can leave tokens out."""
+  return {"bears": bears} if module is xla else {}
 
 
 def _first_word(head, layout):

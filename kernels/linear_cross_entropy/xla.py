@@ -6,10 +6,12 @@ its probabilities take 16 MiB at most, they are kept (`keeps_chances`), and only
 the second matrix of that size, the gradient of the logits, is spared.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from argenseg_jax.kernels import dispatch
 from argenseg_jax.kernels.products import block_elements, even_blocks, product
@@ -23,17 +25,18 @@ def statistics(
   hidden: Float[Array, "t d"],
   head: Float[Array, "vocab d"],
   targets: Int[Array, "t"],
+  bears: Bool[Array, "t"] | None = None,
 ) -> tuple[Float[Array, "t"], Float[Array, "t"]]:
   """Log-sum-exp of the logits and the target's logit, float32.
 
-  A target outside the vocabulary has logit 0.
+  A target outside the vocabulary has logit 0. Tokens that do not bear loss cost
+  nothing, but for some in the last block; their numbers are finite.
   """
   num_blocks, _ = _word_blocks(head)
-  (hidden, targets), length = _split_tokens(head, hidden, targets)
+  tokens = _Tokens.of(head, targets, bears)
+  hidden, targets = tokens.split(hidden), tokens.split(targets)
 
-  def tokens_block(block):
-    hidden, targets = block
-
+  def tokens_block(hidden, targets):
     def words_block(i, state):
       peak, total, target_logits = state
       rows, ids, fresh = _words(head, i)
@@ -52,8 +55,8 @@ def statistics(
     peak, total, target_logits = state
     return peak + jnp.log(total), target_logits
 
-  normalizers, target_logits = lax.map(tokens_block, (hidden, targets))
-  return normalizers.reshape(-1)[:length], target_logits.reshape(-1)[:length]
+  found = tokens.map(tokens_block, hidden, targets)
+  return tuple(map(tokens.join, found))
 
 
 def keeps_chances(
@@ -69,15 +72,15 @@ def statistics_and_chances(
   hidden: Float[Array, "t d"],
   head: Float[Array, "vocab d"],
   targets: Int[Array, "t"],
+  bears: Bool[Array, "t"] | None = None,
 ) -> tuple[
   Float[Array, "t"], Float[Array, "t"], Float[Array, "blocks tokens vocab"]
 ]:
   """`statistics`, and the softmax of the logits in blocks of tokens."""
   vocab = head.shape[0]
-  blocks, length = _split_tokens(head, hidden, targets)
+  tokens = _Tokens.of(head, targets, bears)
 
-  def tokens_block(block):
-    hidden, targets = block
+  def tokens_block(hidden, targets):
     logits = product(hidden, head, contract=(1, 1))
     peak = jnp.max(logits, axis=1)
     powers = jnp.exp(logits - peak[:, None])
@@ -88,9 +91,10 @@ def statistics_and_chances(
     chances = powers * (1 / total)[:, None]
     return peak + jnp.log(total), target_logits, chances
 
-  normalizers, target_logits, chances = lax.map(tokens_block, blocks)
-  flat = (x.reshape(-1)[:length] for x in (normalizers, target_logits))
-  return *flat, chances
+  *found, chances = tokens.map(
+    tokens_block, tokens.split(hidden), tokens.split(targets)
+  )
+  return *map(tokens.join, found), chances
 
 
 def gradients(
@@ -101,24 +105,28 @@ def gradients(
   normalizers: Float[Array, "t"],
   d_normalizers: Float[Array, "t"],
   d_logits: Float[Array, "t"],
+  bears: Bool[Array, "t"] | None = None,
   chances: Float[Array, "blocks tokens vocab"] | None = None,
 ) -> tuple[Float[Array, "t d"], Float[Array, "vocab d"]]:
   """Pulls the gradients of `statistics` back to hidden and head.
 
-  `chances` from `statistics_and_chances` saves computing them again.
+  Tokens that do not bear loss have no gradient. `chances` from
+  `statistics_and_chances` saves computing them again.
   """
   dtype = head.dtype
-  blocks, length = _split_tokens(
-    head, hidden, targets, normalizers, d_normalizers, d_logits
-  )
+  tokens = _Tokens.of(head, targets, bears)
+  given = hidden, targets, normalizers, d_normalizers, d_logits
+  blocks = *map(tokens.split, given), chances
 
   def words_block(i, state):
     d_hidden, d_head = state
     rows, ids, fresh = _words(head, i)
 
-    def tokens_block(d_rows, block):
-      numbers, chances, d_hidden = block
-      hidden, targets, normalizers, d_normalizers, d_logits = numbers
+    def tokens_block(n, state):
+      d_rows, d_hidden = state
+      hidden, targets, normalizers, d_normalizers, d_logits, chances = (
+        jax.tree.map(lambda x: x[n], blocks)
+      )
       if chances is None:
         logits = product(hidden, rows, contract=(1, 1))
         chances = jnp.exp(logits - normalizers[:, None])
@@ -126,11 +134,11 @@ def gradients(
       d_block += jnp.where(ids == targets[:, None], d_logits[:, None], 0.0)
       d_block = _where(fresh, d_block, 0.0).astype(dtype)
       d_rows += product(d_block, hidden, contract=(0, 0))
-      return d_rows, d_hidden + product(d_block, rows)
+      return d_rows, d_hidden.at[n].add(product(d_block, rows))
 
     d_rows = jnp.zeros(rows.shape, jnp.float32)
-    d_rows, d_hidden = lax.scan(
-      tokens_block, d_rows, (blocks, chances, d_hidden)
+    d_rows, d_hidden = lax.fori_loop(
+      0, tokens.num_blocks, tokens_block, (d_rows, d_hidden)
     )
     start = _start(head, i)
     # Rows that an earlier block has filled get zeros added.
@@ -143,8 +151,7 @@ def gradients(
   state = (d_hidden, jnp.zeros_like(head))
   num_blocks, _ = _word_blocks(head)
   d_hidden, d_head = lax.fori_loop(0, num_blocks, words_block, state)
-  d_hidden = d_hidden.reshape(-1, hidden.shape[1])[:length]
-  return d_hidden.astype(hidden.dtype), d_head
+  return tokens.join(d_hidden).astype(hidden.dtype), d_head
 
 
 def _word_blocks(head):
@@ -174,18 +181,52 @@ def _where(kept, x, otherwise):
   return x if kept is None else jnp.where(kept, x, otherwise)
 
 
-def _split_tokens(head, *arrays):
-  """Pads each [t ...] with zeros and cuts it into [blocks, size, ...].
+class _Tokens(NamedTuple):
+  """Cuts [t ...] into blocks, those that bear loss first."""
 
-  Returns the arrays and t.
-  """
-  _, words = _word_blocks(head)
-  largest = block_elements(dispatch.target().platform) // words
-  length = arrays[0].shape[0]
-  count, size = even_blocks(length, max(largest, _MIN_TOKENS))
+  length: int
+  shape: tuple[int, int]  # Blocks, tokens of a block.
+  num_blocks: Int[Array, ""] | int  # That hold a token that bears loss.
+  order: Int[Array, "t"] | None  # Tokens in that order; None is their own.
+  places: Int[Array, "t"] | None  # Where each token went.
 
-  def split(x):
-    padding = [(0, count * size - length)] + [(0, 0)] * (x.ndim - 1)
+  @classmethod
+  def of(cls, head, targets, bears) -> "_Tokens":
+    _, words = _word_blocks(head)
+    largest = block_elements(dispatch.target().platform) // words
+    length = len(targets)
+    shape = even_blocks(length, max(largest, _MIN_TOKENS))
+    if bears is None:
+      return cls(length, shape, shape[0], None, None)
+    first = jnp.cumsum(bears)
+    others = first[-1] + jnp.cumsum(~bears)
+    places = jnp.where(bears, first, others) - 1
+    index = jnp.arange(length)
+    order = jnp.zeros_like(index).at[places].set(index, unique_indices=True)
+    return cls(length, shape, -(-first[-1] // shape[1]), order, places)
+
+  def split(self, x):
+    """[t ...] to [blocks, size, ...], with zeros behind."""
+    if self.order is not None:
+      x = x[self.order]
+    count, size = self.shape
+    padding = [(0, count * size - len(x))] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, padding).reshape(count, size, *x.shape[1:])
 
-  return jax.tree.map(split, arrays), length
+  def join(self, x):
+    """What `split` did, undone."""
+    x = x.reshape(-1, *x.shape[2:])
+    return x[: self.length] if self.places is None else x[self.places]
+
+  def map(self, function, *blocks):
+    """Its results for the blocks that bear loss, zeros for others."""
+    shapes = jax.eval_shape(function, *(x[0] for x in blocks))
+    zeros = jax.tree.map(
+      lambda s: jnp.zeros((self.shape[0], *s.shape), s.dtype), shapes
+    )
+
+    def one(n, results):
+      found = function(*(x[n] for x in blocks))
+      return jax.tree.map(lambda old, x: old.at[n].set(x), results, found)
+
+    return lax.fori_loop(0, self.num_blocks, one, zeros)

@@ -8,6 +8,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
+from argenseg_jax.kernels.linear_cross_entropy import xla as loss_xla
 from argenseg_jax.kernels.nearest_code import nearest_code
 from argenseg_jax.kernels.scale_prediction import scale_prediction
 
@@ -93,6 +94,24 @@ def test_ignored_targets_may_be_anything(implementation):
   )
   assert_close(d_hidden, expected, "float32")
   assert_close(d_head, d_head_expected, "float32")
+
+
+@pytest.mark.parametrize("most_kept", [0, 2**22])
+def test_blocks_of_ignored_tokens_are_left_out(most_kept, monkeypatch):
+  monkeypatch.setattr(loss_xla, "_MAX_KEPT", most_kept)
+  hidden, head, targets, weights = loss_inputs(700, 16, 70, "float32")
+  monkeypatch.setattr(loss_xla, "block_elements", lambda _: 128 * 70)
+  rng = np.random.default_rng(0)
+  ignored = jnp.asarray(rng.random(700) < 0.7)
+  weights = jnp.where(ignored, 0.0, weights)
+  tokens = loss_xla._Tokens.of(head, targets, ~ignored)
+  assert tokens.num_blocks < tokens.shape[0]
+  actual = loss_and_gradients((hidden, head, targets, weights))
+  expected = loss_and_gradients(
+    (hidden, head, targets, weights), implementation="reference"
+  )
+  for a, e in zip(actual[:3], expected[:3], strict=True):
+    assert_close(a, e, "float32")
 
 
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
