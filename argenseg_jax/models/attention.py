@@ -22,6 +22,8 @@ from argenseg_jax.kernels.products import even_blocks
 _MIN_SCORES = 2**18  # Fewer a head stay in the cache anyway.
 _TILE = 2**20  # Scores of all rows and heads: 4 MiB.
 _SIDES = 64, 256  # Fewest and most queries or keys of a tile.
+# Where no tile is left out, larger ones are quicker: more work for each thread.
+_UNMASKED_SIDE = 520
 
 
 class Visible(NamedTuple):
@@ -128,7 +130,9 @@ def attend_in_tiles(
   A query that sees no key gets the mean of some values.
   """
   b, t, heads, _ = queries.shape
-  if side is None:
+  if side is None and visible is None:
+    side = _UNMASKED_SIDE
+  elif side is None:
     least, most = _SIDES
     side = max(least, min(most, int((_TILE / (b * heads)) ** 0.5)))
   tiles = _Tiles(b, t, keys.shape[1], keys.shape[2], heads, side)
