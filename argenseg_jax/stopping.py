@@ -33,7 +33,7 @@ def listening(grace_seconds: float) -> Iterator["Stopping"]:
   Args:
     grace_seconds: after so many every process of the run ends with code 3
       wherever it is, and the last complete checkpoint counts; 0 never does
-      that.
+      that. Several processes need four of them to hear of it and to end.
   """
   if _active:
     yield _active[0]
@@ -133,10 +133,11 @@ def _noticed(grace_seconds: float) -> Iterator[None]:
 
   JAX's listener has the signal, without a handler of ours: hosts that do not
   hear it from JAX do not agree on a step. So a thread looks for what it has
-  told all hosts. They start to count up to a second or two apart.
+  told all hosts, which it does within two seconds.
   """
   # JAX ends the others with another code once process 0 is gone.
-  patience = grace_seconds + (_APART if distributed.is_main() else 0)
+  patience = max(grace_seconds - 2 * _APART, 0)
+  patience += _APART if distributed.is_main() else 0
   ends_at = float("inf")
   left = threading.Event()
 
@@ -147,7 +148,7 @@ def _noticed(grace_seconds: float) -> Iterator[None]:
         return
     ends_at = time.monotonic() + patience
     if not left.wait(patience):
-      _end(grace_seconds)
+      _end(patience)
 
   thread = threading.Thread(target=watch, name="sigterm", daemon=True)
   thread.start()
@@ -167,12 +168,12 @@ def _noticed(grace_seconds: float) -> Iterator[None]:
 
 
 _LOOKS_EVERY = 1.0  # Seconds, as JAX does.
-_APART = 2.0
+_APART = 2.0  # Hosts hear of a signal so late, and begin to count so far apart.
 
 
-def _end(grace_seconds: float) -> None:
+def _end(seconds: float) -> None:
   print(
-    f"argenseg: SIGTERM came {grace_seconds:g} s ago and the run is in the "
+    f"argenseg: SIGTERM came {seconds:g} s ago and the run is in the "
     "middle of something; it ends here, a later call goes on from the last "
     "complete checkpoint.",
     file=sys.stderr,

@@ -2,8 +2,8 @@
 
 nan gives a step's rows a weight that is no number; kill sends that signal to
 this process when a step's metrics are noted. The others send SIGTERM, and what
-they send it in takes seconds longer, as real steps and saves do: JAX looks for
-a signal once a second.
+they send it in lasts until hosts had time to agree, as real steps and saves do:
+JAX looks for a signal once a second.
 
 term: when a step's metrics are noted; data: in the wait for a step's batch;
 compile: in the first compilation after that batch has come; save: when all
@@ -20,11 +20,11 @@ import time
 import jax
 import numpy as np
 
-from argenseg_jax import checkpoint, evaluate, non_finite, sharding
+from argenseg_jax import checkpoint, distributed, evaluate, non_finite, sharding
 from argenseg_jax.data import pipeline
 from argenseg_jax.tools import cli
 
-_LONGER = 3.0  # Seconds.
+_AGREE = 3.0  # Seconds that hosts have to agree, once JAX has the signal.
 _COMPILES = "/jax/compilation_cache/compile_requests_use_cache"
 
 
@@ -37,20 +37,20 @@ class _Faults:
     self._sent = threading.Event()
 
   def term(self, kind: str, number: int) -> None:
-    """SIGTERM, if it is due; what it comes in then goes on for a while."""
+    """SIGTERM, if it is due."""
     if (kind, number) in self._faults:
       print(f"SIGTERM: {kind} {number}", flush=True)
       os.kill(os.getpid(), signal.SIGTERM)
       self._sent.set()
-      time.sleep(_LONGER)
+      _let_agree()
 
   def noted(self, step: int) -> None:
     if ("kill", step) in self._faults:
       os.kill(os.getpid(), signal.SIGKILL)
     self.term("term", step)
     if ("save", step - 1) in self._faults:  # That save is under way.
-      self._sent.wait(60)
-      time.sleep(_LONGER)
+      self._sent.wait(300)
+      _let_agree()
 
   def batch(self, following):
     def next_batch(batches):
@@ -75,6 +75,16 @@ class _Faults:
   def evaluated(self) -> None:
     self._batches += 1
     self.term("evaluate", self._batches)
+
+
+def _let_agree() -> None:
+  if jax.process_count() == 1:
+    return
+  for _ in range(300):
+    if distributed.stop_noticed():
+      break
+    time.sleep(0.2)
+  time.sleep(_AGREE)
 
 
 def _before(owner, name, act):

@@ -46,6 +46,7 @@ def start(tmp_path_factory):
           "--config.mllm.train.steps=24",
           "--config.mllm.train.save_every=8",
           "--config.mllm.train.max_skipped=2",
+          "--config.mllm.train.grace_seconds=600",
           "--config.eval.batch_size=4",
           "--config.loss.drop_scale_inputs=0.4",
           *arguments,
@@ -97,8 +98,8 @@ def _steps(workdir):
 # What two hosts are given, and the steps at which they may agree to stop: the
 # one that is told waits, the other may be a step or two ahead.
 MOMENTS = {
-  "compilation": ("", "compile:4", (4,)),
-  "data": ("", "nan:5,data:6", (6, 7, 8)),
+  "compilation": ("", "compile:4", (4, 5)),
+  "data": ("", "nan:6,data:7", (7, 8)),
   "training": ("", "term:10", (10, 11, 12)),
   "evaluation": ("", "evaluate:1", (14,)),
   "save": ("save:16", "", (17, 18, 19)),
@@ -108,7 +109,7 @@ MOMENTS = {
 def test_stopped_and_gone_on_with_by_one_two_and_one_process(start, tmp_path):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   # What this one is for is over when it diverges.
-  ((code, output),) = start(whole, "nan:5,nan:21,nan:22")
+  ((code, output),) = start(whole, "nan:6,nan:21,nan:22")
   assert code == train.DIVERGED, output
   assert "not finite in 2 steps in a row, the last of them 22" in output
   expected = {k: v for k, v in _losses(whole).items() if k < 21}
@@ -129,14 +130,14 @@ def test_stopped_and_gone_on_with_by_one_two_and_one_process(start, tmp_path):
     assert steps[-1] in may_stop, output
     assert moment != "save" or steps[-2] == 16, output
   (skipped,) = _lines(parts / "mllm" / "non_finite.jsonl")
-  assert skipped["step"] == 5
+  assert skipped["step"] == 6
   written = _lines(parts / "mllm" / "metrics.jsonl")
   assert not any("val/ciou" in line for line in written)  # It was cut short.
 
   ((code, output),) = start(parts, "", arguments=evaluated)
   assert code == 0, output
   found = _losses(parts)
-  compared = found.keys() & expected.keys() - {5}
+  compared = found.keys() & expected.keys() - {6}
   assert len(compared) >= 12
   for step in compared:
     assert found[step] == pytest.approx(expected[step], abs=1e-5)
@@ -149,7 +150,7 @@ from argenseg_jax import distributed, stopping
 address, process = sys.argv[1], int(sys.argv[2])
 distributed.initialize(address, 2, process)
 distributed.wait_for_all("connected")
-with stopping.listening(1.0):
+with stopping.listening(7.0):
   if process == 1:
     threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     # As in a compilation, no Python code runs in the main thread.
