@@ -49,16 +49,17 @@ def start(tmp_path_factory):
           "--config.mllm.train.grace_seconds=600",
           "--config.eval.batch_size=4",
           "--config.loss.drop_scale_inputs=0.4",
-          *arguments,
           *(
             [
               f"--coordinator={address}",
               f"--num_processes={len(faults)}",
               f"--process_id={i}",
+              "--heartbeat_seconds=600",  # A loaded machine may be silent.
             ]
             if len(faults) > 1
             else []
           ),
+          *arguments,
         ],
         env=env,
         stdout=subprocess.PIPE,
