@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 from argenseg_jax.config import ConfigError
@@ -154,7 +153,9 @@ def stop_noticed() -> bool:
   leaves at the coordinator; a JAX that leaves nothing there is never heard.
   """
   try:
-    jax_distributed.global_state.client.key_value_try_get(_NOTICE)
+    from jax._src import distributed as private
+
+    private.global_state.client.key_value_try_get(_NOTICE)
   except Exception:  # Also what tells that there is no such key.
     return False
   return True
