@@ -421,8 +421,8 @@ class TrainConfig:
   keep_every: int = 0  # Checkpoints of every so many steps are kept too.
   keep_best: int = 0  # And so many of the best ones,
   best_by: Literal["loss", "ciou"] = "loss"  # lowest loss or highest cIoU.
-  # SIGTERM ends a single process wherever it is after so many seconds; 0: it
-  # may finish what it does.
+  # SIGTERM ends a run wherever it is after so many seconds; 0: it may finish
+  # what it does.
   grace_seconds: float = 30.0
   # A step that takes this many times the median gets its stacks written.
   stall_factor: float = 20.0  # 0: none does.

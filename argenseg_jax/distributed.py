@@ -143,3 +143,23 @@ def stop_requested(poll: int) -> bool:
     poll: how often this has been asked, counted alike on every host.
   """
   return multihost_utils.reached_preemption_sync_point(poll)
+
+
+def stop_noticed() -> bool:
+  """Whether JAX has told all of several hosts that SIGTERM came to one.
+
+  Unlike `stop_requested` any thread may ask, as often as it likes, and hosts
+  may get different answers for about a second. It reads what JAX's listener
+  leaves at the coordinator; a JAX that leaves nothing there is never heard.
+  """
+  try:
+    from jax._src import distributed as private
+
+    private.global_state.client.key_value_try_get(_NOTICE)
+  except Exception:  # Also what tells that there is no such key.
+    return False
+  return True
+
+
+# Of xla/pjrt/distributed/coordination/preemption_sync_manager.cc.
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"

@@ -138,10 +138,9 @@ def _stage(*, learning_rate: float, steps: int, batch: int) -> ConfigDict:
   # What is best: the lowest mean "loss" since the save before, or the highest
   # "ciou" of an evaluation at that step (see eval_every).
   s.train.best_by = "loss"
-  # Told to stop (SIGTERM), a run saves at its next step. Where it cannot, a
-  # single process ends after so many seconds and the last checkpoint counts; 0,
-  # or several processes: it finishes what it does. Set it below the time that
-  # your scheduler grants.
+  # Told to stop (SIGTERM), a run saves at its next step. Where it cannot, all
+  # its processes end after so many seconds and the last checkpoint counts; 0:
+  # it finishes what it does. Set it below the time that your scheduler grants.
   s.train.grace_seconds = 30.0
   # A step that takes this many times the median, and a minute, is reported with
   # every thread's stack in stacks.txt; 0: none is.

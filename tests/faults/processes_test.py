@@ -11,10 +11,16 @@ import pytest
 from distributed_test import COMMAND
 from faults.tiny_run import options
 
-from argenseg_jax import integrity, stopping
+from argenseg_jax import integrity, stopping, train
 from argenseg_jax.data.ref_shapes import builder
 
 _DRIVER = pathlib.Path(__file__).parent / "driver.py"
+
+
+def _free_address():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 @pytest.fixture(scope="module")
@@ -30,28 +36,30 @@ def start(tmp_path_factory):
   }
 
   def start(workdir, *faults, limit=900, arguments=()):
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = _free_address()
     ended = []
     processes = [
       subprocess.Popen(
         [
           *(sys.executable, str(_DRIVER), fault, *COMMAND[3:]),
           *options(data, workdir),
-          "--config.mllm.train.steps=12",
-          "--config.mllm.train.save_every=4",
+          "--config.mllm.train.steps=24",
+          "--config.mllm.train.save_every=8",
+          "--config.mllm.train.max_skipped=2",
+          "--config.mllm.train.grace_seconds=600",
+          "--config.eval.batch_size=4",
           "--config.loss.drop_scale_inputs=0.4",
-          *arguments,
           *(
             [
               f"--coordinator={address}",
               f"--num_processes={len(faults)}",
               f"--process_id={i}",
+              "--heartbeat_seconds=600",  # A loaded machine may be silent.
             ]
             if len(faults) > 1
             else []
           ),
+          *arguments,
         ],
         env=env,
         stdout=subprocess.PIPE,
@@ -88,30 +96,86 @@ def _steps(workdir):
   return sorted(int(step.name) for step in folder.iterdir())
 
 
+# What two hosts are given, and the steps at which they may agree to stop: the
+# one that is told waits, the other may be a step or two ahead.
+MOMENTS = {
+  "compilation": ("", "compile:4", (4, 5)),
+  "data": ("", "nan:6,data:7", (7, 8)),
+  "training": ("", "term:10", (10, 11, 12)),
+  "evaluation": ("", "evaluate:1", (14,)),
+  "save": ("save:16", "", (17, 18, 19)),
+}
+
+
 def test_stopped_and_gone_on_with_by_one_two_and_one_process(start, tmp_path):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
-  ((code, output),) = start(whole, "nan:5")
-  assert code == 0, output
-  expected = _losses(whole)
+  # What this one is for is over when it diverges.
+  ((code, output),) = start(whole, "nan:6,nan:21,nan:22")
+  assert code == train.DIVERGED, output
+  assert "not finite in 2 steps in a row, the last of them 22" in output
+  expected = {k: v for k, v in _losses(whole).items() if k < 21}
+  assert len(expected) == 20
 
-  ((code, output),) = start(parts, "term:3")
+  evaluated = ["--config.mllm.train.eval_every=14"]
+  ((code, output),) = start(parts, "term:3", arguments=evaluated)
   assert code == stopping.INTERRUPTED, output
   assert "stopped at step 3" in output
   assert _steps(parts) == [3]
 
-  # Only the second of two hosts has bad numbers, and is told to stop.
-  first, second = start(parts, "", "nan:5,term:6,slow:7,slow:8,slow:9")
-  assert first[0] == second[0] == stopping.INTERRUPTED, first[1] + second[1]
-  stopped = max(_steps(parts))
-  assert stopped >= 6
+  for moment, (*faults, may_stop) in MOMENTS.items():
+    first, second = start(parts, *faults, arguments=evaluated)
+    output = f"{moment}: {first[1]}\n{second[1]}"
+    assert first[0] == second[0] == stopping.INTERRUPTED, output
+    assert output.count("SIGTERM: ") == 1, output
+    steps = _steps(parts)
+    assert steps[-1] in may_stop, output
+    assert moment != "save" or steps[-2] == 16, output
   (skipped,) = _lines(parts / "mllm" / "non_finite.jsonl")
-  assert skipped["step"] == 5
+  assert skipped["step"] == 6
+  written = _lines(parts / "mllm" / "metrics.jsonl")
+  assert not any("val/ciou" in line for line in written)  # It was cut short.
 
-  ((code, output),) = start(parts, "")
+  ((code, output),) = start(parts, "", arguments=evaluated)
   assert code == 0, output
   found = _losses(parts)
-  for step in found.keys() - {5}:
+  compared = found.keys() & expected.keys() - {6}
+  assert len(compared) >= 12
+  for step in compared:
     assert found[step] == pytest.approx(expected[step], abs=1e-5)
+
+
+def test_hosts_that_cannot_stop_end_within_their_grace_time():
+  code = """
+import ctypes, os, signal, sys, threading
+from argenseg_jax import distributed, stopping
+address, process = sys.argv[1], int(sys.argv[2])
+distributed.initialize(address, 2, process)
+distributed.wait_for_all("connected")
+with stopping.listening(7.0):
+  if process == 1:
+    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    # As in a compilation, no Python code runs in the main thread.
+    ctypes.CDLL(None).sleep(60)
+    ctypes.CDLL(None).sleep(60)
+  distributed.wait_for_all("never")  # Fails as soon as the other has ended.
+"""
+  address = _free_address()
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", code, address, str(i)],
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    for process in processes:
+      _, said = process.communicate(timeout=90)
+      assert process.returncode == stopping.INTERRUPTED, said
+      assert "goes on from the last complete checkpoint" in said
+  finally:
+    for process in processes:
+      process.kill()
 
 
 def test_the_death_of_a_host_ends_the_others(start, tmp_path):
