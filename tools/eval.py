@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from argenseg_jax import config as config_lib
+from argenseg_jax import files
 from argenseg_jax.config import (
   ConfigError,
   DataConfig,
@@ -170,7 +171,7 @@ def _checked(
     raise ConfigError("give --checkpoint=DIR, or --rescore=FILE.")
   if args.report and (not args.out or args.what == "tokenizer"):
     raise ConfigError("--report needs --out=DIR, and a whole model.")
-  out = pathlib.Path(args.out) if args.out else None
+  out = files.disk_path(args.out) if args.out else None
   if out is not None and (out / RESULTS).exists():
     raise ConfigError(f"{out / RESULTS} exists; give another --out.")
   return out

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from argenseg_jax.checkpoint.steps import (
 )
 from argenseg_jax.config import MeshConfig, ModelConfig
 from argenseg_jax.data import text
+from argenseg_jax.files import Path
 from argenseg_jax.models import quantized
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.vqvae import VQVAE
@@ -36,7 +36,7 @@ class Description:
   task: str
   config: ModelConfig
   meta: dict[str, Any]
-  path: pathlib.Path
+  path: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def text_tokenizer(found: Description) -> text.TextTokenizer:
   return tokenizer
 
 
-def describe(path: str | pathlib.Path) -> Description:
+def describe(path: str | Path) -> Description:
   """Reads the meta data of a checkpoint; see `step_directory` for `path`.
 
   Raises:
@@ -82,7 +82,7 @@ def describe(path: str | pathlib.Path) -> Description:
   return Description(task, config, meta, where)
 
 
-def read_meta(step: pathlib.Path) -> dict[str, Any]:
+def read_meta(step: Path) -> dict[str, Any]:
   try:
     meta = json.loads((step / "meta" / "metadata").read_text())
     found = meta.get("format")
@@ -95,14 +95,14 @@ def read_meta(step: pathlib.Path) -> dict[str, Any]:
   return meta
 
 
-def _unreadable_meta(step: pathlib.Path, error: Exception) -> CheckpointError:
+def _unreadable_meta(step: Path, error: Exception) -> CheckpointError:
   return CheckpointError(
     f"checkpoint {step} has unreadable meta data ({error})."
   )
 
 
 def load(
-  path: str | pathlib.Path,
+  path: str | Path,
   *,
   mesh: Mesh | None = None,
   dtype: DTypeLike = jnp.float32,
@@ -153,13 +153,13 @@ def load(
   return Loaded(found.task, found.config, found.meta, found.path, model)
 
 
-def stored_variables(step: pathlib.Path) -> dict[str, Any]:
+def stored_variables(step: Path) -> dict[str, Any]:
   """Shape, dtype and sharding of a step's variables, by dotted name; without
   reading them."""
   return _by_name(stored_tree(step / "model"))
 
 
-def read_variables(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+def read_variables(path: str | Path) -> dict[str, np.ndarray]:
   """The variables of a checkpoint by dotted name, all in host memory.
 
   Raises:
@@ -196,7 +196,7 @@ def model_factory(
   return make
 
 
-def stored_tree(item: pathlib.Path) -> Any:
+def stored_tree(item: Path) -> Any:
   """Shapes and dtypes of an item on disk."""
   with ocp.StandardCheckpointer() as reader:
     return reader.metadata(item).item_metadata.tree
@@ -209,7 +209,7 @@ def with_values(state: nnx.State, values: dict[str, Any]) -> nnx.State:
 
 
 def compare(
-  wanted: Any, found: Any, where: pathlib.Path, *, dtypes: bool = False
+  wanted: Any, found: Any, where: Path, *, dtypes: bool = False
 ) -> None:
   """Raises `CheckpointError` naming the first leaf that does not fit, in shape
   and, if asked, in dtype."""

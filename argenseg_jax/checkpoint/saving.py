@@ -4,7 +4,6 @@ import contextlib
 import errno
 import math
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from argenseg_jax import distributed, integrity
+from argenseg_jax import distributed, files, integrity
 from argenseg_jax.checkpoint.reading import (
   FORMAT,
   compare,
@@ -58,14 +57,15 @@ class Checkpoints:
 
   def __init__(
     self,
-    workdir: str | pathlib.Path,
+    workdir: str | files.Path,
     *,
     keep: int = 1,
     keep_every: int = 0,
     keep_best: int = 0,
     concurrent_gb: float = 96,
   ):
-    self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    workdir = files.absolute(files.as_path(workdir))
+    self.directory = workdir / "checkpoints"
     self._manager = _Manager(
       self.directory,
       item_handlers={
@@ -117,11 +117,11 @@ class Checkpoints:
     aside = self.directory.parent / DAMAGED
     aside.mkdir(exist_ok=True)
     count = sum(
-      path.name.split(".")[0] == source.name for path in aside.iterdir()
+      path.name.split(".")[0] == source.name for path in aside.glob("*")
     )
     target = aside / (f"{step}.{count}" if count else f"{step}")
     warn(f"{damage(source)}; moved to {target}, an older one is used.")
-    source.rename(target)
+    files.move(source, target)
 
   def _sign(self) -> None:
     """Orbax calls this on one host when all files of a step are written, before
