@@ -19,8 +19,8 @@ Path = pathlib.Path | epath.Path
 
 # TensorStore and other hosts write what a kept listing would not show.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-# It warns at every call where credentials may not ask for a bucket's kind.
-logging.getLogger("gcsfs").setLevel(logging.ERROR)
+# It logs what it tries again, and what it raises.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 class Entry(NamedTuple):
@@ -154,4 +154,5 @@ def move(source: Path, target: Path) -> None:
     source.rename(target)
     return
   system, root = fsspec.url_to_fs(str(source))
-  system.mv(root, str(target), recursive=True)
+  system.copy(root, str(target), recursive=True)
+  system.rm(root, recursive=True)

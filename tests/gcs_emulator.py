@@ -81,7 +81,9 @@ def running(port: int = 0) -> Iterator[dict[str, str]]:
       "STORAGE_EMULATOR_HOST": address,
       "TENSORSTORE_GCS_HTTP_URL": address,
       "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # Asks another server.
-      "GOOGLE_CLOUD_PROJECT": "none",  # Else it is looked for.
+      # Else both are looked for.
+      "GOOGLE_CLOUD_PROJECT": "none",
+      "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
     }
     http.shutdown()
     thread.join()
