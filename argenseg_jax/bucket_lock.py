@@ -28,6 +28,7 @@ def owned(
   owner: str,
   refused: Callable[[str], ConfigError],
   *,
+  waiting: Callable[[bool], object] = bool,
   beat: float = BEAT,
   dead: float = DEAD,
 ) -> Iterator[None]:
@@ -37,6 +38,8 @@ def owned(
     path: an object of a gs:// bucket.
     owner: text about this process, for others.
     refused: makes the error from the text of the one who holds it.
+    waiting: called with whether the lock is held now, every few seconds until
+      it is.
     beat: seconds between two writes.
     dead: seconds after which a lock that nobody writes is replaced.
 
@@ -44,17 +47,8 @@ def owned(
     ConfigError: another process holds it, or the bucket cannot be written.
   """
   owner = f"{owner}\n{uuid.uuid4()}"
-  try:
-    lock = _Object(path)
-    generation = _taken(lock, owner, refused, beat, dead)
-  except ConfigError:
-    raise
-  except Exception as error:  # Credentials, permissions, no such bucket, ...
-    raise ConfigError(
-      f"cannot write to {path.parent}: {said(error)}; a work directory needs "
-      "an existing gs:// bucket, the packages gcsfs and google-cloud-storage, "
-      "and credentials that may create, read, list and delete its objects."
-    ) from error
+  lock = _Object(path)
+  generation = _taken(lock, owner, refused, waiting, beat, dead)
   closed = threading.Event()
   held = [generation]
   thread = threading.Thread(
@@ -70,12 +64,13 @@ def owned(
       lock.delete(held[0])
 
 
-def _taken(lock, owner, refused, beat, dead) -> int:
+def _taken(lock, owner, refused, waiting, beat, dead) -> int:
   """The generation of the lock that is ours now."""
   watched, since = 0, 0.0
   while True:
     generation, text = lock.read()
     if text == owner:  # The answer to a write was lost on its way.
+      waiting(True)
       return generation
     now = time.monotonic()
     if generation and generation != watched:
@@ -90,9 +85,11 @@ def _taken(lock, owner, refused, beat, dead) -> int:
       )
     if not generation or now - since > dead:
       if made := lock.write(owner, generation):
+        waiting(True)
         return made
       continue
     time.sleep(beat / 2)
+    waiting(False)
 
 
 def _keep(lock, owner, held, closed, beat) -> None:
@@ -121,14 +118,15 @@ class _Object:
   """A small object of a bucket, and the generation that it has."""
 
   def __init__(self, path: Path):
-    from google.cloud import storage
-
     self._path = path
     scheme, _, place = str(path).partition("://")
-    if scheme != "gs":
-      raise ValueError(f"{scheme}:// is no Google Cloud Storage")
-    bucket, _, name = place.partition("/")
-    self._bucket, self._name = storage.Client().bucket(bucket), name
+    bucket, _, self._name = place.partition("/")
+    with self._reached():
+      from google.cloud import storage
+
+      if scheme != "gs":
+        raise ValueError(f"{scheme}:// is no Google Cloud Storage")
+      self._bucket = storage.Client().bucket(bucket)
 
   def __str__(self) -> str:
     return str(self._path)
@@ -139,23 +137,39 @@ class _Object:
     from google.api_core.exceptions import PreconditionFailed
 
     blob = self._bucket.blob(self._name)
-    try:
-      blob.upload_from_string(text, if_generation_match=generation)
-    except PreconditionFailed:
-      return 0
+    with self._reached():
+      try:
+        blob.upload_from_string(text, if_generation_match=generation)
+      except PreconditionFailed:
+        return 0
     return int(blob.generation)
 
   def read(self) -> tuple[int, str]:
     """Generation and text; 0 and "" where there is no such object."""
-    blob = self._bucket.get_blob(self._name)
-    if blob is None:
-      return 0, ""
     from google.api_core.exceptions import NotFound
 
-    try:  # The text of this generation may be gone already.
-      return int(blob.generation), blob.download_as_text()
-    except NotFound:
-      return self.read()
+    with self._reached():
+      blob = self._bucket.get_blob(self._name)
+      if blob is None:
+        return 0, ""
+      try:
+        return int(blob.generation), blob.download_as_text()
+      except NotFound:  # That generation has been replaced meanwhile.
+        return self.read()
+
+  @contextlib.contextmanager
+  def _reached(self) -> Iterator[None]:
+    try:
+      yield
+    except ConfigError:
+      raise
+    except Exception as error:  # Credentials, permissions, no such bucket, ...
+      raise ConfigError(
+        f"cannot write to {self._path.parent}: {said(error)}; a work directory "
+        "needs a gs:// bucket that exists, the packages gcsfs and "
+        "google-cloud-storage, and credentials that may create, read, list and "
+        "delete its objects."
+      ) from error
 
   def delete(self, generation: int) -> None:
     self._bucket.blob(self._name).delete(if_generation_match=generation)

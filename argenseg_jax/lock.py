@@ -15,11 +15,17 @@ from argenseg_jax.config import ConfigError
 NAME = "lock.json"
 
 
-def owned(workdir: files.Path) -> contextlib.AbstractContextManager[None]:
+def owned(
+  workdir: files.Path, waiting: Callable[[bool], object] = bool
+) -> contextlib.AbstractContextManager[None]:
   """Holds a work directory, which is made if it is not there.
 
   On a disk, the system lets go of the lock when its process ends, however it
   ends; for a bucket see `bucket_lock`.
+
+  Args:
+    workdir: of a run.
+    waiting: see `bucket_lock`.
 
   Raises:
     ConfigError: another process holds it.
@@ -40,7 +46,7 @@ def owned(workdir: files.Path) -> contextlib.AbstractContextManager[None]:
   )
   if files.is_local(workdir):
     return _owned_on_disk(workdir, note, refused)
-  return bucket_lock.owned(workdir / NAME, note, refused)
+  return bucket_lock.owned(workdir / NAME, note, refused, waiting=waiting)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,16 @@ from typing import Any
 from argenseg_jax import config as config_lib
 from argenseg_jax import distributed, integrity, lock
 from argenseg_jax.config import ConfigError, RunConfig
-from argenseg_jax.files import Path
+from argenseg_jax.files import Path, is_local
 
 
 def held(workdir: Path):
   """One process of a run locks its work directory for all of them."""
+  in_bucket = not is_local(workdir)  # There it may take a minute.
   if distributed.is_main():
-    return lock.owned(workdir)
+    return lock.owned(workdir, distributed.agree if in_bucket else bool)
+  while in_bucket and not distributed.agree(False):
+    pass
   return contextlib.nullcontext()
 
 

@@ -17,15 +17,20 @@ from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
 
 BUCKET = "bucket"
+_ONE = threading.Lock()  # Writes are whole, and follow what was seen.
 
 
 class _Handler(server.RequestHandler):
   """Refuses a write of another generation than the one that it names, and
   names that of what is read."""
 
+  _acquired = False
+
   def parse_request(self):
     if not super().parse_request():
       return False
+    _ONE.acquire()  # Until `finish`: a connection has one request.
+    self._acquired = True
     (wanted,) = self._query().get("ifGenerationMatch", [None])
     if wanted is None:
       return True
@@ -38,6 +43,13 @@ class _Handler(server.RequestHandler):
     self.end_headers()
     self.wfile.write(b"{}")
     return False
+
+  def finish(self):
+    try:
+      super().finish()
+    finally:
+      if self._acquired:
+        _ONE.release()
 
   def end_headers(self):
     if self.command == "GET" and "alt=media" in self.path:
@@ -60,7 +72,7 @@ class _Handler(server.RequestHandler):
       return "0"
 
 
-class _Quiet(server.server.HTTPServer):
+class _Quiet(server.server.ThreadingHTTPServer):
   def handle_error(self, request, client_address):
     """Clients hang up when they have read enough."""
 
