@@ -61,7 +61,9 @@ class _Mirror:
   def fetch(self, patterns: Sequence[str]) -> None:
     for pattern in patterns:
       for path in self._folder.glob(pattern):
-        files.copy(path, self.scratch / path.name)
+        target = self.scratch / path.relative_to(self._folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.copy(path, target)
     self._sent = files.tree(self.scratch)
 
   def send(self) -> None:

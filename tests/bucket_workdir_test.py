@@ -128,7 +128,7 @@ def test_it_leaves_what_a_run_on_a_disk_leaves(trained, bucket):
   assert _losses(_log(bucket)) == _losses(on_disk)
 
 
-def test_its_checkpoints_are_read(trained, argenseg):
+def test_its_checkpoints_are_read(trained, argenseg, bucket):
   code, said = argenseg(
     "checkpoint", "diff", trained.local / "mllm", RUN + "/mllm"
   )
@@ -141,12 +141,19 @@ def test_its_checkpoints_are_read(trained, argenseg):
   code, said = argenseg("checkpoint", "inspect", f"{RUN}/mllm/checkpoints/4")
   assert code == 0
   assert f"{RUN}/mllm/checkpoints/4: mllm, format" in said
-  code, said = argenseg(
+  evaluate = (
     *("eval", f"--checkpoint={RUN}/mllm", "--split=val", "--max_samples=1"),
-    "--config.eval.max_text=2",
+    *("--config.eval.max_text=2", f"--out={RUN}/eval"),
   )
+  code, said = argenseg(*evaluate)
   assert code == 0, said
   assert "ciou" in said
+  # Interrupted before its end, it would go on there.
+  bucket.blob("run/eval/results.json").delete()
+  code, said = argenseg(*evaluate, "--dtype=bfloat16")
+  assert code == 2
+  assert f"{RUN}/eval holds another evaluation" in said
+  assert _names(bucket, "run/eval/") == {"eval.json", "val/predictions.jsonl"}
 
 
 def test_a_downloaded_checkpoint_is_checked(
