@@ -148,6 +148,10 @@ def test_its_checkpoints_are_read(trained, argenseg, bucket):
   code, said = argenseg(*evaluate)
   assert code == 0, said
   assert "ciou" in said
+  answers = f"{RUN}/eval/val/predictions.jsonl"
+  code, said = argenseg("eval", f"--rescore={answers}")
+  assert code == 0, said
+  assert "ciou" in said
   # Interrupted before its end, it would go on there.
   bucket.blob("run/eval/results.json").delete()
   code, said = argenseg(*evaluate, "--dtype=bfloat16")

@@ -6,6 +6,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+from argenseg_jax import files
 from argenseg_jax.config import ConfigError
 
 HELP = """\
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
   try:
     train.run(
       config,
-      values.workdir,
+      files.as_path(values.workdir),
       accept_changed_data=values.accept_changed_data,
     )
   except stopping.Interrupted as stopped:
