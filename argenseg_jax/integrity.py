@@ -1,8 +1,9 @@
 """A manifest of every file of a checkpoint, and what has changed since.
 
-Orbax restores flipped bits without a word. `sign` writes size and sha256 of
-each file while a step is still under its temporary name, so that a step under
-its final name has its manifest; `faults` compares.
+Orbax restores flipped bits without a word. `sign` writes size and hash of each
+file before a step gets its final name (in a bucket: its `commit_success.txt`),
+so that a complete step has its manifest; `faults` compares. The hash is sha256;
+where a bucket keeps an md5 of each file, that is taken and nothing is read.
 """
 
 import concurrent.futures
@@ -12,8 +13,10 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Iterator
+
+from argenseg_jax import files
+from argenseg_jax.files import Path
 
 MANIFEST = "manifest.json"
 # Orbax writes these as it gives a step its final name; they hold times.
@@ -33,26 +36,34 @@ def unverified() -> Iterator[None]:
     _trusting.reset(token)
 
 
-def sign(step: pathlib.Path) -> None:
+def sign(step: Path) -> None:
   """Writes the manifest of a step directory; replaces it atomically."""
-  names = _files(step)
+  found = _files(step)
+  unread = [name for name, entry in found.items() if not entry.md5]
   with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-    digests = pool.map(lambda name: _digest(step / name), names)
-    entries = {
-      name: {"bytes": (step / name).stat().st_size, "sha256": digest}
-      for name, digest in zip(names, digests, strict=True)
+    digests = pool.map(lambda name: _digest(step / name, "sha256"), unread)
+    hashes = {
+      name: {"sha256": digest}
+      for name, digest in zip(unread, digests, strict=True)
     }
+  entries = {
+    name: {"bytes": entry.size} | hashes.get(name, {"md5": entry.md5})
+    for name, entry in found.items()
+  }
   write_whole(step / MANIFEST, json.dumps({"files": entries}, indent=1))
 
 
-def write_whole(path: pathlib.Path, text: str, *, durable: bool = True) -> None:
+def write_whole(path: Path, text: str, *, durable: bool = True) -> None:
   """Writes a file that is there with all its text, or not at all.
 
   Args:
-    path: of the file; `PATH.new` is used on the way.
+    path: of the file; `PATH.new` is used on the way, on a disk.
     text: all of it.
     durable: wait until it is on disk.
   """
+  if not files.is_local(path):
+    path.write_text(text)  # As a bucket always does.
+    return
   new = path.with_name(f"{path.name}.new")
   with new.open("w") as file:
     file.write(text)
@@ -62,11 +73,11 @@ def write_whole(path: pathlib.Path, text: str, *, durable: bool = True) -> None:
   new.replace(path)
 
 
-def faults(step: pathlib.Path, *, contents: bool = True) -> tuple[str, ...]:
+def faults(step: Path, *, contents: bool = True) -> tuple[str, ...]:
   """What is wrong with a step directory, a few words a file; empty if nothing.
 
-  Reads every byte, once for each state of the files in one process; without
-  `contents` it looks at names and sizes alone.
+  Reads every byte (or asks a bucket for its hashes), once for each state of the
+  files in one process; without `contents` it looks at names and sizes alone.
   """
   if _trusting.get():
     return ()
@@ -75,18 +86,16 @@ def faults(step: pathlib.Path, *, contents: bool = True) -> tuple[str, ...]:
       json.loads((step / _NOTES).read_text())
   except (OSError, ValueError, RecursionError):
     return (f"{_NOTES} is unreadable",)
-  files = [(name, (step / name).stat()) for name in _files(step)]
-  state = tuple((n, s.st_size, s.st_mtime_ns) for n, s in files)
-  return _faults(step, state, contents)
+  return _faults(step, tuple(_files(step).items()), contents)
 
 
 @functools.lru_cache(maxsize=64)
 def _faults(
-  step: pathlib.Path, state: tuple[tuple[str, int, int], ...], contents: bool
+  step: Path, state: tuple[tuple[str, files.Entry], ...], contents: bool
 ) -> tuple[str, ...]:
   try:
     entries = json.loads((step / MANIFEST).read_text())["files"]
-    wanted = {n: (e["bytes"], e["sha256"]) for n, e in entries.items()}
+    wanted = {n: (e["bytes"], *_hash(e)) for n, e in entries.items()}
   except FileNotFoundError:
     return (f"{MANIFEST} is missing",)
   except (
@@ -94,40 +103,44 @@ def _faults(
     RecursionError,
   ):
     return (f"{MANIFEST} is unreadable",)
-  sizes = {name: size for name, size, _ in state}
-  found = {n: f"{n} is missing" for n in wanted.keys() - sizes.keys()}
+  there = dict(state)
+  found = {n: f"{n} is missing" for n in wanted.keys() - there.keys()}
   found |= {
-    n: f"{n} is not in {MANIFEST}" for n in sizes.keys() - wanted.keys()
+    n: f"{n} is not in {MANIFEST}" for n in there.keys() - wanted.keys()
   }
   whole = []
-  for name in wanted.keys() & sizes.keys():
-    if sizes[name] != wanted[name][0]:
-      found[name] = f"{name} has {sizes[name]} bytes, not {wanted[name][0]}"
-    elif contents:
+  for name in wanted.keys() & there.keys():
+    size, kind, digest = wanted[name]
+    if there[name].size != size:
+      found[name] = f"{name} has {there[name].size} bytes, not {size}"
+    elif contents and (kind != "md5" or there[name].md5 != digest):
       whole.append(name)
   with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-    good = pool.map(lambda n: _is(step / n, wanted[n][1]), whole)
+    good = pool.map(lambda n: _is(step / n, *wanted[n][1:]), whole)
     for name, same in zip(whole, good, strict=True):
       if not same:
         found[name] = f"{name} has changed"
   return tuple(found[name] for name in sorted(found))
 
 
-def _files(step: pathlib.Path) -> list[str]:
-  return sorted(
-    str(path.relative_to(step))
-    for path in step.rglob("*")
-    if path.is_file() and str(path.relative_to(step)) not in _UNSIGNED
-  )
+def _hash(entry: dict[str, str]) -> tuple[str, str]:
+  """Kind and value."""
+  kind = "md5" if "md5" in entry else "sha256"
+  return kind, entry[kind]
 
 
-def _is(path: pathlib.Path, digest: str) -> bool:
+def _files(step: Path) -> dict[str, files.Entry]:
+  found = files.tree(step)
+  return {name: found[name] for name in sorted(found) if name not in _UNSIGNED}
+
+
+def _is(path: Path, kind: str, digest: str) -> bool:
   try:
-    return _digest(path) == digest
+    return _digest(path, kind) == digest
   except OSError:  # The disk gives no bytes back.
     return False
 
 
-def _digest(path: pathlib.Path) -> str:
+def _digest(path: Path, kind: str) -> str:
   with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.file_digest(file, kind).hexdigest()

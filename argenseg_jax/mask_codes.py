@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from argenseg_jax import distributed, sharding
+from argenseg_jax import distributed, files, sharding
 from argenseg_jax.config import ConfigError
 from argenseg_jax.data import archives, pipeline
 from argenseg_jax.data.sources.opening import has_options
+from argenseg_jax.files import Path
 from argenseg_jax.models.argenseg import normalize_seg_masks
 from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.monitor import Progress
@@ -35,7 +35,7 @@ _NOTE_BYTES = 1 << 20  # More than the note and numpy's headers take.
 def cached(
   rows: pipeline.RowMaker,
   vqvae: VQVAE,
-  path: pathlib.Path,
+  path: Path,
   *,
   renew: bool = False,
 ) -> pipeline.RowMaker:
@@ -54,7 +54,7 @@ def cached(
   return read(rows, vqvae, path)
 
 
-def write(rows: pipeline.RowMaker, vqvae: VQVAE, path: pathlib.Path) -> None:
+def write(rows: pipeline.RowMaker, vqvae: VQVAE, path: Path) -> None:
   """Tokenises every mask and writes codes and a note of what made them.
 
   Raises:
@@ -63,16 +63,18 @@ def write(rows: pipeline.RowMaker, vqvae: VQVAE, path: pathlib.Path) -> None:
   codes = tokenize(rows, vqvae)
   note = json.dumps(_note(rows, vqvae))
   if distributed.is_main():
-    partial = path.with_name(f"{path.name}.partial")
+    local = files.is_local(path)
+    partial = path.with_name(f"{path.name}.partial") if local else path
     with partial.open("wb") as file:
       np.savez(file, codes=codes, note=note)
-    partial.rename(path)
+    if local:  # A bucket shows whole files only.
+      partial.rename(path)
 
 
 def read(
   rows: pipeline.RowMaker,
   vqvae: VQVAE,
-  path: pathlib.Path,
+  path: Path,
   *,
   remedy: str = "tokenize again",
 ) -> pipeline.RowMaker:
@@ -105,7 +107,7 @@ def read(
 
 
 def stored(
-  path: pathlib.Path, shape: tuple[int, int, int], num_codes: int
+  path: Path, shape: tuple[int, int, int], num_codes: int
 ) -> tuple[Int[np.ndarray, "records m n"], dict]:
   """Codes and note of a file, of which nothing is believed.
 

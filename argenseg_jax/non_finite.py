@@ -60,7 +60,8 @@ class NonFinite:
       if self._in_row == self._limit:
         raise Diverged(
           f"loss or gradient was not finite in {self._limit} steps in a row, "
-          f"the last of them {step}; {self._path} names their records. The "
+          f"the last of them {step}; {self._path.name} in the work directory "
+          "names their records. The "
           "weights are those before them: lower the learning rate or mend the "
           "records, and start again."
         )

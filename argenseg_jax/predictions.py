@@ -16,6 +16,7 @@ from argenseg_jax.bootstrap import intervals
 from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample
+from argenseg_jax.files import as_path
 from argenseg_jax.metrics import SegmentationSums, Sums, score
 from argenseg_jax.understanding import UnderstandingSums, score_answer
 
@@ -199,7 +200,7 @@ def rescore(path: str | pathlib.Path) -> dict[str, Any]:
   """
   scorer = Scorer()
   try:
-    with pathlib.Path(path).open() as lines:
+    with as_path(path).open() as lines:
       for number, line in enumerate(lines, 1):
         try:
           values = json.loads(line)

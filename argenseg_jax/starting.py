@@ -1,16 +1,14 @@
 """What a training run takes from the checkpoint that it starts from."""
 
-import pathlib
-import shutil
-
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint
+from argenseg_jax import checkpoint, files
 from argenseg_jax import config as config_lib
 from argenseg_jax.config import ConfigError, ModelConfig, RunConfig
 from argenseg_jax.data.text import TextTokenizer
+from argenseg_jax.files import Path
 from argenseg_jax.models import variants
 
 
@@ -75,10 +73,10 @@ def fill(variables: nnx.State, path: str, task: str, mesh: Mesh) -> nnx.State:
   return variables
 
 
-def keep_files(init_from: str, workdir: pathlib.Path) -> None:
+def keep_files(init_from: str, workdir: Path) -> None:
   """Hands on what import kept of a whole model for export, once."""
   found = checkpoint.describe(init_from)
   kept = checkpoint.kept_files(found.path)
   mine = workdir / kept.name
   if found.task == "mllm" and kept.is_dir() and not mine.exists():
-    shutil.copytree(kept, mine)
+    files.copy_tree(kept, mine)

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -14,7 +12,9 @@ from flax import nnx
 from argenseg_jax import (
   checkpoint,
   distributed,
+  files,
   integrity,
+  mirror,
   sharding,
   speed,
   starting,
@@ -27,6 +27,7 @@ from argenseg_jax import rows as rows_lib
 from argenseg_jax import workdir as workdir_lib
 from argenseg_jax.config import ConfigError, RunConfig
 from argenseg_jax.evaluate import Evaluator, evaluate_checkpoint, headline
+from argenseg_jax.files import Path
 from argenseg_jax.goodput import Goodput
 from argenseg_jax.monitor import MetricsWriter, Progress
 from argenseg_jax.non_finite import NonFinite
@@ -36,12 +37,13 @@ from argenseg_jax.train_batches import open_batches
 from argenseg_jax.train_step import make_train_step
 from argenseg_jax.watchdog import Watchdog
 
+LOGS = ("*.jsonl", "stacks*.txt")  # A later call goes on with them.
 DIVERGED = 4  # Exit code of a run whose loss stayed NaN or infinite.
 
 
 def run(
   config: RunConfig,
-  workdir: str | pathlib.Path,
+  workdir: str | Path,
   *,
   accept_changed_data: bool = False,
 ) -> dict[str, Any]:
@@ -50,7 +52,8 @@ def run(
   Args:
     config: the run.
     workdir: gets `config.json`, a folder for each task and, once the decoder
-      has trained, `results.json` with its metrics on every split.
+      has trained, `results.json` with its metrics on every split. On a disk
+      or in a gs:// bucket.
     accept_changed_data: go on although the data are not those of before.
 
   Returns:
@@ -62,7 +65,7 @@ def run(
     stopping.Interrupted: after SIGTERM, once a checkpoint is complete.
     Diverged: too many steps in a row had no finite loss.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = files.as_path(workdir)
   grace = config.stage(config.tasks[-1]).train.grace_seconds
   with workdir_lib.held(workdir), stopping.listening(grace) as stop:
     return _run(config, workdir, accept_changed_data, stop)
@@ -70,7 +73,7 @@ def run(
 
 def _run(
   config: RunConfig,
-  workdir: pathlib.Path,
+  workdir: Path,
   accept_changed_data: bool,
   stop: stopping.Stopping,
 ) -> dict[str, Any]:
@@ -102,7 +105,7 @@ def _run(
 def train(
   config: RunConfig,
   task: str,
-  workdir: pathlib.Path,
+  workdir: Path,
   *,
   init_from: str | None = None,
   accept_changed_data: bool = False,
@@ -124,11 +127,16 @@ def train(
   if distributed.agree(done.exists()):
     return json.loads(done.read_text())
   stage = config.stage(task)
-  with stopping.listening(stage.train.grace_seconds) as stop:
-    return _train(config, task, workdir, init_from, accept_changed_data, stop)
+  with (
+    stopping.listening(stage.train.grace_seconds) as stop,
+    mirror.on_disk(workdir, LOGS) as logs,
+  ):
+    return _train(
+      config, task, workdir, logs, init_from, accept_changed_data, stop
+    )
 
 
-def _train(config, task, workdir, init_from, accept_changed_data, stop):
+def _train(config, task, workdir, logs, init_from, accept_changed_data, stop):
   """`train`, once it is known that there is something to do."""
   goodput = Goodput()
   workdir.mkdir(parents=True, exist_ok=True)
@@ -140,7 +148,7 @@ def _train(config, task, workdir, init_from, accept_changed_data, stop):
 
   tokenizer = starting.text_tokenizer(config, model_config, init_from)
   if main:
-    shutil.copyfile(tokenizer.name, workdir / "tokenizer.json")
+    files.copy(files.as_path(tokenizer.name), workdir / "tokenizer.json")
   rows = rows_lib.make_rows(config.data, task, model_config, tokenizer)
   make = checkpoint.model_factory(
     task,
@@ -184,6 +192,7 @@ def _train(config, task, workdir, init_from, accept_changed_data, stop):
     rows,
     model.vqvae if task == "mllm" else None,
     workdir,
+    logs=logs,
     accept_changed_data=accept_changed_data,
   )
   if data_state is not None:
@@ -218,7 +227,7 @@ def _train(config, task, workdir, init_from, accept_changed_data, stop):
   if task == "mllm":
     evaluator = Evaluator(graph, config.eval)
   warm = config.tokenizer_training.warm_start_steps if task == "vqvae" else 0
-  writer = MetricsWriter(workdir, active=main)
+  writer = MetricsWriter(logs, active=main)
   bar = Progress(
     f"train {task}",
     stage.train.steps,
@@ -231,10 +240,10 @@ def _train(config, task, workdir, init_from, accept_changed_data, stop):
   scores = Scores()
   pace = speed.Pace(config, task, model_config, mesh, start=step)
   non_finite = NonFinite(
-    workdir / "non_finite.jsonl", stage.train.max_skipped, active=main
+    logs / "non_finite.jsonl", stage.train.max_skipped, active=main
   )
   watchdog = Watchdog(
-    workdir, factor=stage.train.stall_factor, process=jax.process_index()
+    logs, factor=stage.train.stall_factor, process=jax.process_index()
   )
   compiled = set()
   goodput.started()

@@ -10,6 +10,7 @@ from argenseg_jax import rows as rows_lib
 from argenseg_jax.config import ConfigError, RunConfig
 from argenseg_jax.data import pipeline
 from argenseg_jax.data.curriculum import Curriculum
+from argenseg_jax.files import Path, as_path, is_local
 from argenseg_jax.models.vqvae import VQVAE
 
 
@@ -17,18 +18,23 @@ def open_batches(
   config: RunConfig,
   rows: pipeline.RowMaker,
   vqvae: VQVAE | None,
-  workdir: pathlib.Path,
+  workdir: Path,
   *,
+  logs: pathlib.Path | None = None,
   accept_changed_data: bool = False,
 ) -> pipeline.TrainIterator | Curriculum:
   """Training batches of this host.
 
   The decoder's (those with a `vqvae`) may hold codes instead of masks and begin
-  with an easier split. `workdir` gets `bad_records.jsonl` and kept codes;
-  those of other data are made again if `accept_changed_data`, else refused.
+  with an easier split. `workdir` gets kept codes; those of other data are made
+  again if `accept_changed_data`, else refused. `logs` gets `bad_records.jsonl`;
+  it is `workdir` by default.
   """
   task = "mllm" if vqvae else "vqvae"
-  log = workdir / "bad_records.jsonl"
+  tail = ""
+  if not is_local(workdir) and jax.process_index():
+    tail = f"-{jax.process_index()}"  # Each copies its own to the bucket.
+  log = (logs or workdir) / f"bad_records{tail}.jsonl"
   noted = set(log.read_text().splitlines()) if log.exists() else set()
 
   def note_bad(index, why):
@@ -44,7 +50,7 @@ def open_batches(
 
   def iterate(rows, name):
     if vqvae and config.data.codes:
-      rows = mask_codes.read(rows, vqvae, pathlib.Path(config.data.codes))
+      rows = mask_codes.read(rows, vqvae, as_path(config.data.codes))
     elif vqvae and config.data.cache_codes:
       path = workdir / f"codes_{name}.npz"
       rows = mask_codes.cached(rows, vqvae, path, renew=accept_changed_data)

@@ -100,7 +100,7 @@ class Watchdog:
       f"step {step + 1} has taken {now - since:.0f} s, the median is "
       f"{median:.2f} s"
     )
-    print(f"{said}; see {self._stacks}.", file=sys.stderr, flush=True)
+    print(f"{said}; see {self._stacks.name}.", file=sys.stderr, flush=True)
     with self._stacks.open("a") as file:
       file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {said}\n")
       file.flush()

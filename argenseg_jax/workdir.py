@@ -2,24 +2,27 @@
 
 import contextlib
 import json
-import pathlib
 from typing import Any
 
 from argenseg_jax import config as config_lib
 from argenseg_jax import distributed, integrity, lock
 from argenseg_jax.config import ConfigError, RunConfig
+from argenseg_jax.files import Path, is_local
 
 
-def held(workdir: pathlib.Path):
+def held(workdir: Path):
   """One process of a run locks its work directory for all of them."""
+  in_bucket = not is_local(workdir)  # There it may take a minute.
   if distributed.is_main():
-    return lock.owned(workdir)
+    return lock.owned(workdir, distributed.agree if in_bucket else bool)
+  while in_bucket and not distributed.agree(False):
+    pass
   return contextlib.nullcontext()
 
 
 def claim(
   config: RunConfig,
-  workdir: pathlib.Path,
+  workdir: Path,
   *,
   accept_changed_data: bool = False,
 ) -> None:
@@ -66,7 +69,7 @@ def _is_of_data(key: str) -> bool:
   return key.startswith("data.") and key != "data.warmup_steps"
 
 
-def _read(path: pathlib.Path) -> Any:
+def _read(path: Path) -> Any:
   try:
     return json.loads(path.read_text())
   except (ValueError, RecursionError) as error:

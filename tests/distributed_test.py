@@ -15,7 +15,6 @@ from argenseg_jax import distributed
 from argenseg_jax.config import ConfigError
 from argenseg_jax.data.ref_shapes import builder
 from argenseg_jax.data.text import TextTokenizer
-from argenseg_jax.tools import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCAB = TextTokenizer().token_ids.first_code + 16
@@ -99,14 +98,6 @@ def test_loss_curves_are_equal(data, tmp_path):
   }
   for name, curve in found.items():
     assert curve == pytest.approx(expected, abs=1e-5), name
-
-
-def test_the_address_of_a_bucket_is_refused(data, capsys):
-  code = cli.main(
-    [*COMMAND[3:], f"--config.data.path={data}", "--workdir=gs://b/x"]
-  )
-  assert code == 2
-  assert "gs://b/x is an address; mount" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,12 @@ LAYERS = [
   ("argenseg_jax.config",),
   (
     "argenseg_jax.boxes",
+    "argenseg_jax.bucket_lock",
     "argenseg_jax.distributed",
+    "argenseg_jax.files",
     "argenseg_jax.integrity",
     "argenseg_jax.lock",
+    "argenseg_jax.mirror",
     "argenseg_jax.stopping",
     "argenseg_jax.topology",
     "argenseg_jax.watchdog",

@@ -5,11 +5,13 @@ import argparse
 import itertools
 import json
 import math
-import pathlib
 import time
 from typing import Any
 
 import numpy as np
+
+from argenseg_jax import files
+from argenseg_jax.files import Path
 
 _LINE = "{:>8}  {:>9}  {:16}  {:7}  {:>8}  {}"
 _EPILOG = """examples:
@@ -37,32 +39,36 @@ def main(argv: list[str]) -> int:
   two.add_argument("path")
   two.add_argument("other")
   args = parser.parse_args(argv)
-  path = pathlib.Path(args.path)
+  path = files.as_path(args.path)
   if args.command == "ls":
     return _list(_steps(path))
   if args.command == "verify":
     return _verify(_steps(path))
   if args.command == "inspect":
     return _inspect(path)
-  return _diff(path, pathlib.Path(args.other))
+  return _diff(path, files.as_path(args.other))
 
 
-def _steps(path: pathlib.Path) -> list[pathlib.Path]:
+def _steps(path: Path) -> list[Path]:
   """All steps under a directory, also those of several tasks."""
-  from argenseg_jax.checkpoint import CheckpointError
+  from argenseg_jax.checkpoint import CheckpointError, is_step
 
   if not path.exists():
     raise CheckpointError(f"checkpoint {path} does not exist.")
   if path.name.isdigit():
     return [path]
-  found = [d for d in path.rglob("checkpoints/*") if d.name.isdigit()]
-  found += [d for d in path.glob("*") if d.name.isdigit()]
+  found = [*path.glob("*")]
+  if files.is_local(path):
+    found += path.rglob("checkpoints/*")
+  else:  # A bucket is not asked for every name below one.
+    found += [*path.glob("checkpoints/*"), *path.glob("*/checkpoints/*")]
+  found = list(filter(is_step, found))
   if not found:
     raise CheckpointError(f"{path} holds no checkpoint.")
   return sorted(found, key=lambda d: (d.parent, int(d.name)))
 
 
-def _list(steps: list[pathlib.Path]) -> int:
+def _list(steps: list[Path]) -> int:
   from argenseg_jax import integrity
 
   for directory, group in itertools.groupby(steps, lambda step: step.parent):
@@ -72,12 +78,12 @@ def _list(steps: list[pathlib.Path]) -> int:
     losses = {number: v["loss"] for number, v in log.items() if "loss" in v}
     for step in group:
       number = int(step.name)
-      files = [f.stat() for f in step.rglob("*") if f.is_file()]
-      saved = time.localtime(max((f.st_mtime for f in files), default=0))
+      entries = files.tree(step).values()
+      saved = time.localtime(max((e.modified for e in entries), default=0))
       before = max((s for s in losses if s <= number), default=None)
       cells = (
         step.name,
-        f"{sum(f.st_size for f in files) / 2**20:.1f}",
+        f"{sum(e.size for e in entries) / 2**20:.1f}",
         time.strftime("%Y-%m-%d %H:%M", saved),
         "damaged" if integrity.faults(step, contents=False) else "whole",
         "" if before is None else f"{losses[before]:.4f}",
@@ -87,7 +93,7 @@ def _list(steps: list[pathlib.Path]) -> int:
   return 0
 
 
-def _log(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
+def _log(workdir: Path) -> dict[int, dict[str, float]]:
   """The numbers of `metrics.jsonl` by step; what was written last counts."""
   path, found = workdir / "metrics.jsonl", {}
   for line in path.read_text().splitlines() if path.is_file() else ():
@@ -105,7 +111,7 @@ def _numbers(values: Any) -> dict[str, float]:
   return {k: v for k, v in pairs if isinstance(v, (int, float))}
 
 
-def _scores(step: pathlib.Path, logged: dict[str, float]) -> list[str]:
+def _scores(step: Path, logged: dict[str, float]) -> list[str]:
   """What was measured at a step: by evaluations in training, by the one after
   the last step, and the score that `train.keep_best` goes by."""
   from argenseg_jax.evaluate import headline
@@ -125,7 +131,7 @@ def _scores(step: pathlib.Path, logged: dict[str, float]) -> list[str]:
   return said if kept_by is None else [*said, f"score {kept_by:.4f}"]
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
   """A JSON object of a file; none where there is no such file."""
   try:
     found = json.loads(path.read_text())
@@ -134,7 +140,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
   return found if isinstance(found, dict) else {}
 
 
-def _verify(steps: list[pathlib.Path]) -> int:
+def _verify(steps: list[Path]) -> int:
   from argenseg_jax import integrity
 
   damaged = 0
@@ -147,7 +153,7 @@ def _verify(steps: list[pathlib.Path]) -> int:
   return int(damaged > 0)
 
 
-def _inspect(path: pathlib.Path) -> int:
+def _inspect(path: Path) -> int:
   from argenseg_jax import checkpoint
 
   found = checkpoint.describe(path)
@@ -173,7 +179,7 @@ def _axes_of(sharding) -> str:
   return f"split over {', '.join(split)}" if split else "whole"
 
 
-def _diff(path: pathlib.Path, other: pathlib.Path) -> int:
+def _diff(path: Path, other: Path) -> int:
   from argenseg_jax import checkpoint
 
   a, b = (checkpoint.read_variables(p) for p in (path, other))

@@ -1,7 +1,6 @@
 """`argenseg data tokenize`: image codes of a source's masks."""
 
-import pathlib
-
+from argenseg_jax import files
 from argenseg_jax.config import ConfigError
 from argenseg_jax.tools import data as data_tool
 
@@ -18,7 +17,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--out", required=True, help="file to write, .npz")
   parser.add_argument("--force", action="store_true", help="overwrite --out")
   args, config_flags = parser.parse_known_args(argv)
-  out = pathlib.Path(args.out)
+  out = files.disk_path(args.out)
   if out.exists() and not args.force:
     raise ConfigError(f"{out} exists; give another --out or --force.")
   if not out.parent.is_dir():

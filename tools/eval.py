@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -10,6 +11,7 @@ import pathlib
 from typing import Any
 
 from argenseg_jax import config as config_lib
+from argenseg_jax import files
 from argenseg_jax.config import (
   ConfigError,
   DataConfig,
@@ -17,6 +19,7 @@ from argenseg_jax.config import (
   MeshConfig,
   to_dict,
 )
+from argenseg_jax.files import Path
 from argenseg_jax.tools import data as data_tool
 from argenseg_jax.tools import train as train_tool
 
@@ -44,7 +47,24 @@ def main(argv: list[str]) -> int:
   from argenseg_jax import distributed
 
   distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-  from argenseg_jax import checkpoint, sharding
+  with _on_disk(out) as folder:
+    _evaluate(args, config_flags, folder)
+  return 0
+
+
+def _on_disk(out: Path | None) -> contextlib.AbstractContextManager:
+  """The folder for results, or one that is copied to it."""
+  from argenseg_jax import mirror, predictions
+
+  if out is None:
+    return contextlib.nullcontext()
+  return mirror.on_disk(out, ("eval.json", f"*/{predictions.FILE}"))
+
+
+def _evaluate(
+  args: argparse.Namespace, config_flags: list[str], out: pathlib.Path | None
+) -> None:
+  from argenseg_jax import checkpoint, distributed, sharding
 
   settings = _settings(checkpoint.describe(args.checkpoint), config_flags)
   loaded = checkpoint.load(
@@ -66,7 +86,7 @@ def main(argv: list[str]) -> int:
   }
   if out is not None:
     if distributed.is_main():
-      _claim(out, report)
+      _claim(out, report, args.out)
     distributed.wait_for_all("claim")
   if args.what == "tokenizer":
     metrics = _measure_tokenizer(loaded, settings, asked, args)
@@ -82,7 +102,6 @@ def main(argv: list[str]) -> int:
       text = json.dumps(report | {"metrics": metrics}, indent=1)
       (out / RESULTS).write_text(text)
   distributed.wait_for_all("results")
-  return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,9 +178,7 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _checked(
-  args: argparse.Namespace, config_flags: list[str]
-) -> pathlib.Path | None:
+def _checked(args: argparse.Namespace, config_flags: list[str]) -> Path | None:
   """The folder for results; refuses arguments that do not go together."""
   for flag in config_flags:
     if not flag.startswith(("--config=", "--config.")):
@@ -170,7 +187,7 @@ def _checked(
     raise ConfigError("give --checkpoint=DIR, or --rescore=FILE.")
   if args.report and (not args.out or args.what == "tokenizer"):
     raise ConfigError("--report needs --out=DIR, and a whole model.")
-  out = pathlib.Path(args.out) if args.out else None
+  out = files.as_path(args.out) if args.out else None
   if out is not None and (out / RESULTS).exists():
     raise ConfigError(f"{out / RESULTS} exists; give another --out.")
   return out
@@ -341,14 +358,14 @@ def _measure_tokenizer(
   return results
 
 
-def _claim(out: pathlib.Path, report: dict[str, Any]) -> None:
+def _claim(out: pathlib.Path, report: dict[str, Any], name: str) -> None:
   """Refuses a directory where another evaluation began."""
   path = out / "eval.json"
   if path.exists():
     if json.loads(path.read_text()) != json.loads(json.dumps(report)):
       raise ConfigError(
-        f"{out} holds another evaluation, not finished (see {path}); give "
-        "another --out or the same arguments."
+        f"{name} holds another evaluation, not finished (see its {path.name}); "
+        "give another --out or the same arguments."
       )
     return
   out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """`argenseg generate`: draws pictures for texts."""
 
 import argparse
-import pathlib
 
 
 def main(argv: list[str]) -> int:
@@ -29,10 +28,11 @@ def main(argv: list[str]) -> int:
   from argenseg_jax import checkpoint, report
   from argenseg_jax.config import ConfigError
   from argenseg_jax.drawing import draw_images
+  from argenseg_jax.files import disk_path
 
   if args.guidance < 0:
     raise ConfigError(f"--guidance is {args.guidance}; use 0 or more.")
-  out = pathlib.Path(args.out)
+  out = disk_path(args.out)
   if not out.parent.is_dir():
     raise ConfigError(f"folder {out.parent} of --out does not exist.")
   files = [

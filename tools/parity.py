@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import pathlib
 
 EXAMPLE = """\
 example:
@@ -34,6 +33,7 @@ def main(argv: list[str]) -> int:
   # Arithmetic is in question, not speed: compile quickly, multiply exactly.
   jax.config.update("jax_disable_most_optimizations", True)
   jax.config.update("jax_default_matmul_precision", "highest")
+  from argenseg_jax import files
   from argenseg_jax.parity import run
 
   verdicts, skipped = run.parity(args.folder)
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
   else:
     print(_table(verdicts, skipped))
   if args.json not in (None, "-"):
-    pathlib.Path(args.json).write_text(report + "\n")
+    files.disk_path(args.json).write_text(report + "\n")
   right = all(verdict.ok for verdict in verdicts.values())
   return 0 if right and not skipped else 1
 

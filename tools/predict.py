@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from argenseg_jax.config import ConfigError
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.files import disk_path
 from argenseg_jax.tools import warmup
 
 EPILOG = """\
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     raise ConfigError(f"--batch-size is {args.batch_size}; give 1 or more.")
   _place(args)
   jobs = _jobs(args)
-  out = pathlib.Path(args.out)
+  out = disk_path(args.out)
   alone = len(jobs) == 1 and not args.requests and not out.is_dir()
   alone = alone and not args.out.endswith("/")
   kinds = args.write or (KINDS[:3] if alone else ("mask", "overlay", "rle"))

@@ -28,13 +28,13 @@ def main(argv: list[str]) -> int:
     help="about how long training may take; fewer give a worse model",
   )
   args = parser.parse_args(argv)
-  from argenseg_jax import cpu, quickstart, stopping, train
+  from argenseg_jax import cpu, files, quickstart, stopping, train
   from argenseg_jax.config import ConfigError, run_config
   from argenseg_jax.non_finite import Diverged
 
   if args.minutes <= 0:
     raise ConfigError("--minutes must be above 0.")
-  workdir = pathlib.Path(args.workdir).absolute()
+  workdir = files.disk_path(args.workdir).absolute()
   config = scaled_config(args.seed, args.minutes / FULL_MINUTES)
   config.data.path = str(workdir / "data")
   num_train = max(min(int(30_000 * args.minutes / FULL_MINUTES), 60_000), 256)

@@ -6,6 +6,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+from argenseg_jax import files
 from argenseg_jax.config import ConfigError
 
 HELP = """\
@@ -16,9 +17,10 @@ argenseg train --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
 Trains the tasks of a config in order and goes on where an earlier call stopped;
 data that changed meanwhile are refused unless you accept them.
 configs/base.py explains every key. On several hosts run the same command on
-each, with one --workdir that all see: TPU hosts and Slurm tasks find each
-other, the rest name process 0 and their own number (docs/pods.md). When one
-is silent for --heartbeat_seconds, the others end with an error.
+each, with one --workdir that all see, for example gs://BUCKET/RUN: TPU hosts
+and Slurm tasks find each other, the rest name process 0 and their own number
+(docs/pods.md). When one is silent for --heartbeat_seconds, the others end with
+an error.
 
 Example, on your own masks (one JSON object a line, see docs/own_masks.md):
   argenseg train --config=configs/own_masks.py --workdir=runs/mine \\
@@ -40,11 +42,6 @@ def main(argv: list[str]) -> int:
   config = parse(values, argv)
   if not values.workdir:
     raise ConfigError("give a work directory: --workdir=DIR.")
-  if "://" in values.workdir:  # As a path, it would be a folder of that name.
-    raise ConfigError(
-      f"work directory {values.workdir} is an address; mount the bucket on "
-      "every host and give the path (docs/pods.md)."
-    )
   from argenseg_jax import cpu, distributed
 
   cpu.use_all_cores(config)
@@ -60,7 +57,7 @@ def main(argv: list[str]) -> int:
   try:
     train.run(
       config,
-      pathlib.Path(values.workdir),
+      files.as_path(values.workdir),
       accept_changed_data=values.accept_changed_data,
     )
   except stopping.Interrupted as stopped:

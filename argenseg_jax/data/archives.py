@@ -1,13 +1,15 @@
 """Archives of arrays (`.npz`) that come from strangers."""
 
+import io
 import math
-import pathlib
 import zipfile
 import zlib
 from collections.abc import Callable
 from typing import IO
 
 import numpy as np
+
+from argenseg_jax import files
 
 # What a broken archive may raise.
 ERRORS = (
@@ -20,9 +22,7 @@ _HEADERS = {
 }
 
 
-def read(
-  path: pathlib.Path, most: Callable[[int], int]
-) -> dict[str, np.ndarray]:
+def read(path: files.Path, most: Callable[[int], int]) -> dict[str, np.ndarray]:
   """The arrays of an archive, which must fit the bytes that they claim.
 
   Args:
@@ -32,17 +32,22 @@ def read(
   Raises:
     ERRORS: it is none, unpacks to more, or holds something else than arrays.
   """
-  with zipfile.ZipFile(path) as archive:
+  raw = None if files.is_local(path) else path.read_bytes()
+  with zipfile.ZipFile(_opened(path, raw)) as archive:
     unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > most(path.stat().st_size):
+    if unpacked > most(files.size(path)):
       raise ValueError(f"it unpacks to {unpacked} bytes")
     for member in archive.infolist():
-      with archive.open(member) as file:
-        shape, dtype = _header(file)
+      with archive.open(member) as array:
+        shape, dtype = _header(array)
       if math.prod(shape) * dtype.itemsize > member.file_size:
         raise ValueError(f"it holds fewer bytes than {shape} of {dtype} take")
-  with np.load(path, allow_pickle=False) as arrays:
+  with np.load(_opened(path, raw), allow_pickle=False) as arrays:
     return dict(arrays)
+
+
+def _opened(path: files.Path, raw: bytes | None) -> files.Path | IO[bytes]:
+  return path if raw is None else io.BytesIO(raw)
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

@@ -19,6 +19,7 @@ from argenseg_jax.data import beam_building
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources import array_record
 from argenseg_jax.data.sources.sample import Source
+from argenseg_jax.files import disk_path
 
 _NAME = "packed"
 _PLAN = "plan.json"
@@ -60,7 +61,7 @@ def build(
     DataError: the folder exists, an interrupted build was of other data, or
       too many records are bad.
   """
-  folder = pathlib.Path(folder)
+  folder = disk_path(folder)
   if folder.exists():
     raise DataError(f"{folder} exists; give another folder or remove it.")
   work = folder.with_name(f"{folder.name}.incomplete")

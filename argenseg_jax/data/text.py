@@ -18,6 +18,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from argenseg_jax.config import TokenIds
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.files import Path, as_path
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
 
 SHIPPED = pathlib.Path(__file__).parent / "tokenizer.json"
@@ -110,13 +111,13 @@ class TextTokenizer:
 
   def __init__(
     self,
-    path: str | pathlib.Path | None = None,
+    path: str | Path | None = None,
     *,
     first_code: int | None = None,
   ):
-    path = SHIPPED if path is None else pathlib.Path(path)
+    path = SHIPPED if path is None else as_path(path)
     try:
-      model = tokenizers.Tokenizer.from_file(str(path))
+      model = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # The library raises bare Exceptions.
       raise DataError(f"cannot load text tokenizer {path}: {error}.") from error
     self._set(model, str(path), first_code)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from argenseg_jax.data import files
+from argenseg_jax import files
 from argenseg_jax.data.errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

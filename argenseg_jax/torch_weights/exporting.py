@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint
 from argenseg_jax.config import ModelConfig
+from argenseg_jax.files import copy, disk_path, fetched
 from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
 from argenseg_jax.torch_weights.importing import (
   KEPT_TENSORS,
@@ -55,15 +55,27 @@ def export_weights(
   Raises:
     WeightsError: the checkpoint cannot be written so; nothing is left behind.
   """
-  target = pathlib.Path(target)
+  target = disk_path(target)
   loaded = checkpoint.load(source_path, mesh=mesh)
   if part == "all" and loaded.task == "vqvae":
     part = "vqvae"
   if part == "llm" and loaded.task == "vqvae":
     raise WeightsError(f"{source_path} is an image tokenizer, without llm.")
   refuse_variants(loaded.config, part)
-  kept = checkpoint.kept_files(loaded.path)
-  files = kept if files_from is None else pathlib.Path(files_from)
+  with fetched(checkpoint.kept_files(loaded.path)) as kept:
+    return _write(loaded, kept, target, part, dtype, files_from, max_file_bytes)
+
+
+def _write(
+  loaded: checkpoint.Loaded,
+  kept: pathlib.Path,
+  target: pathlib.Path,
+  part: Part,
+  dtype: str | None,
+  files_from: str | os.PathLike | None,
+  max_file_bytes: int,
+) -> int:
+  files = kept if files_from is None else disk_path(files_from)
   if files_from is not None and not files.is_dir():
     raise WeightsError(f"{files} is not a folder.")
   leaves = {
@@ -100,7 +112,7 @@ def export_weights(
       copy_files(files, folder)
       text_tokenizer = checkpoint.text_tokenizer_path(loaded.path)
       if files_from is None and text_tokenizer.is_file():
-        shutil.copyfile(text_tokenizer, folder / text_tokenizer.name)
+        copy(text_tokenizer, folder / text_tokenizer.name)
     values = _config(loaded.config, part, files)
     text = json.dumps(values, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n")

@@ -23,6 +23,7 @@ from argenseg_jax.config import (
   ModelConfig,
 )
 from argenseg_jax.data import text
+from argenseg_jax.files import disk_path
 from argenseg_jax.models import variants
 from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
 from argenseg_jax.torch_weights.tensors import (
@@ -87,7 +88,7 @@ def import_weights(
   Raises:
     WeightsError: something does not fit; nothing is left behind.
   """
-  path, target = pathlib.Path(source_path), pathlib.Path(target)
+  path, target = disk_path(source_path), disk_path(target)
   plan = _plan(path, vqvae_path, scales, _tokenizer_file(path, text_tokenizer))
   where = str(path)
   make = checkpoint.model_factory(plan.task, plan.config)

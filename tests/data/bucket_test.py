@@ -8,7 +8,7 @@ import pytest
 from data import layouts
 from fsspec.implementations.memory import MemoryFileSystem
 
-from argenseg_jax.config import DataConfig
+from argenseg_jax.config import ConfigError, DataConfig
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.opening import open_source
 
@@ -66,5 +66,5 @@ def test_layouts_of_a_bucket(layout, bucket, tmp_path):
 def test_what_a_bucket_cannot_do_is_said():
   with pytest.raises(DataError, match=r"cannot read gs://bucket/data/no\.json"):
     open_source(DataConfig(path=f"{BUCKET}/no.jsonl", source="jsonl"))
-  with pytest.raises(DataError, match="cannot reach ftp://x/y: "):
+  with pytest.raises(ConfigError, match="cannot reach ftp://x/y: "):
     open_source(DataConfig(path="ftp://x/y", source="jsonl"))

@@ -8,7 +8,7 @@ and sbatch read the printed file). Example:
 
   python -m argenseg_jax.tools.launch queued-resource --name=arg --zone=ZONE \\
     --topology=v5p:4x4x4 --source=git+https://HOST/argenseg_jax -- \\
-    argenseg train --config=configs/argenseg_8b_stage1.py --workdir=/gcs/stage1
+    argenseg train --config=configs/argenseg_8b_stage1.py --workdir=gs://B/stage1
 """
 
 import argparse
@@ -177,7 +177,7 @@ def _start(nodes: list[str], options, train):
     raise ConfigError("TPU hosts need --source, what pip installs there.")
   zone = f"--zone={options.zone}"
   install = (
-    f"pip install -q {shlex.quote(f'argenseg_jax[tpu] @ {options.source}')}"
+    f"pip install -q {shlex.quote(f'argenseg_jax[tpu,gcs] @ {options.source}')}"
   )
   remote = f"--command={install} && {shlex.join(train)}"
   if len(nodes) == 1:

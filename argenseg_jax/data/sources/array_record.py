@@ -11,7 +11,6 @@ import numpy as np
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import transforms
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.files import as_path
 from argenseg_jax.data.sources.sample import (
   Option,
   Sample,
@@ -21,6 +20,7 @@ from argenseg_jax.data.sources.sample import (
   parse_json,
   read_file,
 )
+from argenseg_jax.files import as_path
 
 # Beside TFDS' own files: where the records came from, and their digests.
 NOTE = "source.json"

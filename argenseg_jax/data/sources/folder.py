@@ -2,7 +2,7 @@
 
 import pathlib
 
-from argenseg_jax.data import files
+from argenseg_jax import files
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, digest, read_file
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.files import as_path, is_local
 from argenseg_jax.data.sources.sample import (
   Sample,
   Turn,
@@ -18,6 +17,7 @@ from argenseg_jax.data.sources.sample import (
   read_file,
 )
 from argenseg_jax.data.text import request_text
+from argenseg_jax.files import as_path, is_local
 
 
 class JsonLines:

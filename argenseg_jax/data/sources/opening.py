@@ -9,7 +9,6 @@ from typing import Any
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.files import Path, as_path
 from argenseg_jax.data.sources.array_record import (
   ArrayRecordSource,
   require_fitting,
@@ -30,6 +29,7 @@ from argenseg_jax.data.sources.sample import (
   read_file,
 )
 from argenseg_jax.data.sources.semantic import Ade20kSource, CocoPanopticSource
+from argenseg_jax.files import Path, as_path
 
 # Name in `DataConfig.source` -> (path, split, root) -> source.
 _SOURCES: dict[str, Callable[[str, str, str | None], Source]] = {

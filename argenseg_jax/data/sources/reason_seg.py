@@ -7,7 +7,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from argenseg_jax.data import files, masks
+from argenseg_jax import files
+from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, digest, read_file
 

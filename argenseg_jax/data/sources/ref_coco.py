@@ -2,7 +2,6 @@
 
 import pathlib
 
-from argenseg_jax.data.files import as_path
 from argenseg_jax.data.sources.sample import (
   Option,
   Sample,
@@ -10,6 +9,7 @@ from argenseg_jax.data.sources.sample import (
   as_text,
   digest,
 )
+from argenseg_jax.files import as_path
 
 
 class TfdsRefCocoSource:

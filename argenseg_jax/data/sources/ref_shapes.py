@@ -3,13 +3,13 @@
 import pathlib
 
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.files import as_path
 from argenseg_jax.data.sources.sample import (
   Sample,
   TfdsRecords,
   as_text,
   digest,
 )
+from argenseg_jax.files import as_path
 
 
 class RefShapesSource:

@@ -8,7 +8,6 @@ from typing import Any
 
 from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.files import Path, as_path
 from argenseg_jax.data.sources.sample import (
   Sample,
   below,
@@ -16,6 +15,7 @@ from argenseg_jax.data.sources.sample import (
   parse_json,
   read_file,
 )
+from argenseg_jax.files import Path, as_path
 
 
 class _Builtins(pickle.Unpickler):

@@ -15,7 +15,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from argenseg_jax.data import files, masks, transforms
+from argenseg_jax import files
+from argenseg_jax.data import masks, transforms
 from argenseg_jax.data.errors import DataError
 
 Turn = dict[str, str]  # {"from": "system"|"human"|"gpt", "value": text}

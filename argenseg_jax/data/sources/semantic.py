@@ -4,7 +4,8 @@ import pathlib
 
 import numpy as np
 
-from argenseg_jax.data import files, masks
+from argenseg_jax import files
+from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import (
   Option,

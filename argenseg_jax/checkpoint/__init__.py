@@ -1,0 +1,51 @@
+"""Orbax checkpoints: what a step directory holds, saving, restoring, loading.
+
+A step holds three items: `model` (every variable of the model), `optimizer`
+(moments and counters) and `meta` (JSON: task, resolved model, run config, data
+state, format). Evaluation and prediction read `model` and `meta` only. Its
+manifest tells damage before anything is read (see `integrity`).
+"""
+
+from argenseg_jax.checkpoint.reading import (
+  FORMAT,
+  Description,
+  Loaded,
+  compare,
+  describe,
+  load,
+  model_factory,
+  read_variables,
+  stored_variables,
+  text_tokenizer,
+)
+from argenseg_jax.checkpoint.saving import Checkpoints
+from argenseg_jax.checkpoint.steps import (
+  DAMAGED,
+  KEPT,
+  CheckpointError,
+  is_step,
+  kept_files,
+  step_directory,
+  text_tokenizer_path,
+)
+
+__all__ = [
+  "DAMAGED",
+  "FORMAT",
+  "KEPT",
+  "CheckpointError",
+  "Checkpoints",
+  "Description",
+  "Loaded",
+  "compare",
+  "describe",
+  "is_step",
+  "kept_files",
+  "load",
+  "model_factory",
+  "read_variables",
+  "step_directory",
+  "stored_variables",
+  "text_tokenizer",
+  "text_tokenizer_path",
+]
