@@ -34,6 +34,20 @@ _CHECKED = [
 jaxtyping.install_import_hook(_CHECKED, "beartype.beartype")
 
 
+# They start processes and wait for them: begun last, one would run alone.
+_FIRST = (
+  "killing_test.py",
+  "processes_test.py",
+  "distributed_test.py",
+  "stopping_test.py",
+  "bucket_workdir_test.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: item.path.name not in _FIRST)
+
+
 @pytest.fixture
 def golden():
   """Loads a folder of `tests/golden`: its inputs and recorded outputs."""

@@ -22,7 +22,7 @@ def test_killed_runs_end_as_one_that_was_not(tmp_path):
     env=os.environ | cache,
     capture_output=True,
     text=True,
-    timeout=600,
+    timeout=1200,
     check=False,
   )
   assert done.returncode == 0, done.stdout + done.stderr
