@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from argenseg_jax.kernels import dispatch
 from argenseg_jax.kernels.products import even_blocks
 
-_MIN_SCORES = 2**18  # Fewer a head stay in the cache anyway.
+_MIN_SCORES = 2**22  # Of all rows and heads; fewer stay in the cache anyway.
 _TILE = 2**20  # Scores of all rows and heads: 4 MiB.
 _SIDES = 64, 256  # Fewest and most queries or keys of a tile.
 # Where no tile is left out, larger ones are quicker: more work for each thread.
@@ -102,16 +102,17 @@ def attention_mask(
   return visible & same & (key_segments > 0)[:, None]
 
 
-def attender(visible: Visible | None, queries: int, keys: int) -> Callable:
+def attender(
+  visible: Visible | None, *, rows: int, heads: int, queries: int, keys: int
+) -> Callable:
   """The program to take: a function of queries, keys and values.
 
   Args:
     visible: what is seen; None is everything.
-    queries: their number t.
-    keys: their number s.
+    rows, heads, queries, keys: how many there are.
   """
-  on_cpu = dispatch.target().platform == "cpu"
-  if on_cpu and not dispatch.partitioned() and queries * keys >= _MIN_SCORES:
+  on_cpu = dispatch.target().platform == "cpu" and not dispatch.partitioned()
+  if on_cpu and rows * heads * queries * keys >= _MIN_SCORES:
     return functools.partial(attend_in_tiles, visible=visible)
   mask = None if visible is None else attention_mask(*visible)
   return functools.partial(attend, mask=mask)

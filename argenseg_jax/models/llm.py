@@ -277,7 +277,9 @@ class Decoder(nnx.Module):
       if reach is None:
         reach = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
       visible = attention.Visible(reach, segment_ids, segment_ids)
-      attend = attention.attender(visible, t, t)
+      attend = attention.attender(
+        visible, rows=b, heads=self.config.num_heads, queries=t, keys=t
+      )
 
     def step(layer, x, _):
       q, k, v = layer.attention.project(
@@ -328,7 +330,9 @@ class Decoder(nnx.Module):
       slots_valid[:, :visible_slots].astype(jnp.int32),
     )
     num_seen = visible.key_segments.shape[1]
-    attend = attention.attender(visible, t, num_seen)
+    attend = attention.attender(
+      visible, rows=b, heads=self.config.num_heads, queries=t, keys=num_seen
+    )
     frequencies = self.frequencies(rope_length)
     seen_shape = (b, num_seen, *cache.keys.shape[3:])
 

@@ -299,7 +299,10 @@ class VisionLayer(nnx.Module):
     if self.query_norm is not None:
       q, k = self.query_norm(q), self.key_norm(k)
     q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1) for y in (q, k, v))
-    attend = attention.attender(None, x.shape[1], x.shape[1])
+    b, t = x.shape[:2]
+    attend = attention.attender(
+      None, rows=b, heads=self.num_heads, queries=t, keys=t
+    )
     return self.out(attend(q, k, v).reshape(x.shape))
 
 
