@@ -34,12 +34,13 @@ _CHECKED = [
 jaxtyping.install_import_hook(_CHECKED, "beartype.beartype")
 
 
-# They start processes and wait for them: begun last, one would run alone.
+# They take minutes: begun last, one would run alone.
 _FIRST = (
   "killing_test.py",
   "processes_test.py",
   "distributed_test.py",
   "stopping_test.py",
+  "train_test.py",
   "bucket_workdir_test.py",
 )
 

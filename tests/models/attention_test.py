@@ -49,13 +49,16 @@ def test_a_query_without_keys_gets_the_mean_of_all_values():
   np.testing.assert_allclose(out, mean, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(
-  ("t", "s", "dtype"),
-  [(16, 16, "float32"), (11, 17, "float32"), (9, 5, "bfloat16")],
+  ("t", "s", "kv_heads", "dtype"),
+  [
+    (16, 16, 2, "float32"),
+    (11, 17, 4, "float32"),
+    (9, 5, 1, "bfloat16"),
+  ],
 )
 def test_tiles_give_values_and_gradients_of_whole_attention(
-  kv_heads, t, s, dtype
+  t, s, kv_heads, dtype
 ):
   rng = np.random.default_rng(0)
   shapes = (2, t, 4, 8), (2, s, kv_heads, 8), (2, s, kv_heads, 8)
@@ -71,9 +74,12 @@ def test_tiles_give_values_and_gradients_of_whole_attention(
 
   def of(attend):
     def loss(*x):
-      return jnp.sum(attend(*x).astype(jnp.float32) ** 2)
+      mixed = attend(*x)
+      return jnp.sum(mixed.astype(jnp.float32) ** 2), mixed
 
-    return attend(*inputs), jax.grad(loss, argnums=(0, 1, 2))(*inputs)
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (_, mixed), gradients = jax.jit(gradient)(*inputs)
+    return mixed, gradients
 
   tolerance = 1e-4 if dtype == "float32" else 0.1
   for seen in (None, visible):
