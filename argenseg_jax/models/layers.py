@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from argenseg_jax import sharding
+from argenseg_jax.kernels import dispatch
 
 Axes = tuple[str | None, ...]
 Initializer = Callable[..., Array]
@@ -69,10 +70,13 @@ class Linear(nnx.Module):
     )
 
   def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-    kernel = self.kernel[...].astype(self.dtype)
-    # Of two axes, so that a CPU does not transpose x for the kernel's gradient.
-    y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel
-    y = y.reshape(*x.shape[:-1], -1)
+    x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+    if dispatch.target().platform == "cpu":
+      # Of two axes, so that x is not transposed for the kernel's gradient. (A
+      # TPU takes a quarter more memory for a step of the 1B model that way.)
+      y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+    else:
+      y = x @ kernel
     return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
