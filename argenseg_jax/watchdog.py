@@ -100,7 +100,10 @@ class Watchdog:
       f"step {step + 1} has taken {now - since:.0f} s, the median is "
       f"{median:.2f} s"
     )
-    print(f"{said}; see {self._stacks.name}.", file=sys.stderr, flush=True)
+    name = self._stacks.name
+    print(
+      f"{said}; see {name} in the work directory.", file=sys.stderr, flush=True
+    )
     with self._stacks.open("a") as file:
       file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {said}\n")
       file.flush()
