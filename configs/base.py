@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   c.init_from = ""
 
   c.model = ConfigDict()
-  # See argenseg_jax/models/variants.py; "" takes the model of `init_from`.
+  # See argenseg_jax/variants.py; "" takes the model of `init_from`.
   c.model.variant = "argenseg_8b"
   # Keys of that variant to change: ("llm.num_layers=2",).
   c.model.overrides = ()

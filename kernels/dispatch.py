@@ -43,7 +43,7 @@ def load(op: str, implementation: str | None) -> ModuleType:
 
   None stands for the platform's own: the Pallas kernel on a TPU, the blocked
   XLA form anywhere else, and also where XLA partitions the program over several
-  devices, which it cannot do to a kernel (the sharded forms of the ops can).
+  devices, which it cannot do to a kernel.
   The GPU kernels must be asked for: they compile and are tested in an
   interpreter, but have not run on a GPU yet.
 

@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from argenseg_jax import config as config_lib
+from argenseg_jax import variants
 from argenseg_jax.config import (
   ConfigError,
   LLMConfig,
@@ -15,7 +16,6 @@ from argenseg_jax.config import (
   run_config,
 )
 from argenseg_jax.configs import base, tiny
-from argenseg_jax.models import variants
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 

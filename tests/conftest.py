@@ -27,9 +27,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Shapes in signatures are checked at run time, in tests only.
 _CHECKED = [
   "argenseg_jax.kernels",
-  "argenseg_jax.losses",
   "argenseg_jax.models",
-  "argenseg_jax.sampling",
+  "argenseg_jax.inference.generate",
 ]
 jaxtyping.install_import_hook(_CHECKED, "beartype.beartype")
 
@@ -39,9 +38,9 @@ _FIRST = (
   "killing_test.py",
   "processes_test.py",
   "distributed_test.py",
-  "stopping_test.py",
-  "train_test.py",
-  "bucket_workdir_test.py",
+  "preemption_test.py",
+  "loop_test.py",
+  "gcs_workdir_test.py",
 )
 
 

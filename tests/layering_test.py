@@ -1,107 +1,68 @@
-"""Imports point down: a module may import only what stands above it."""
+"""Imports point down CONTRIBUTING.md's list of files: the whole tree."""
 
 import ast
 import pathlib
+import re
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-# Top to bottom. A module's layer is the longest prefix that matches it.
-LAYERS = [
-  ("argenseg_jax.kernels",),
-  (
-    "argenseg_jax.compilation_cache",
-    "argenseg_jax.version",
-    "argenseg_jax.scales",
-    "argenseg_jax.types",
-  ),
-  ("argenseg_jax.config",),
-  (
-    "argenseg_jax.boxes",
-    "argenseg_jax.bucket_lock",
-    "argenseg_jax.distributed",
-    "argenseg_jax.files",
-    "argenseg_jax.integrity",
-    "argenseg_jax.lock",
-    "argenseg_jax.mirror",
-    "argenseg_jax.stopping",
-    "argenseg_jax.topology",
-    "argenseg_jax.watchdog",
-    "argenseg_jax.workdir",
-  ),
-  ("argenseg_jax.cpu", "argenseg_jax.sharding"),
-  ("argenseg_jax.data",),
-  ("argenseg_jax.models",),
-  (
-    "argenseg_jax.choice",
-    "argenseg_jax.flops",
-    "argenseg_jax.goodput",
-    "argenseg_jax.hlo",
-    "argenseg_jax.losses",
-    "argenseg_jax.metrics",
-    "argenseg_jax.monitor",
-    "argenseg_jax.non_finite",
-    "argenseg_jax.optimizer",
-    "argenseg_jax.sampling",
-    "argenseg_jax.scores",
-    "argenseg_jax.tokenizer_training",
-  ),
-  ("argenseg_jax.bootstrap", "argenseg_jax.understanding"),
-  ("argenseg_jax.predictions",),
-  ("argenseg_jax.checkpoint",),
-  (
-    "argenseg_jax.starting",
-    "argenseg_jax.torch_weights",
-    "argenseg_jax.train_state",
-  ),
-  ("argenseg_jax.parity",),
-  (
-    "argenseg_jax.answering",
-    "argenseg_jax.engine",
-    "argenseg_jax.mask_codes",
-    "argenseg_jax.predict",
-    "argenseg_jax.prompts",
-    "argenseg_jax.rows",
-    "argenseg_jax.train_step",
-  ),
-  ("argenseg_jax.drawing", "argenseg_jax.grounding", "argenseg_jax.report"),
-  ("argenseg_jax.evaluate",),
-  ("argenseg_jax.evaluation_report", "argenseg_jax.tokenizer_eval"),
-  ("argenseg_jax.contact_sheet",),
-  ("argenseg_jax.speed", "argenseg_jax.train_batches", "argenseg_jax.upkeep"),
-  ("argenseg_jax.plan", "argenseg_jax.train"),
-  ("argenseg_jax.quickstart", "argenseg_jax.configs"),
-  ("argenseg_jax.tools",),
-]
+TOPS = ("argenseg_jax", "kernels", "configs", "tools")
 
 
-def _layer(module: str) -> int:
-  fitting = [
-    (len(prefix), index)
-    for index, group in enumerate(LAYERS)
-    for prefix in group
-    if module == prefix or module.startswith(prefix + ".")
-  ]
-  assert fitting, f"{module} belongs to no layer; add it to LAYERS"
-  return max(fitting)[1]
+def _map() -> list[str]:
+  """Modules as CONTRIBUTING.md lists them, top to bottom."""
+  rows = re.findall(
+    r"^\| `([\w/]+)(?:\.py)?` \|.*\| (.*) \|$",
+    (ROOT / "CONTRIBUTING.md").read_text(),
+    re.MULTILINE,
+  )
+  modules = []
+  for wing, listed in rows:
+    parts = wing.rstrip("/").split("/")
+    if parts[-1] in listed.split() and (ROOT / f"{wing}.py").exists():
+      parts.pop()  # A file that is a wing of its own.
+    for group in re.findall(r"[\w/]+\{[^}]*\}|\w+", listed):
+      folder, _, names = group.rpartition("/{")
+      for name in names.rstrip("}").split():
+        path = [*parts, *folder.split("/"), name]
+        if not folder:
+          path = [*parts, name]
+        if path[-2:-1] == path[-1:]:
+          path.pop()  # The wing's own `__init__`.
+        modules.append(_dotted(path))
+  return modules
 
 
-def _modules():
-  for top in ("argenseg_jax", "kernels", "configs", "tools"):
+def _dotted(parts: list[str]) -> str:
+  return ".".join(
+    parts if parts[0] == "argenseg_jax" else ["argenseg_jax", *parts]
+  )
+
+
+def _tree() -> dict[str, pathlib.Path]:
+  """Modules that hold code."""
+  found = {}
+  for top in TOPS:
     for path in sorted((ROOT / top).rglob("*.py")):
       parts = list(path.relative_to(ROOT).with_suffix("").parts)
       if parts[-1] == "__init__":
         parts.pop()
-      if top != "argenseg_jax":
-        parts.insert(0, "argenseg_jax")
-      if parts != ["argenseg_jax"]:
-        yield path, ".".join(parts)
+      if path.name == "__init__.py" and (
+        len(_parsed(path).body) < 2 or parts == ["argenseg_jax"]
+      ):
+        continue  # Nothing but a docstring, or the face of everything.
+      found[_dotted(parts)] = path
+  return found
 
 
-def _imports(path):
-  for node in ast.walk(ast.parse(path.read_text())):
+def _parsed(path: pathlib.Path) -> ast.Module:
+  return ast.parse(path.read_text())
+
+
+def _imports(path: pathlib.Path):
+  for node in ast.walk(_parsed(path)):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -109,12 +70,21 @@ def _imports(path):
         yield f"{node.module}.{alias.name}"
 
 
-@pytest.mark.parametrize(("path", "module"), list(_modules()))
-def test_imports_point_down(path, module):
-  for name in _imports(path):
-    if not name.startswith("argenseg_jax."):
-      continue
-    assert _layer(name) <= _layer(module), f"{module} imports {name}"
+MAP, TREE = _map(), _tree()
+
+
+def test_the_map_is_the_tree():
+  assert len(MAP) == len(set(MAP))
+  assert sorted(MAP) == sorted(TREE)
+
+
+@pytest.mark.parametrize("module", TREE)
+def test_imports_point_down(module):
+  """Strictly: neither up, nor to itself, so that no circle can be."""
+  for name in _imports(TREE[module]):
+    imported = name if name in TREE else name.rpartition(".")[0]
+    if imported in TREE:
+      assert MAP.index(imported) < MAP.index(module), imported
 
 
 def test_kernels_import_jax_only():

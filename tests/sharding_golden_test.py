@@ -9,9 +9,8 @@ import pathlib
 import jax
 from flax import nnx
 
-from argenseg_jax import sharding
+from argenseg_jax import sharding, variants
 from argenseg_jax.config import MeshConfig
-from argenseg_jax.models import variants
 from argenseg_jax.models.argenseg import ARGenSeg
 
 PATH = pathlib.Path(__file__).parent / "golden" / "sharding_8b.json"

@@ -14,8 +14,8 @@ from flax import nnx
 from argenseg_jax import config as config_lib
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import text
-from argenseg_jax.data.row_maker import RowMaker
-from argenseg_jax.data.sources.opening import open_source
+from argenseg_jax.data.example_builder import RowMaker
+from argenseg_jax.data.sources.registry import open_source
 from argenseg_jax.models.argenseg import ARGenSeg
 
 _TOKENIZER = text.TextTokenizer()

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from argenseg_jax import files
-from argenseg_jax.files import Path
+from argenseg_jax.runtime import paths
+from argenseg_jax.runtime.paths import Path
 
 _LINE = "{:>8}  {:>9}  {:16}  {:7}  {:>8}  {}"
 _EPILOG = """examples:
@@ -39,14 +39,14 @@ def main(argv: list[str]) -> int:
   two.add_argument("path")
   two.add_argument("other")
   args = parser.parse_args(argv)
-  path = files.as_path(args.path)
+  path = paths.as_path(args.path)
   if args.command == "ls":
     return _list(_steps(path))
   if args.command == "verify":
     return _verify(_steps(path))
   if args.command == "inspect":
     return _inspect(path)
-  return _diff(path, files.as_path(args.other))
+  return _diff(path, paths.as_path(args.other))
 
 
 def _steps(path: Path) -> list[Path]:
@@ -58,7 +58,7 @@ def _steps(path: Path) -> list[Path]:
   if path.name.isdigit():
     return [path]
   found = [*path.glob("*")]
-  if files.is_local(path):
+  if paths.is_local(path):
     found += path.rglob("checkpoints/*")
   else:  # A bucket is not asked for every name below one.
     found += [*path.glob("checkpoints/*"), *path.glob("*/checkpoints/*")]
@@ -69,7 +69,7 @@ def _steps(path: Path) -> list[Path]:
 
 
 def _list(steps: list[Path]) -> int:
-  from argenseg_jax import integrity
+  from argenseg_jax.checkpoint import manifest
 
   for directory, group in itertools.groupby(steps, lambda step: step.parent):
     print(f"{directory}:")
@@ -78,14 +78,14 @@ def _list(steps: list[Path]) -> int:
     losses = {number: v["loss"] for number, v in log.items() if "loss" in v}
     for step in group:
       number = int(step.name)
-      entries = files.tree(step).values()
+      entries = paths.tree(step).values()
       saved = time.localtime(max((e.modified for e in entries), default=0))
       before = max((s for s in losses if s <= number), default=None)
       cells = (
         step.name,
         f"{sum(e.size for e in entries) / 2**20:.1f}",
         time.strftime("%Y-%m-%d %H:%M", saved),
-        "damaged" if integrity.faults(step, contents=False) else "whole",
+        "damaged" if manifest.faults(step, contents=False) else "whole",
         "" if before is None else f"{losses[before]:.4f}",
         ", ".join(_scores(step, log.get(number, {}))),
       )
@@ -114,7 +114,7 @@ def _numbers(values: Any) -> dict[str, float]:
 def _scores(step: Path, logged: dict[str, float]) -> list[str]:
   """What was measured at a step: by evaluations in training, by the one after
   the last step, and the score that `train.keep_best` goes by."""
-  from argenseg_jax.evaluate import headline
+  from argenseg_jax.evaluation.evaluator import headline
 
   measured: dict[str, dict[str, float]] = {}
   for name, value in logged.items():
@@ -141,11 +141,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _verify(steps: list[Path]) -> int:
-  from argenseg_jax import integrity
+  from argenseg_jax.checkpoint import manifest
 
   damaged = 0
   for step in steps:
-    faults = integrity.faults(step)
+    faults = manifest.faults(step)
     damaged += bool(faults)
     print(f"{step}: {'damaged' if faults else 'good'}")
     for fault in faults:

@@ -53,20 +53,19 @@ def main(argv: list[str] | None = None) -> int:
   from absl import logging
 
   logging.set_verbosity(logging.ERROR)  # Libraries' warnings are not for users.
-  from argenseg_jax import integrity
-  from argenseg_jax.checkpoint import CheckpointError
+  from argenseg_jax.checkpoint import CheckpointError, manifest
   from argenseg_jax.config import ConfigError
   from argenseg_jax.data.errors import DataError
 
   if from_shell and name in _CACHED:
-    from argenseg_jax import compilation_cache
+    from argenseg_jax.runtime import compilation_cache
 
     compilation_cache.enable()
   command = importlib.import_module(module_of(name))
   skips = SKIP in rest
   rest = [argument for argument in rest if argument != SKIP]
   try:
-    with integrity.unverified() if skips else contextlib.nullcontext():
+    with manifest.unverified() if skips else contextlib.nullcontext():
       return command.main(rest)
   except (CheckpointError, ConfigError, DataError) as error:
     print(f"argenseg {name}: {error}", file=sys.stderr)

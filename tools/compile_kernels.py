@@ -30,7 +30,6 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from argenseg_jax import topology
 from argenseg_jax.kernels.chips import CHIPS
 from argenseg_jax.kernels.linear_cross_entropy import (
   linear_cross_entropy,
@@ -44,6 +43,7 @@ from argenseg_jax.kernels.scale_prediction import scale_prediction
 from argenseg_jax.kernels.scale_prediction import (
   shapes as prediction_shapes,
 )
+from argenseg_jax.planning import topology
 
 # The same processors as the H100's: its kernels are these.
 _NOT_COMPILED = ("h200",)

@@ -11,7 +11,6 @@ import pathlib
 from typing import Any
 
 from argenseg_jax import config as config_lib
-from argenseg_jax import files
 from argenseg_jax.config import (
   ConfigError,
   DataConfig,
@@ -19,9 +18,10 @@ from argenseg_jax.config import (
   MeshConfig,
   to_dict,
 )
-from argenseg_jax.files import Path
-from argenseg_jax.tools import data as data_tool
+from argenseg_jax.runtime import paths
+from argenseg_jax.runtime.paths import Path
 from argenseg_jax.tools import train as train_tool
+from argenseg_jax.tools.data import options
 
 RESULTS = "results.json"
 _VERSIONS = ("argenseg_jax", "jax", "flax", "numpy", "pillow", "pycocotools")
@@ -39,12 +39,12 @@ class Settings:
 def main(argv: list[str]) -> int:
   args, config_flags = _parser().parse_known_args(argv)
   if args.rescore:
-    from argenseg_jax import predictions
+    from argenseg_jax.evaluation import records
 
-    _print_table({args.rescore: predictions.rescore(args.rescore)})
+    _print_table({args.rescore: records.rescore(args.rescore)})
     return 0
   out = _checked(args, config_flags)
-  from argenseg_jax import distributed
+  from argenseg_jax.runtime import distributed
 
   distributed.initialize(args.coordinator, args.num_processes, args.process_id)
   with _on_disk(out) as folder:
@@ -54,17 +54,19 @@ def main(argv: list[str]) -> int:
 
 def _on_disk(out: Path | None) -> contextlib.AbstractContextManager:
   """The folder for results, or one that is copied to it."""
-  from argenseg_jax import mirror, predictions
+  from argenseg_jax.evaluation import records
+  from argenseg_jax.runtime import log_sync
 
   if out is None:
     return contextlib.nullcontext()
-  return mirror.on_disk(out, ("eval.json", f"*/{predictions.FILE}"))
+  return log_sync.on_disk(out, ("eval.json", f"*/{records.FILE}"))
 
 
 def _evaluate(
   args: argparse.Namespace, config_flags: list[str], out: pathlib.Path | None
 ) -> None:
-  from argenseg_jax import checkpoint, distributed, sharding
+  from argenseg_jax import checkpoint, sharding
+  from argenseg_jax.runtime import distributed
 
   settings = _settings(checkpoint.describe(args.checkpoint), config_flags)
   loaded = checkpoint.load(
@@ -187,7 +189,7 @@ def _checked(args: argparse.Namespace, config_flags: list[str]) -> Path | None:
     raise ConfigError("give --checkpoint=DIR, or --rescore=FILE.")
   if args.report and (not args.out or args.what == "tokenizer"):
     raise ConfigError("--report needs --out=DIR, and a whole model.")
-  out = files.as_path(args.out) if args.out else None
+  out = paths.as_path(args.out) if args.out else None
   if out is not None and (out / RESULTS).exists():
     raise ConfigError(f"{out / RESULTS} exists; give another --out.")
   return out
@@ -244,7 +246,7 @@ def _data_sets(
     if not source or "/" in split:
       source, split = given, args.split
     asked = argparse.Namespace(sources=[source], split=split, root=args.root)
-    data = data_tool.one_source(own, asked)
+    data = options.one_source(own, asked)
     stem = pathlib.Path(data.path).stem
     name = f"{stem}_{split}" if split else stem
     if name in found:  # One folder may hold several layouts.
@@ -261,8 +263,9 @@ def _measure_model(
   """The metrics of each data set; answers go to its predictions.jsonl."""
   from flax import nnx
 
-  from argenseg_jax import checkpoint, rows
-  from argenseg_jax.evaluate import Evaluator
+  from argenseg_jax import checkpoint
+  from argenseg_jax.data import examples
+  from argenseg_jax.evaluation.evaluator import Evaluator
 
   if loaded.task != "mllm":
     raise ConfigError(
@@ -274,12 +277,12 @@ def _measure_model(
   evaluator = Evaluator(graph, settings.eval)
   results = {}
   for name, data in asked.items():
-    made = rows.make_rows(data, "mllm", loaded.config, tokenizer)
-    made = rows.of_split(made, data.split)
+    made = examples.make_rows(data, "mllm", loaded.config, tokenizer)
+    made = examples.of_split(made, data.split)
     folder = None if out is None else out / name
     results[name] = _answer_all(evaluator, state, made, name, args, folder)
   if args.report:
-    from argenseg_jax import evaluation_report
+    from argenseg_jax.evaluation import report as evaluation_report
 
     evaluation_report.write(
       out / "report.html",
@@ -293,8 +296,9 @@ def _measure_model(
 
 def _answer_all(evaluator, state, made, name, args, folder):
   """Answers what is not answered yet, and scores everything."""
-  from argenseg_jax import distributed, predictions
-  from argenseg_jax.monitor import Progress
+  from argenseg_jax.evaluation import records
+  from argenseg_jax.runtime import distributed
+  from argenseg_jax.runtime.metric_writer import Progress
 
   total = min(args.max_samples or len(made.source), len(made.source))
   main = distributed.is_main()
@@ -302,9 +306,9 @@ def _answer_all(evaluator, state, made, name, args, folder):
   if folder is not None:
     if main:
       folder.mkdir(exist_ok=True)
-      path = folder / predictions.FILE
+      path = folder / records.FILE
       size = evaluator.batch_size(state)
-      answered = predictions.keep_whole_batches(path, size)
+      answered = records.keep_whole_batches(path, size)
       file = path.open("a")
     answered = distributed.gathered(answered)
   start = answered[-1]["sample"] + 1 if answered else 0
@@ -337,20 +341,20 @@ def _measure_tokenizer(
   """What an image tokenizer keeps of the masks of each data set."""
   from flax import nnx
 
-  from argenseg_jax import rows
+  from argenseg_jax.data import examples
   from argenseg_jax.data.text import TextTokenizer
-  from argenseg_jax.tokenizer_eval import tokenizer_ceiling
+  from argenseg_jax.evaluation.tokenizer import tokenizer_ceiling
 
   whole = loaded.task == "mllm"
   graph, state = nnx.split(loaded.model.vqvae if whole else loaded.model)
   results = {}
   for name, data in asked.items():
     # No text is read.
-    made = rows.make_rows(data, "vqvae", loaded.config, TextTokenizer())
+    made = examples.make_rows(data, "vqvae", loaded.config, TextTokenizer())
     results[name] = tokenizer_ceiling(
       graph,
       state,
-      rows.of_split(made, data.split),
+      examples.of_split(made, data.split),
       batch_size=settings.eval.batch_size,
       max_samples=args.max_samples,
       every_prefix=True,
@@ -374,7 +378,7 @@ def _claim(out: pathlib.Path, report: dict[str, Any], name: str) -> None:
 
 def _hash(step: pathlib.Path) -> str:
   """Of the manifest, which holds the hash of every file."""
-  from argenseg_jax.integrity import MANIFEST
+  from argenseg_jax.checkpoint.manifest import MANIFEST
 
   path = step / MANIFEST
   return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""

@@ -25,10 +25,11 @@ def main(argv: list[str]) -> int:
   args = parser.parse_args(argv)
   from PIL import Image
 
-  from argenseg_jax import checkpoint, report
+  from argenseg_jax import checkpoint
   from argenseg_jax.config import ConfigError
-  from argenseg_jax.drawing import draw_images
-  from argenseg_jax.files import disk_path
+  from argenseg_jax.inference.text_to_image import draw_images
+  from argenseg_jax.runtime.paths import disk_path
+  from argenseg_jax.visualize import render
 
   if args.guidance < 0:
     raise ConfigError(f"--guidance is {args.guidance}; use 0 or more.")
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
   pictures, stages = draw_images(
     checkpoint.load(args.checkpoint), args.text, guidance=args.guidance
   )
-  strips = [report.join_strip(stage, 128) for stage in stages]
+  strips = [render.join_strip(stage, 128) for stage in stages]
   drawn = [part for pair in zip(pictures, strips, strict=True) for part in pair]
   for file, pixels in zip(files, drawn, strict=True):
     Image.fromarray(pixels).save(file)

@@ -33,8 +33,8 @@ def main(argv: list[str]) -> int:
   # Arithmetic is in question, not speed: compile quickly, multiply exactly.
   jax.config.update("jax_disable_most_optimizations", True)
   jax.config.update("jax_default_matmul_precision", "highest")
-  from argenseg_jax import files
-  from argenseg_jax.parity import run
+  from argenseg_jax.runtime import paths
+  from argenseg_jax.torch_weights.parity import run
 
   verdicts, skipped = run.parity(args.folder)
   report = json.dumps(run.as_json(verdicts, skipped), indent=1)
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
   else:
     print(_table(verdicts, skipped))
   if args.json not in (None, "-"):
-    files.disk_path(args.json).write_text(report + "\n")
+    paths.disk_path(args.json).write_text(report + "\n")
   right = all(verdict.ok for verdict in verdicts.values())
   return 0 if right and not skipped else 1
 

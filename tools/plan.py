@@ -37,11 +37,12 @@ def main(argv: list[str]) -> int:
   config = parse(values, argv, needs_data=False)
   if not values.topology:
     raise ConfigError("give a topology: --topology=v5p:4x4x4.")
-  from argenseg_jax import topology as topology_lib
+  from argenseg_jax.planning import topology as topology_lib
 
   topology = topology_lib.parse(values.topology, values.slices)
   topology_lib.prepare(topology)
-  from argenseg_jax import plan, sharding
+  from argenseg_jax import sharding
+  from argenseg_jax.planning import plan
 
   mesh = sharding.make_mesh(
     config.mesh, topology_lib.devices(topology), slices=topology.slices

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from argenseg_jax.config import ConfigError
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.files import disk_path
+from argenseg_jax.runtime.paths import disk_path
 from argenseg_jax.tools import warmup
 
 EPILOG = """\
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
   folder.mkdir(parents=True, exist_ok=True)
   writer = _Writer(folder, suffix, kinds)
   bad = 0
-  from argenseg_jax.monitor import Progress
+  from argenseg_jax.runtime.metric_writer import Progress
 
   bar = Progress("predict", len(jobs), active=not alone)
   try:
@@ -320,13 +320,13 @@ class _Writer:
   def __call__(self, job: Job, image, answer) -> list[pathlib.Path]:
     from PIL import Image
 
-    from argenseg_jax import report
     from argenseg_jax.data.masks import run_lengths
+    from argenseg_jax.visualize import render
 
     draw = {
       "mask": lambda: answer.seg_mask,
-      "overlay": lambda: report.overlay(image, answer.seg_mask),
-      "strip": lambda: report.join_strip(answer.strip, 128),
+      "overlay": lambda: render.overlay(image, answer.seg_mask),
+      "strip": lambda: render.join_strip(answer.strip, 128),
     }
     files = []
     for kind in KINDS[:3]:

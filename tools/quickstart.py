@@ -28,13 +28,14 @@ def main(argv: list[str]) -> int:
     help="about how long training may take; fewer give a worse model",
   )
   args = parser.parse_args(argv)
-  from argenseg_jax import cpu, files, quickstart, stopping, train
   from argenseg_jax.config import ConfigError, run_config
-  from argenseg_jax.non_finite import Diverged
+  from argenseg_jax.runtime import cpu, paths, preemption
+  from argenseg_jax.runtime.nan_guard import Diverged
+  from argenseg_jax.training import loop, quickstart
 
   if args.minutes <= 0:
     raise ConfigError("--minutes must be above 0.")
-  workdir = files.disk_path(args.workdir).absolute()
+  workdir = paths.disk_path(args.workdir).absolute()
   config = scaled_config(args.seed, args.minutes / FULL_MINUTES)
   config.data.path = str(workdir / "data")
   num_train = max(min(int(30_000 * args.minutes / FULL_MINUTES), 60_000), 256)
@@ -45,12 +46,12 @@ def main(argv: list[str]) -> int:
     results = quickstart.run(
       run, workdir, num_train=num_train, num_eval=num_eval
     )
-  except stopping.Interrupted as stopped:
+  except preemption.Interrupted as stopped:
     print(f"argenseg quickstart: {stopped}", file=sys.stderr)
-    return stopping.INTERRUPTED
+    return preemption.INTERRUPTED
   except Diverged as error:
     print(f"argenseg quickstart: {error}", file=sys.stderr)
-    return train.DIVERGED
+    return loop.DIVERGED
   print(summary(results, workdir))
   return 0
 

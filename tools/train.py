@@ -6,8 +6,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from argenseg_jax import files
 from argenseg_jax.config import ConfigError
+from argenseg_jax.runtime import paths
 
 HELP = """\
 argenseg train --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
   config = parse(values, argv)
   if not values.workdir:
     raise ConfigError("give a work directory: --workdir=DIR.")
-  from argenseg_jax import cpu, distributed
+  from argenseg_jax.runtime import cpu, distributed
 
   cpu.use_all_cores(config)
   distributed.initialize(
@@ -51,21 +51,22 @@ def main(argv: list[str]) -> int:
     values.process_id,
     values.heartbeat_seconds,
   )
-  from argenseg_jax import stopping, train
-  from argenseg_jax.non_finite import Diverged
+  from argenseg_jax.runtime import preemption
+  from argenseg_jax.runtime.nan_guard import Diverged
+  from argenseg_jax.training import loop
 
   try:
-    train.run(
+    loop.run(
       config,
-      files.as_path(values.workdir),
+      paths.as_path(values.workdir),
       accept_changed_data=values.accept_changed_data,
     )
-  except stopping.Interrupted as stopped:
+  except preemption.Interrupted as stopped:
     print(f"argenseg train: {stopped}", file=sys.stderr)
-    return stopping.INTERRUPTED
+    return preemption.INTERRUPTED
   except Diverged as error:
     print(f"argenseg train: {error}", file=sys.stderr)
-    return train.DIVERGED
+    return loop.DIVERGED
   return 0
 
 

@@ -82,7 +82,7 @@ def open_predictor(args: argparse.Namespace, *, batch_size: int):
 
   from argenseg_jax import config as config_lib
   from argenseg_jax.checkpoint import describe
-  from argenseg_jax.predict import Predictor
+  from argenseg_jax.inference.predictor import Predictor
 
   run = describe(args.checkpoint).meta["run"]
   settings = config_lib.from_mapping(config_lib.EvalConfig, run["eval"])

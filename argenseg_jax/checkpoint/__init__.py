@@ -3,10 +3,19 @@
 A step holds three items: `model` (every variable of the model), `optimizer`
 (moments and counters) and `meta` (JSON: task, resolved model, run config, data
 state, format). Evaluation and prediction read `model` and `meta` only. Its
-manifest tells damage before anything is read (see `integrity`).
+manifest tells damage before anything is read (see `manifest`).
 """
 
-from argenseg_jax.checkpoint.reading import (
+from argenseg_jax.checkpoint.layout import (
+  DAMAGED,
+  KEPT,
+  CheckpointError,
+  is_step,
+  kept_files,
+  step_directory,
+  text_tokenizer_path,
+)
+from argenseg_jax.checkpoint.load import (
   FORMAT,
   Description,
   Loaded,
@@ -18,16 +27,7 @@ from argenseg_jax.checkpoint.reading import (
   stored_variables,
   text_tokenizer,
 )
-from argenseg_jax.checkpoint.saving import Checkpoints
-from argenseg_jax.checkpoint.steps import (
-  DAMAGED,
-  KEPT,
-  CheckpointError,
-  is_step,
-  kept_files,
-  step_directory,
-  text_tokenizer_path,
-)
+from argenseg_jax.checkpoint.manager import Checkpoints
 
 __all__ = [
   "DAMAGED",

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from argenseg_jax.data.row_maker import Row, RowMaker
+from argenseg_jax.data.example_builder import Row, RowMaker
 from argenseg_jax.types import IGNORE_TARGET, Batch
 
 _TEXT = {"tokens": 0, "targets": IGNORE_TARGET, "positions": 0}

@@ -18,9 +18,9 @@ from absl import flags
 
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.example_builder import RowMaker, stack_rows
 from argenseg_jax.data.packing import Packer
-from argenseg_jax.data.row_maker import RowMaker, stack_rows
-from argenseg_jax.data.sources.opening import Mixture
+from argenseg_jax.data.sources.registry import Mixture
 from argenseg_jax.types import Batch
 
 # Called once for each bad record with its index and what is wrong with it.

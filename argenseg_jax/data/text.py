@@ -18,7 +18,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from argenseg_jax.config import TokenIds
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.files import Path, as_path
+from argenseg_jax.runtime.paths import Path, as_path
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
 
 SHIPPED = pathlib.Path(__file__).parent / "tokenizer.json"

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from argenseg_jax import files
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.runtime import paths
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,7 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 Backend = Literal["pillow", "opencv"]
-Encoded = bytes | str | files.Path
+Encoded = bytes | str | paths.Path
 
 # A larger picture is refused before it is decoded; Pillow's own limit.
 MAX_PIXELS = 89_478_485

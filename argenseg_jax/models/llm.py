@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from argenseg_jax.config import LLMConfig
-from argenseg_jax.models import attention, flash, layers
+from argenseg_jax.models import attention, layers, splash_attention
 
 
 class KVCache(NamedTuple):
@@ -187,7 +187,7 @@ class Decoder(nnx.Module):
         param_dtype,
       )
     )
-    # [vocab], where `quantized.quantize` made the head's numbers eight-bit.
+    # [vocab], where `int8.quantize` made the head's numbers eight-bit.
     self.head_scale = None
 
   def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -271,8 +271,10 @@ class Decoder(nnx.Module):
     """
     b, t, _ = x.shape
     frequencies = self.frequencies(t if rope_length is None else rope_length)
-    if reach is None and flash.available(t):
-      attend = functools.partial(flash.attend, segment_ids=segment_ids)
+    if reach is None and splash_attention.available(t):
+      attend = functools.partial(
+        splash_attention.attend, segment_ids=segment_ids
+      )
     else:
       if reach is None:
         reach = jnp.broadcast_to(jnp.arange(t)[None], (b, t))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from argenseg_jax.config import VQVAEConfig
 from argenseg_jax.models import attention, layers
-from argenseg_jax.models.quantizer import Quantizer
+from argenseg_jax.models.vq import Quantizer
 
 
 class Reconstruction(NamedTuple):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint
 from argenseg_jax.config import ModelConfig
-from argenseg_jax.files import copy, disk_path, fetched
+from argenseg_jax.runtime.paths import copy, disk_path, fetched
 from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
 from argenseg_jax.torch_weights.importing import (
   KEPT_TENSORS,

@@ -14,7 +14,7 @@ import tokenizers
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, sharding
+from argenseg_jax import checkpoint, sharding, variants
 from argenseg_jax import config as config_lib
 from argenseg_jax.config import (
   DataConfig,
@@ -23,8 +23,7 @@ from argenseg_jax.config import (
   ModelConfig,
 )
 from argenseg_jax.data import text
-from argenseg_jax.files import disk_path
-from argenseg_jax.models import variants
+from argenseg_jax.runtime.paths import disk_path
 from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
 from argenseg_jax.torch_weights.tensors import (
   Computed,

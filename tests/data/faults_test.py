@@ -12,10 +12,10 @@ from argenseg_jax.config import DataConfig, run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.pipeline import TrainIterator
-from argenseg_jax.data.row_maker import RowMaker
-from argenseg_jax.data.sources.opening import open_source
-from argenseg_jax.train_batches import open_batches
+from argenseg_jax.data.sources.registry import open_source
+from argenseg_jax.training.batches import open_batches
 from argenseg_jax.types import CODE_TARGET
 
 NUM_CODES = 5

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from data import layouts
 
-from argenseg_jax import boxes
 from argenseg_jax.config import DataConfig
-from argenseg_jax.data import text
+from argenseg_jax.data import boxes, text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources import interactive
-from argenseg_jax.data.sources.opening import open_source
+from argenseg_jax.data.sources.registry import open_source
 
 
 @pytest.fixture

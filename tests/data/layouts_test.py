@@ -10,9 +10,9 @@ from data import layouts
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.pipeline import TrainIterator, eval_batches
-from argenseg_jax.data.row_maker import RowMaker
-from argenseg_jax.data.sources.opening import open_source
+from argenseg_jax.data.sources.registry import open_source
 from argenseg_jax.types import CODE_TARGET
 
 TOKENIZER = text.TextTokenizer()

@@ -12,9 +12,9 @@ from PIL import Image
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import pipeline, text
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.ref_shapes import builder
-from argenseg_jax.data.row_maker import RowMaker
-from argenseg_jax.data.sources.opening import open_source
+from argenseg_jax.data.sources.registry import open_source
 from argenseg_jax.types import CODE_TARGET, Batch
 
 TOKENIZER = text.TextTokenizer()

@@ -10,13 +10,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from argenseg_jax import checkpoint, integrity, sharding
+from argenseg_jax import checkpoint, sharding
 from argenseg_jax import config as config_lib
-from argenseg_jax.checkpoint import CheckpointError, Checkpoints
+from argenseg_jax.checkpoint import CheckpointError, Checkpoints, manifest
 from argenseg_jax.config import MeshConfig, run_config
 from argenseg_jax.configs import tiny
-from argenseg_jax.starting import model_config
 from argenseg_jax.tools import cli
+from argenseg_jax.training.initialize import model_config
 
 
 def _state(value):
@@ -91,7 +91,7 @@ def _restore(workdir):
 
 def test_undamaged_steps_have_no_faults(saved):
   for step in (1, 2):
-    assert integrity.faults(saved / "checkpoints" / str(step)) == ()
+    assert manifest.faults(saved / "checkpoints" / str(step)) == ()
 
 
 def test_every_file_of_a_step_is_signed(saved):
@@ -113,7 +113,7 @@ def test_a_run_goes_back_to_the_newest_good_step(kind, workdir, capsys):
   # Put aside, not deleted: the step can be saved again.
   assert (workdir / "damaged_checkpoints" / "2").is_dir()
   assert not (workdir / "checkpoints" / "2").exists()
-  assert integrity.faults(workdir / "checkpoints" / "3") == ()
+  assert manifest.faults(workdir / "checkpoints" / "3") == ()
 
 
 def test_readers_pass_over_a_damaged_step(workdir, capsys):
@@ -123,7 +123,7 @@ def test_readers_pass_over_a_damaged_step(workdir, capsys):
   assert "looking for an older one" in capsys.readouterr().err
   with pytest.raises(CheckpointError, match=r"2 is damaged: .*has changed"):
     checkpoint.step_directory(checkpoints / "2")
-  with integrity.unverified():
+  with manifest.unverified():
     assert checkpoint.step_directory(workdir) == checkpoints / "2"
 
 
@@ -277,7 +277,7 @@ def test_another_format_is_refused_before_anything_is_restored(workdir):
   path = step / "meta" / "metadata"
   meta = json.loads(path.read_text()) | {"format": 99}
   path.write_text(json.dumps(meta))
-  integrity.sign(step)
+  manifest.sign(step)
   with pytest.raises(
     CheckpointError, match=r"2 has format 99, this version reads 1"
   ):
@@ -310,7 +310,7 @@ def test_latest_regular_and_best_steps_are_kept(tmp_path, capsys):
   kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
   assert kept == [2, 4, 8, 9]
   for step in kept:
-    assert integrity.faults(tmp_path / "checkpoints" / str(step)) == ()
+    assert manifest.faults(tmp_path / "checkpoints" / str(step)) == ()
   listed = _listed(tmp_path, capsys)
   assert listed[2] == "whole score 0.9000"
   assert listed[8] == "whole"

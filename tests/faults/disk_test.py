@@ -14,10 +14,9 @@ from flax import nnx
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
-from argenseg_jax import integrity
-from argenseg_jax.checkpoint import CheckpointError, Checkpoints
-from argenseg_jax.monitor import MetricsWriter
-from argenseg_jax.non_finite import NonFinite
+from argenseg_jax.checkpoint import CheckpointError, Checkpoints, manifest
+from argenseg_jax.runtime.metric_writer import MetricsWriter
+from argenseg_jax.runtime.nan_guard import NonFinite
 from argenseg_jax.tools import cli
 
 
@@ -49,13 +48,13 @@ def test_a_full_disk_is_a_sentence_and_spoils_nothing(small_disk):
     checkpoints.wait()
   with contextlib.suppress(CheckpointError):
     checkpoints.close()
-  assert integrity.faults(small_disk / "checkpoints" / "1") == ()
+  assert manifest.faults(small_disk / "checkpoints" / "1") == ()
   again = Checkpoints(small_disk, keep=3)
   assert again.newest_good() == 1
   again.save(2, _state(64), (jnp.zeros(2),), {})
   again.wait()
   again.close()
-  assert integrity.faults(small_disk / "checkpoints" / "2") == ()
+  assert manifest.faults(small_disk / "checkpoints" / "2") == ()
 
 
 def _fill(folder):

@@ -20,8 +20,10 @@ import time
 import jax
 import numpy as np
 
-from argenseg_jax import checkpoint, distributed, evaluate, non_finite, sharding
+from argenseg_jax import checkpoint, sharding
 from argenseg_jax.data import pipeline
+from argenseg_jax.evaluation import evaluator
+from argenseg_jax.runtime import distributed, nan_guard
 from argenseg_jax.tools import cli
 
 _AGREE = 3.0  # Seconds that hosts have to agree, once JAX has the signal.
@@ -100,9 +102,9 @@ def _before(owner, name, act):
 def _inject(faults: _Faults) -> None:
   iterator = pipeline.TrainIterator
   iterator.__next__ = faults.batch(iterator.__next__)
-  _before(non_finite.NonFinite, "note", lambda _, step, *__: faults.noted(step))
+  _before(nan_guard.NonFinite, "note", lambda _, step, *__: faults.noted(step))
   _before(sharding, "put_batch", lambda *_: faults.put())
-  _before(evaluate, "left_pad", lambda *_: faults.evaluated())
+  _before(evaluator, "left_pad", lambda *_: faults.evaluated())
   _before(
     checkpoint.Checkpoints,
     "_sign",

@@ -2,8 +2,10 @@
 
 import pytest
 
-from argenseg_jax import checkpoint, non_finite, quickstart, stopping, train
+from argenseg_jax import checkpoint
+from argenseg_jax.runtime import nan_guard, preemption
 from argenseg_jax.tools import cli
+from argenseg_jax.training import loop, quickstart
 
 
 @pytest.mark.parametrize(
@@ -11,8 +13,8 @@ from argenseg_jax.tools import cli
   [
     (None, 0),
     (checkpoint.CheckpointError("this happened."), 2),
-    (stopping.Interrupted("this happened."), 3),
-    (non_finite.Diverged("this happened."), 4),
+    (preemption.Interrupted("this happened."), 3),
+    (nan_guard.Diverged("this happened."), 4),
   ],
 )
 def test_how_a_run_ended(raised, code, tmp_path, monkeypatch, request, capsys):
@@ -23,7 +25,7 @@ def test_how_a_run_ended(raised, code, tmp_path, monkeypatch, request, capsys):
     if raised is not None:
       raise raised
 
-  monkeypatch.setattr(train, "run", run)
+  monkeypatch.setattr(loop, "run", run)
   config = request.config.rootpath / "configs" / "tiny.py"
   arguments = [f"--config={config}", "--config.data.path=x"]
   assert cli.main(["train", *arguments, f"--workdir={tmp_path}"]) == code
@@ -33,7 +35,7 @@ def test_how_a_run_ended(raised, code, tmp_path, monkeypatch, request, capsys):
 
 
 @pytest.mark.parametrize(
-  ("error", "code"), [(stopping.Interrupted, 3), (non_finite.Diverged, 4)]
+  ("error", "code"), [(preemption.Interrupted, 3), (nan_guard.Diverged, 4)]
 )
 def test_how_a_quickstart_ended(error, code, tmp_path, monkeypatch, capsys):
   def run(*_, **__):

@@ -29,14 +29,17 @@ if __name__ == "__main__":  # Pytest puts it on the path by itself.
   sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from data import layouts
 
-from argenseg_jax import checkpoint, integrity, mask_codes, predictions
+from argenseg_jax import checkpoint
+from argenseg_jax.checkpoint import manifest as integrity
 from argenseg_jax.config import ConfigError, DataConfig
 from argenseg_jax.data import masks, text, transforms
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.row_maker import RowMaker
+from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.sources import array_record
-from argenseg_jax.data.sources.opening import open_source
+from argenseg_jax.data.sources.registry import open_source
+from argenseg_jax.evaluation import records
 from argenseg_jax.torch_weights import hf_config, tensors
+from argenseg_jax.training import code_cache
 
 _TOKENIZER = text.TextTokenizer()
 _HUGE = [2**31, -(2**31) - 1, 2**63, 10**400, -1, 0, 1e308, float("nan")]
@@ -281,7 +284,7 @@ def _codes() -> Callable[[Any], None]:
   def target(data):
     path.write_bytes(data.draw(mutated(raw)))
     with contextlib.suppress(ConfigError):
-      mask_codes.stored(path, (3, 1, 5), 16)
+      code_cache.stored(path, (3, 1, 5), 16)
 
   return target
 
@@ -295,7 +298,7 @@ def _predictions() -> Callable[[Any], None]:
   def target(data):
     path.write_bytes(data.draw(spoiled(json.dumps(record).encode())) + b"\n")
     with contextlib.suppress(DataError):
-      predictions.rescore(path)
+      records.rescore(path)
 
   return target
 

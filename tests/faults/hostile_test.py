@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from data import layouts
 
-from argenseg_jax import mask_codes
 from argenseg_jax.config import ConfigError, DataConfig
 from argenseg_jax.data import masks, text, transforms
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.sources.opening import open_source
 from argenseg_jax.data.sources.refer import read_refs
-from argenseg_jax.parity import compare
+from argenseg_jax.data.sources.registry import open_source
 from argenseg_jax.torch_weights import tensors
+from argenseg_jax.torch_weights.parity import compare
 from argenseg_jax.torch_weights.tensors import WeightsError
+from argenseg_jax.training import code_cache
 
 
 @pytest.fixture(autouse=True)
@@ -260,13 +260,13 @@ def test_codes_that_unpack_to_gigabytes_are_not_unpacked(tmp_path):
         file.write(bytes(1 << 20))
     archive.writestr("../../note.npy", b"x")
   with pytest.raises(ConfigError, match=r"codes.npz is not .* unpacks to 4"):
-    mask_codes.stored(path, (3, 1, 5), 16)
+    code_cache.stored(path, (3, 1, 5), 16)
   for codes in (np.full((3, 1, 5), 16, np.int32), np.zeros(3, object)):
     file = io.BytesIO()
     np.savez(file, codes=codes, note="{}")
     path.write_bytes(file.getvalue())
     with pytest.raises(ConfigError, match="is not a file of `argenseg data"):
-      mask_codes.stored(path, (3, 1, 5), 16)
+      code_cache.stored(path, (3, 1, 5), 16)
 
 
 def test_archives_unpack_nowhere_and_are_not_believed(tmp_path):
@@ -276,7 +276,7 @@ def test_archives_unpack_nowhere_and_are_not_believed(tmp_path):
   outside = str(tmp_path / "outside")
   arrays = {"codes": np.ones((3, 1, 5), np.int32), "note": "{}"}
   np.savez(path, **arrays, **{"../../outside": 1, outside: 1})
-  codes, note = mask_codes.stored(path, (3, 1, 5), 16)
+  codes, note = code_cache.stored(path, (3, 1, 5), 16)
   assert codes.sum() == 15
   assert note == {}
   assert [p.name for p in tmp_path.rglob("*")] == ["a", "b", "codes.npz"]
@@ -286,7 +286,7 @@ def test_archives_unpack_nowhere_and_are_not_believed(tmp_path):
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("codes.npy", header.getvalue() + b"few")
   with pytest.raises(ConfigError, match="fewer bytes than"):
-    mask_codes.stored(path, (3, 1, 5), 16)
+    code_cache.stored(path, (3, 1, 5), 16)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_an_array_with_an_odd_header_is_refused(header, tmp_path):
   with zipfile.ZipFile(tmp_path / "codes.npz", "w") as archive:
     archive.writestr("codes.npy", b"\x93NUMPY\x01\x00v\x00" + raw)
   with pytest.raises(ConfigError, match=r"codes.npz is not a file of"):
-    mask_codes.stored(tmp_path / "codes.npz", (3, 1, 5), 16)
+    code_cache.stored(tmp_path / "codes.npz", (3, 1, 5), 16)
 
 
 def test_recordings_that_unpack_to_gigabytes_are_not_unpacked(tmp_path):

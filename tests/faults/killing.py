@@ -25,12 +25,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-from distributed_test import COMMAND
 from faults.tiny_run import options
+from runtime.distributed_test import COMMAND
 
-from argenseg_jax import checkpoint, integrity, train
+from argenseg_jax import checkpoint
+from argenseg_jax.checkpoint import manifest
 from argenseg_jax.data.ref_shapes import builder
 from argenseg_jax.tools import cli
+from argenseg_jax.training import loop as train
 
 SAVE_EVERY = 2
 # The steps since the last save, and those while it was being written.
@@ -105,9 +107,7 @@ def newest(workdir: pathlib.Path) -> int:
   folder = workdir / "mllm" / "checkpoints"
   names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
   step = max([int(name) for name in names if name.isdigit()], default=0)
-  assert not step or not integrity.faults(folder / str(step)), folder / str(
-    step
-  )
+  assert not step or not manifest.faults(folder / str(step)), folder / str(step)
   return step
 
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from argenseg_jax import lock
 from argenseg_jax.config import ConfigError
+from argenseg_jax.runtime import lock
 from argenseg_jax.tools import cli
 
 _HOLD = """

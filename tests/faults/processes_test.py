@@ -8,11 +8,13 @@ import subprocess
 import sys
 
 import pytest
-from distributed_test import COMMAND
 from faults.tiny_run import options
+from runtime.distributed_test import COMMAND
 
-from argenseg_jax import integrity, stopping, train
+from argenseg_jax.checkpoint import manifest
 from argenseg_jax.data.ref_shapes import builder
+from argenseg_jax.runtime import preemption
+from argenseg_jax.training import loop
 
 _DRIVER = pathlib.Path(__file__).parent / "driver.py"
 
@@ -92,7 +94,7 @@ def _losses(workdir):
 def _steps(workdir):
   folder = workdir / "mllm" / "checkpoints"
   for step in folder.iterdir():
-    assert integrity.faults(step) == ()
+    assert manifest.faults(step) == ()
   return sorted(int(step.name) for step in folder.iterdir())
 
 
@@ -111,21 +113,21 @@ def test_stopped_and_gone_on_with_by_one_two_and_one_process(start, tmp_path):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   # What this one is for is over when it diverges.
   ((code, output),) = start(whole, "nan:6,nan:21,nan:22")
-  assert code == train.DIVERGED, output
+  assert code == loop.DIVERGED, output
   assert "not finite in 2 steps in a row, the last of them 22" in output
   expected = {k: v for k, v in _losses(whole).items() if k < 21}
   assert len(expected) == 20
 
   evaluated = ["--config.mllm.train.eval_every=14"]
   ((code, output),) = start(parts, "term:3", arguments=evaluated)
-  assert code == stopping.INTERRUPTED, output
+  assert code == preemption.INTERRUPTED, output
   assert "stopped at step 3" in output
   assert _steps(parts) == [3]
 
   for moment, (*faults, may_stop) in MOMENTS.items():
     first, second = start(parts, *faults, arguments=evaluated)
     output = f"{moment}: {first[1]}\n{second[1]}"
-    assert first[0] == second[0] == stopping.INTERRUPTED, output
+    assert first[0] == second[0] == preemption.INTERRUPTED, output
     assert output.count("SIGTERM: ") == 1, output
     steps = _steps(parts)
     assert steps[-1] in may_stop, output
@@ -171,7 +173,7 @@ with stopping.listening(7.0):
   try:
     for process in processes:
       _, said = process.communicate(timeout=90)
-      assert process.returncode == stopping.INTERRUPTED, said
+      assert process.returncode == preemption.INTERRUPTED, said
       assert "goes on from the last complete checkpoint" in said
   finally:
     for process in processes:

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from argenseg_jax.goodput import Goodput
-from argenseg_jax.watchdog import Watchdog
+from argenseg_jax.runtime.goodput import Goodput
+from argenseg_jax.runtime.watchdog import Watchdog
 
 
 def _until(condition):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from argenseg_jax import hlo, sharding, topology
+from argenseg_jax import sharding
 from argenseg_jax.config import MeshConfig
 from argenseg_jax.kernels import collectives
+from argenseg_jax.planning import hlo, topology
 
 
 @pytest.mark.parametrize("sides", [None, (2, 4), (2, 2, 2)])

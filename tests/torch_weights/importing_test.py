@@ -12,12 +12,12 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from argenseg_jax import checkpoint, sampling
+from argenseg_jax import checkpoint, variants
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.models import variants
+from argenseg_jax.inference import generate
+from argenseg_jax.inference.predictor import Predictor
 from argenseg_jax.models.vqvae import VQVAE
-from argenseg_jax.predict import Predictor
 from argenseg_jax.tools import cli
 from argenseg_jax.torch_weights import (
   exporting,
@@ -416,7 +416,7 @@ def test_an_imported_bf16_model_answers(tmp_path, tiny, folder, dtype):
   @jax.jit
   def answer(state):
     model = nnx.merge(graph, state)
-    out = sampling.generate(
+    out = generate.generate(
       model,
       tokens=jnp.array([prompt], jnp.int32),
       valid=jnp.ones((1, 5), bool),

@@ -19,7 +19,7 @@ import subprocess
 import sys
 
 from argenseg_jax.config import ConfigError
-from argenseg_jax.topology import parse
+from argenseg_jax.planning.topology import parse
 
 # Chip -> prefix of the accelerator type, what it counts per chip, runtime.
 _TPUS = {

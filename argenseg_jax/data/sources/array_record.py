@@ -20,7 +20,7 @@ from argenseg_jax.data.sources.sample import (
   parse_json,
   read_file,
 )
-from argenseg_jax.files import as_path
+from argenseg_jax.runtime.paths import as_path
 
 # Beside TFDS' own files: where the records came from, and their digests.
 NOTE = "source.json"

@@ -2,9 +2,9 @@
 
 import pathlib
 
-from argenseg_jax import files
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, digest, read_file
+from argenseg_jax.runtime import paths
 
 _PICTURES = (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -19,7 +19,7 @@ class FolderSource:
   """
 
   def __init__(self, path: str | pathlib.Path):
-    self.path = files.as_path(path)
+    self.path = paths.as_path(path)
     found = self.path.iterdir() if self.path.is_dir() else ()
     self._pictures = sorted(p for p in found if p.suffix.lower() in _PICTURES)
     if not self._pictures:
@@ -30,7 +30,7 @@ class FolderSource:
     parts = []
     for picture in self._pictures:
       for file in (picture, *_partners(picture)):
-        size = files.size(file) if file.is_file() else -1
+        size = paths.size(file) if file.is_file() else -1
         parts.append(f"{file.name} {size}")
     self.fingerprint = digest("\n".join(parts))
 
@@ -59,5 +59,5 @@ class FolderSource:
     return Sample(**(vars(sample) | {"seg_masks": (), "kind": "absent"}))
 
 
-def _partners(picture: files.Path) -> tuple[files.Path, files.Path]:
+def _partners(picture: paths.Path) -> tuple[paths.Path, paths.Path]:
   return picture.with_suffix(".png"), picture.with_suffix(".txt")

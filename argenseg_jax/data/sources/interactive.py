@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from argenseg_jax.boxes import FULL, mask_box
+from argenseg_jax.data.boxes import FULL, mask_box
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, Source, digest
 

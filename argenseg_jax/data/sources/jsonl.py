@@ -17,7 +17,7 @@ from argenseg_jax.data.sources.sample import (
   read_file,
 )
 from argenseg_jax.data.text import request_text
-from argenseg_jax.files import as_path, is_local
+from argenseg_jax.runtime.paths import as_path, is_local
 
 
 class JsonLines:

@@ -7,10 +7,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from argenseg_jax import files
 from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, digest, read_file
+from argenseg_jax.runtime import paths
 
 
 class ReasonSegSource:
@@ -26,7 +26,7 @@ class ReasonSegSource:
   """
 
   def __init__(self, path: str | pathlib.Path, split: str):
-    path = files.as_path(path)
+    path = paths.as_path(path)
     self.path = path / split if (path / split).is_dir() else path
     self._files = sorted(self.path.glob("*.json"))
     if not self._files:
@@ -34,7 +34,7 @@ class ReasonSegSource:
         f"{self.path} holds no json files; give ReasonSeg's folder and one of "
         "its splits."
       )
-    sizes = "".join(f"{f.name} {files.size(f)}\n" for f in self._files)
+    sizes = "".join(f"{f.name} {paths.size(f)}\n" for f in self._files)
     self.fingerprint = digest(sizes)
 
   def __len__(self) -> int:
@@ -77,7 +77,7 @@ class ReasonSegSource:
     )
 
 
-def _read(file: files.Path) -> dict[str, Any]:
+def _read(file: paths.Path) -> dict[str, Any]:
   raw = read_file(file, "it was there when the split was opened")
   for encoding in (
     "utf-8",

@@ -9,7 +9,7 @@ from argenseg_jax.data.sources.sample import (
   as_text,
   digest,
 )
-from argenseg_jax.files import as_path
+from argenseg_jax.runtime.paths import as_path
 
 
 class RefShapesSource:

@@ -15,7 +15,7 @@ from argenseg_jax.data.sources.sample import (
   parse_json,
   read_file,
 )
-from argenseg_jax.files import Path, as_path
+from argenseg_jax.runtime.paths import Path, as_path
 
 
 class _Builtins(pickle.Unpickler):

@@ -15,9 +15,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from argenseg_jax import files
 from argenseg_jax.data import masks, transforms
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.runtime import paths
 
 Turn = dict[str, str]  # {"from": "system"|"human"|"gpt", "value": text}
 
@@ -61,7 +61,7 @@ class Sample:
 
   index: int
   dataset: str
-  images: tuple[bytes | files.Path, ...]
+  images: tuple[bytes | paths.Path, ...]
   seg_masks: tuple[Any, ...]
   expressions: tuple[str, ...] = ()
   conversation: tuple[Turn, ...] = ()
@@ -196,7 +196,7 @@ class EachRequest:
     return dataclasses.replace(sample, expressions=expressions)
 
 
-def read_file(path: files.Path, advice: str) -> bytes:
+def read_file(path: paths.Path, advice: str) -> bytes:
   """A file's bytes; DataError with advice when it cannot be read."""
   try:
     return path.read_bytes()
@@ -222,7 +222,7 @@ def parse_json(raw: bytes, where: str, kind: type) -> Any:
   return value
 
 
-def below(root: files.Path, name: Any, where: str) -> files.Path:
+def below(root: paths.Path, name: Any, where: str) -> paths.Path:
   """The file of a relative name; DataError where it would leave `root`."""
   if not isinstance(name, str) or not name:
     raise DataError(f"{where} names a file by {name!r}; use a path.")
@@ -253,9 +253,9 @@ class TfdsRecords:
   """
 
   def __init__(
-    self, path: files.Path, split: str, encoded: tuple[str, ...] = ()
+    self, path: paths.Path, split: str, encoded: tuple[str, ...] = ()
   ):
-    if not files.is_local(path):
+    if not paths.is_local(path):
       raise DataError(
         f"ArrayRecord files as in {path} are read from a disk; mount "
         "the bucket (gcsfuse) or copy them."

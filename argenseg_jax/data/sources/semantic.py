@@ -4,7 +4,6 @@ import pathlib
 
 import numpy as np
 
-from argenseg_jax import files
 from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import (
@@ -15,6 +14,7 @@ from argenseg_jax.data.sources.sample import (
   parse_json,
   read_file,
 )
+from argenseg_jax.runtime import paths
 
 
 class CocoPanopticSource:
@@ -30,8 +30,8 @@ class CocoPanopticSource:
   def __init__(
     self, path: str | pathlib.Path, root: str | pathlib.Path | None = None
   ):
-    self.path = files.as_path(path)
-    self.root = files.as_path(root) if root else self.path.parent / "images"
+    self.path = paths.as_path(path)
+    self.root = paths.as_path(root) if root else self.path.parent / "images"
     raw = read_file(self.path, "give the json of COCO panoptic")
     coco = parse_json(raw, str(self.path), dict)
     try:
@@ -88,7 +88,7 @@ class Ade20kSource:
   """
 
   def __init__(self, path: str | pathlib.Path, split: str):
-    self.path = files.as_path(path)
+    self.path = paths.as_path(path)
     folder = {"train": "training", "val": "validation"}.get(split, split)
     self._labels = sorted((self.path / "annotations" / folder).glob("*.png"))
     if not self._labels:
@@ -108,7 +108,7 @@ class Ade20kSource:
           "a number, a tab and names."
         )
       self._names[int(number[:9])] = names.split(",")[0].strip()
-    listing = "".join(f"{p.name} {files.size(p)}\n" for p in self._labels)
+    listing = "".join(f"{p.name} {paths.size(p)}\n" for p in self._labels)
     self.fingerprint = digest(raw, listing)
 
   def __len__(self) -> int:
@@ -136,7 +136,7 @@ class Ade20kSource:
 def _semantic(
   index: int,
   dataset: str,
-  file: files.Path,
+  file: paths.Path,
   classes: dict[str, masks.Segment],
   where: str,
 ) -> Sample:

@@ -1,0 +1,74 @@
+"""Pictures for texts: the mask path without an input picture, with guidance."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+
+from argenseg_jax import checkpoint
+from argenseg_jax.config import DataConfig, from_mapping
+from argenseg_jax.data import text
+from argenseg_jax.inference.generate import generate
+from argenseg_jax.inference.prompts import left_pad
+from argenseg_jax.inference.segment import to_uint8
+from argenseg_jax.kernels import dispatch
+from argenseg_jax.models.argenseg import ARGenSeg
+
+
+def draw_images(
+  loaded: checkpoint.Loaded, texts: Sequence[str], *, guidance: float
+) -> tuple[UInt8[np.ndarray, "b h w 3"], UInt8[np.ndarray, "b k h w 3"]]:
+  """Pictures that a model draws, and what they are after each scale.
+
+  Args:
+    loaded: a checkpoint of a whole model.
+    texts: what to draw, one each.
+    guidance: strength at the last scale (0 at the first): how far predictions
+      move away from those for an empty text; 0 runs no such twins.
+
+  Raises:
+    CheckpointError: it holds an image tokenizer only.
+  """
+  if not isinstance(loaded.model, ARGenSeg):
+    raise checkpoint.CheckpointError(
+      f"checkpoint {loaded.path} holds an image tokenizer only; give one of a "
+      "whole model."
+    )
+  data = from_mapping(DataConfig, loaded.meta["run"]["data"])
+  tokenizer = checkpoint.text_tokenizer(loaded)
+  twins = [""] * len(texts) if guidance else []
+  prompts = [_prompt(tokenizer, data, words) for words in (*texts, *twins)]
+  tokens, valid = left_pad(prompts, tokenizer.token_ids.pad)
+  graph, state = nnx.split(loaded.model)
+
+  @jax.jit
+  def run(state, tokens, valid):
+    model = nnx.merge(graph, state)
+    if dispatch.target().platform == "cpu":
+      model.unstack()
+    found = generate(
+      model,
+      tokens=tokens,
+      valid=valid,
+      vision=None,
+      max_text=1,
+      start_with_mask=True,
+      stop_after_masks=True,
+      guidance=float(guidance) or None,
+    )
+    codes = found.codes[: len(texts), 0]
+    return to_uint8(model.vqvae.decode_prefixes(codes))
+
+  stages = jax.device_get(run(state, jnp.asarray(tokens), jnp.asarray(valid)))
+  return stages[:, -1], stages
+
+
+def _prompt(tokenizer, data: DataConfig, words: str) -> np.ndarray:
+  asked = text.request_text("generation", [words])
+  prompt = text.chat_prompt(
+    [{"from": "human", "value": asked}], system_message=data.system_message
+  )
+  return text.encode_prompt(tokenizer, prompt)

@@ -1,0 +1,290 @@
+"""Analytic FLOPs of a step, product by product.
+
+One multiply-add counts as two. A product whose weights train costs three times
+its forward pass (output, gradient of the input, gradient of the weights); one
+that only passes gradients on costs two; a frozen one costs one. Recomputation
+is no model FLOP: it is counted apart. Left out, each below a thousandth of the
+8B model's step: norms, softmax, resizing, phi convolutions, nearest codes.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from argenseg_jax.config import (
+  LLMConfig,
+  ModelConfig,
+  StageConfig,
+  VisionConfig,
+  VQVAEConfig,
+)
+
+Number = int | float
+
+
+class Product(NamedTuple):
+  """`count` products [m k] x [k n] of a forward pass over one row.
+
+  Attributes:
+    part: dotted prefix of the parameters it belongs to.
+    weights: whether [k n] are parameters.
+    recomputed: whether remat "full" computes it again; "dots" keeps products
+      with weights.
+  """
+
+  part: str
+  m: Number
+  k: int
+  n: Number
+  count: Number = 1
+  weights: bool = True
+  recomputed: bool = False
+
+  @property
+  def flops(self) -> Number:
+    return 2 * self.m * self.k * self.n * self.count
+
+
+class Step(NamedTuple):
+  """FLOPs of one optimisation step over the global batch."""
+
+  model: Number
+  recomputed: Number
+
+  @property
+  def total(self) -> Number:
+    return self.model + self.recomputed
+
+
+class Pass(NamedTuple):
+  """A product in training: how often it, or a product of its size, is run."""
+
+  product: Product
+  model: int  # Forward, gradient of the input, gradient of the weights.
+  recomputed: int
+  trains: bool
+
+
+def training_passes(
+  model: ModelConfig,
+  stage: StageConfig,
+  task: str,
+  *,
+  length: int,
+  images: int = 1,
+  seg_masks: int = 1,
+  tokenized: bool = False,
+) -> Iterator[Pass]:
+  """Every product of one row's training, see `training/step`."""
+  if task == "vqvae":
+    products = image_tokenizer(model.vqvae, seg_masks, decode=True)
+  else:
+    products = mllm(model, length, images, seg_masks, tokenized=tokenized)
+  gradient = False  # Whether something before this product trains.
+  for product in products:
+    trains = product.weights and not _is_frozen(product, stage, task)
+    if product.part.startswith("vqvae") and task == "mllm":
+      trains = False  # Codes pass no gradient, whatever is frozen.
+    passes = 1 + gradient + (trains if product.weights else gradient)
+    gradient = gradient or trains
+    kept = stage.train.remat == "none" or (
+      stage.train.remat == "dots" and product.weights
+    )
+    again = passes > 1 and (
+      product.part == "llm.head" or (product.recomputed and not kept)
+    )
+    yield Pass(product, passes, int(again), trains)
+
+
+def train_step(
+  model: ModelConfig, stage: StageConfig, task: str, **row
+) -> Step:
+  """FLOPs of a step over the global batch.
+
+  Args:
+    model: sizes.
+    stage: batch size, frozen parts, remat.
+    task: "vqvae" or "mllm".
+    **row: length (positions), images and seg_masks of a row; tokenized: rows
+      hold codes, nothing is encoded.
+  """
+  passes = list(training_passes(model, stage, task, **row))
+  rows = stage.train.global_batch_size
+  return Step(
+    rows * sum(p.product.flops * p.model for p in passes),
+    rows * sum(p.product.flops * p.recomputed for p in passes),
+  )
+
+
+def hbm_bytes(
+  model: ModelConfig,
+  stage: StageConfig,
+  task: str,
+  *,
+  parts: int,
+  fsdp: int,
+  **row,
+) -> Number:
+  """Bytes that one device reads and writes in a step, at least.
+
+  Every product reads and writes its operands once a pass, in the compute dtype
+  (attention's scores stay on the chip); the optimizer reads and writes master
+  weights and moments, and reads gradients, in float32.
+
+  Args:
+    model, stage, task, **row: as in `training/step`.
+    parts: into how many the batch is split.
+    fsdp: into how many the parameters are split.
+  """
+  width = 2 if stage.train.compute_dtype == "bfloat16" else 4
+  turns = stage.train.accumulate_steps
+  rows = stage.train.global_batch_size / parts
+  total = 0.0
+  for product, passes, again, trains in training_passes(
+    model, stage, task, **row
+  ):
+    times = passes + again
+    operands = product.m * product.k * product.count * rows
+    results = product.m * product.n * product.count * rows
+    if product.weights:
+      # An image tokenizer's or a layer's weights serve all rows of a turn.
+      layers = product.count if product.recomputed else 1
+      weights = product.k * product.n * layers
+      total += width * times * (operands + results + weights * turns)
+      total += 7 * 4 * trains * weights / fsdp
+    else:
+      total += width * times * operands
+  return total
+
+
+def _is_frozen(product: Product, stage: StageConfig, task: str) -> bool:
+  part = product.part.split(".")
+  if task == "vqvae":
+    part = part[1:]
+  return any(
+    part[: len(prefix.split("."))] == prefix.split(".")
+    for prefix in stage.optimizer.frozen
+  )
+
+
+def mllm(
+  model: ModelConfig,
+  length: int,
+  images: int,
+  seg_masks: int,
+  *,
+  tokenized: bool = False,
+) -> Iterator[Product]:
+  """Products of one row, in the order that gradients come from."""
+  if not tokenized:
+    yield from image_tokenizer(model.vqvae, seg_masks, decode=False)
+  yield from vision(model.vision, model.llm.width, images)
+  codes = sum(side * side for side in model.vqvae.scales)
+  yield Product(
+    "word_embed",
+    seg_masks * (codes - 1),
+    model.vqvae.latent_channels,
+    model.llm.width,
+  )
+  yield from decoder(model.llm, length)
+
+
+def decoder(llm: LLMConfig, length: int) -> Iterator[Product]:
+  """The language model with its head over `length` positions; causal
+  attention sees half of the keys."""
+  d, t, hd = llm.width, length, llm.head_dim
+  again = {"count": llm.num_layers, "recomputed": True}
+  heads = (llm.num_heads + 2 * llm.num_kv_heads) * hd
+  yield Product("llm.layers", t, d, heads, **again)
+  attention = {**again, "count": 2 * llm.num_layers * llm.num_heads}
+  yield Product("llm.layers", t, hd, (t + 1) / 2, weights=False, **attention)
+  yield Product("llm.layers", t, llm.num_heads * hd, d, **again)
+  triple = {**again, "count": 3 * llm.num_layers}
+  yield Product("llm.layers", t, d, llm.mlp_width, **triple)
+  yield Product("llm.head", t, d, llm.vocab_size)
+
+
+def vision(config: VisionConfig, width: int, images: int) -> Iterator[Product]:
+  """Tower (the layers that are read) and connector."""
+  d, patches = config.width, config.grid_side**2
+  if config.stem == "patch":
+    yield Product("vision.tower", images * patches, 3 * config.patch_side**2, d)
+  else:
+    steps = config.patch_side.bit_length() - 1
+    widths = [3] + [d // 2 ** (steps - 1 - i) for i in range(steps)]
+    for i in range(steps):
+      side = config.image_side // 2 ** (i + 1)
+      yield Product(
+        "vision.tower", images * side**2, 9 * widths[i], widths[i + 1]
+      )
+    for _ in range(config.stem_blocks):
+      yield Product("vision.tower", images * patches, 9 * d, d)
+  layers = config.select_layer % (config.num_layers + 1)
+  t = patches + 1
+  again = {"count": layers, "recomputed": True}
+  yield Product("vision.tower", images * t, d, 4 * d, **again)
+  attention = {**again, "count": 2 * images * layers}
+  yield Product("vision.tower", t, d, t, weights=False, **attention)
+  yield Product("vision.tower", images * t, d, 2 * config.mlp_width, **again)
+  merged = d * config.pixel_shuffle**2
+  tokens = images * config.num_embeddings
+  yield Product("vision.connector", tokens, merged, width)
+  yield Product("vision.connector", tokens, width, width)
+
+
+def image_tokenizer(
+  config: VQVAEConfig, images: int, *, decode: bool
+) -> Iterator[Product]:
+  """Encoder; the decoder too, if asked for."""
+  c = config.latent_channels
+  side = config.image_side // config.patch_side
+  widths = [config.width * m for m in config.width_multipliers]
+  pixels = 3 * config.patch_side**2
+
+  def conv(at, i, o, taps=9):
+    return Product("vqvae", images * at * at, taps * i, o)
+
+  def block(at, i, o):
+    yield conv(at, i, o)
+    yield conv(at, o, o)
+    if i != o:
+      yield conv(at, i, o, 1)
+
+  def attention(at, w):
+    yield conv(at, w, 4 * w, 1)  # Queries, keys, values and output.
+    yield Product("vqvae", at * at, w, at * at, 2 * images, weights=False)
+
+  def middle(at, w):
+    yield from block(at, w, w)
+    yield from attention(at, w)
+    yield from block(at, w, w)
+
+  at, w = side, widths[0]
+  yield conv(at, pixels, w)
+  for level, width in enumerate(widths):
+    last = level == len(widths) - 1
+    for _ in range(config.blocks_per_level):
+      yield from block(at, w, width)
+      w = width
+      if last:
+        yield from attention(at, w)
+    if not last:
+      at //= 2
+      yield conv(at, w, w)
+  yield from middle(at, w)
+  yield conv(at, w, c)
+  yield conv(at, c, c)  # quant_conv
+  if not decode:
+    return
+  yield conv(at, c, c)  # post_quant_conv
+  yield conv(at, c, w)
+  yield from middle(at, w)
+  for level, width in reversed(list(enumerate(widths))):
+    for _ in range(config.blocks_per_level + 1):
+      yield from block(at, w, width)
+      w = width
+      if level == len(widths) - 1:
+        yield from attention(at, w)
+    if level:
+      at *= 2
+      yield conv(at, w, w)
+  yield conv(at, w, pixels)

@@ -1,0 +1,75 @@
+"""Training batches as a config wants them, and the log of bad records."""
+
+import json
+import pathlib
+
+import jax
+
+from argenseg_jax.config import ConfigError, RunConfig
+from argenseg_jax.data import examples as rows_lib
+from argenseg_jax.data import pipeline
+from argenseg_jax.data.curriculum import Curriculum
+from argenseg_jax.models.vqvae import VQVAE
+from argenseg_jax.runtime.paths import Path, as_path, is_local
+from argenseg_jax.training import code_cache
+
+
+def open_batches(
+  config: RunConfig,
+  rows: pipeline.RowMaker,
+  vqvae: VQVAE | None,
+  workdir: Path,
+  *,
+  logs: pathlib.Path | None = None,
+  accept_changed_data: bool = False,
+) -> pipeline.TrainIterator | Curriculum:
+  """Training batches of this host.
+
+  The decoder's (those with a `vqvae`) may hold codes instead of masks and begin
+  with an easier split. `workdir` gets kept codes; those of other data are made
+  again if `accept_changed_data`, else refused. `logs` gets `bad_records.jsonl`;
+  it is `workdir` by default.
+  """
+  task = "mllm" if vqvae else "vqvae"
+  tail = ""
+  if not is_local(workdir) and jax.process_index():
+    tail = f"-{jax.process_index()}"  # Each copies its own to the bucket.
+  log = (logs or workdir) / f"bad_records{tail}.jsonl"
+  noted = set(log.read_text().splitlines()) if log.exists() else set()
+
+  def note_bad(index, why):
+    line = json.dumps({"record": index, "why": why})
+    if line not in noted:  # By an earlier call of this run.
+      print(f"bad record {index}: {why}", flush=True)
+      noted.add(line)
+      try:
+        with log.open("a") as file:
+          file.write(line + "\n")
+      except OSError as error:  # The log is worth less than the run.
+        print(f"{log} is not written: {error}", flush=True)
+
+  def iterate(rows, name):
+    if vqvae and config.data.codes:
+      rows = code_cache.read(rows, vqvae, as_path(config.data.codes))
+    elif vqvae and config.data.cache_codes:
+      path = workdir / f"codes_{name}.npz"
+      rows = code_cache.cached(rows, vqvae, path, renew=accept_changed_data)
+    return pipeline.TrainIterator(
+      rows,
+      config.stage(task).train.global_batch_size,
+      host_index=jax.process_index(),
+      host_count=jax.process_count(),
+      on_bad_record=note_bad,
+    )
+
+  main = iterate(rows, "main")
+  steps = config.data.warmup_steps
+  if not (vqvae and steps):
+    return main
+  if config.data.codes:
+    raise ConfigError(
+      "config key 'data.codes' holds the codes of one split; set "
+      "'data.warmup_steps' to 0."
+    )
+  easy = rows_lib.of_split(rows, config.data.warmup_split, evaluation=False)
+  return Curriculum(iterate(easy, "warmup"), main, steps)

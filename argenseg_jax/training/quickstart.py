@@ -1,0 +1,145 @@
+"""From nothing to a mask: data, image tokenizer, decoder, evaluation."""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import time
+from typing import Any
+
+from flax import nnx
+
+from argenseg_jax import checkpoint
+from argenseg_jax.config import RunConfig
+from argenseg_jax.data.ref_shapes import builder
+from argenseg_jax.evaluation import report as evaluation_report
+from argenseg_jax.evaluation.evaluator import Evaluator, evaluate_checkpoint
+from argenseg_jax.runtime import cpu, lock
+from argenseg_jax.runtime import workdir as workdir_lib
+from argenseg_jax.runtime.metric_writer import Progress
+from argenseg_jax.training import loop
+from argenseg_jax.visualize import render
+
+
+def run(
+  config: RunConfig, workdir: pathlib.Path, *, num_train: int, num_eval: int
+) -> dict[str, Any]:
+  """Runs every stage that is not done yet, and returns `results.json`.
+
+  Args:
+    config: of the training; its `data.path` is set here.
+    workdir: gets data, checkpoints, results.json, report.html, report.png.
+    num_train, num_eval: requests in the training split and the others.
+  """
+  done = workdir / "results.json"
+  if done.exists():
+    return json.loads(done.read_text())
+  with lock.owned(workdir):
+    return _run(config, workdir, num_train, num_eval)
+
+
+def _run(
+  config: RunConfig, workdir: pathlib.Path, num_train: int, num_eval: int
+) -> dict[str, Any]:
+  seconds = _Stopwatch(workdir / "seconds.json")
+  with seconds("data"):
+    path = _build(workdir / "data", num_train, num_eval, config.seed)
+  config = dataclasses.replace(
+    config, data=dataclasses.replace(config.data, path=str(path))
+  )
+  workdir_lib.claim(config, workdir)
+  with seconds("vqvae"):
+    ceiling = loop.train(config, "vqvae", workdir / "vqvae")
+  with seconds("mllm"):
+    loop.train(
+      config, "mllm", workdir / "mllm", init_from=str(workdir / "vqvae")
+    )
+  with seconds("evaluation"):
+    loaded = checkpoint.load(workdir / "mllm")
+    graph, state = nnx.split(loaded.model)
+    evaluator = Evaluator(graph, config.eval)
+    splits = evaluate_checkpoint(config, loaded, evaluator)
+  results = {
+    "splits": {name: split.metrics for name, split in splits.items()},
+    "tokenizer_ceiling": ceiling,
+    "parameters": count_parameters(nnx.state(loaded.model)),
+    "seconds": seconds.read(),
+    "seed": config.seed,
+    "versions": {
+      name: importlib.metadata.version(name)
+      for name in ("argenseg_jax", "jax", "flax", "orbax-checkpoint", "grain")
+    },
+  }
+  shown = evaluation_report.write(
+    workdir / "report.html",
+    title="argenseg quickstart",
+    splits=splits,
+    evaluator=evaluator,
+    state=state,
+    tables={
+      "Image tokenizer (held out)": {"encode, decode": ceiling},
+      "Seconds": {"stage": results["seconds"]},
+    },
+  )
+  render.draw_rows(shown, workdir / "report.png")
+  (workdir / "results.json").write_text(json.dumps(results, indent=1))
+  return results
+
+
+def _build(
+  data: pathlib.Path, num_train: int, num_eval: int, seed: int
+) -> pathlib.Path:
+  bars = []  # Made once the number of records is known.
+
+  def show(done: int, total: int) -> None:
+    if not bars:
+      bars.append(Progress("draw ref_shapes", total))
+    bars[0].update(done)
+
+  path = builder.prepare(
+    data,
+    num_train=num_train,
+    num_eval=num_eval,
+    seed=seed,
+    workers=cpu.num_cores(),
+    on_progress=show,
+  )
+  for bar in bars:
+    bar.close()
+  return path
+
+
+def count_parameters(state: nnx.State) -> dict[str, int]:
+  """Parameters of each part of the model, and of the whole."""
+  counts: dict[str, int] = {}
+  for path, leaf in nnx.to_flat_state(state):
+    if isinstance(leaf, nnx.Param):
+      part = path[0] if path[0] in ("vision", "llm", "vqvae") else "codes"
+      counts[part] = counts.get(part, 0) + int(leaf.size)
+  return counts | {"total": sum(counts.values())}
+
+
+class _Stopwatch:
+  """Seconds of each stage, summed over interrupted calls."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+
+  def read(self) -> dict[str, float]:
+    if not self._path.exists():
+      return {}
+    return json.loads(self._path.read_text())
+
+  def __call__(self, stage: str) -> "_Stopwatch":
+    self._stage = stage
+    return self
+
+  def __enter__(self):
+    self._began = time.monotonic()
+
+  def __exit__(self, *_):
+    spent = self.read()
+    passed = time.monotonic() - self._began
+    spent[self._stage] = round(spent.get(self._stage, 0.0) + passed, 1)
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    self._path.write_text(json.dumps(spent))

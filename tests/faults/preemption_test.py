@@ -1,0 +1,188 @@
+"""SIGTERM at any moment: a complete checkpoint, and nothing changes."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.experimental import multihost_utils
+from training.loop_test import _standard_promotion, config, losses  # noqa: F401
+
+from argenseg_jax import checkpoint, sharding
+from argenseg_jax.checkpoint import manifest
+from argenseg_jax.data import pipeline
+from argenseg_jax.evaluation import evaluator
+from argenseg_jax.runtime import preemption
+from argenseg_jax.training import loop
+
+
+@pytest.fixture
+def _compiled_once(tmp_path):
+  """Later runs of a test find what the first one compiled."""
+  names = {
+    "jax_compilation_cache_dir": str(tmp_path / "cache"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in names}
+  for name, value in names.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def _told():
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _when(patch, owner, name, condition):
+  """SIGTERM before `owner.name` runs, once `condition` holds."""
+  original, told = getattr(owner, name), []
+
+  def replaced(*args, **kwargs):
+    if not told and condition(*args):
+      told.append(True)
+      _told()
+    return original(*args, **kwargs)
+
+  patch.setattr(owner, name, replaced)
+
+
+def _everything(workdir, step):
+  """Every array of a step: parameters, moments, counters."""
+  path = workdir / "checkpoints" / str(step)
+  found = {}
+  with ocp.StandardCheckpointer() as reader:
+    for item in ("model", "optimizer"):
+      here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      tree = reader.metadata(path / item).item_metadata.tree
+      wanted = jax.tree.map(
+        lambda x, here=here: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=here
+        ),
+        tree,
+        is_leaf=lambda x: hasattr(x, "shape"),
+      )
+      found[item] = reader.restore(path / item, wanted)
+  return found
+
+
+MOMENTS = {
+  "data": (
+    pipeline.TrainIterator,
+    "__next__",
+    lambda batches: batches.step == 2,
+    2,
+  ),
+  "evaluation": (evaluator, "left_pad", lambda *_: True, 4),
+  "save": (
+    checkpoint.Checkpoints,
+    "_sign",
+    lambda self: self._saving == 6,
+    (7, 8),
+  ),
+  "compilation": (sharding, "put_batch", lambda *_: True, (8, 9)),
+}
+
+
+@pytest.mark.usefixtures("_compiled_once")
+def test_a_run_stopped_everywhere_equals_one_that_was_not(config, tmp_path):  # noqa: F811
+  stage = config.mllm.train
+  stage = dataclasses.replace(
+    stage, steps=10, eval_every=4, save_every=6, log_every=1, keep=9
+  )
+  config = dataclasses.replace(
+    config,
+    mesh=dataclasses.replace(config.mesh, data=-1, fsdp=1),
+    mllm=dataclasses.replace(config.mllm, train=stage),
+    loss=dataclasses.replace(config.loss, drop_scale_inputs=0.4),
+    data=dataclasses.replace(config.data, warmup_steps=0),
+  )
+  original = signal.getsignal(signal.SIGTERM)
+  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+  loop.train(config, "mllm", whole)
+  for owner, name, condition, expected in MOMENTS.values():
+    with pytest.MonkeyPatch.context() as patch:
+      _when(patch, owner, name, condition)
+      with pytest.raises(preemption.Interrupted, match="goes on"):
+        loop.train(config, "mllm", stopped)
+    steps = [int(p.name) for p in (stopped / "checkpoints").iterdir()]
+    assert max(steps) in np.atleast_1d(expected), (name, steps)
+    for step in steps:
+      assert manifest.faults(stopped / "checkpoints" / str(step)) == ()
+    assert signal.getsignal(signal.SIGTERM) == original
+  assert not (stopped / "results.json").exists()
+  loop.train(config, "mllm", stopped)
+  expected, found = losses(whole), losses(stopped)
+  assert found.items() <= expected.items()
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    _everything(whole, 10),
+    _everything(stopped, 10),
+  )
+
+
+def test_a_run_that_cannot_stop_ends_within_its_grace_time():
+  code = """
+import ctypes, os, signal, threading
+from argenseg_jax import stopping
+with stopping.listening(0.3):
+  threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+  # As in a compilation, no Python code runs in the main thread.
+  ctypes.CDLL(None).sleep(60)
+  ctypes.CDLL(None).sleep(60)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    timeout=90,
+    check=False,
+  )
+  assert done.returncode == preemption.INTERRUPTED, done.stderr
+  assert "goes on from the last complete checkpoint" in done.stderr
+
+
+def test_saves_do_not_ask_whether_to_stop(tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(
+    multihost_utils, "reached_preemption_sync_point", asked.append
+  )
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  value = nnx.State({"kernel": nnx.Param(jnp.zeros(2))})
+  checkpoints.save(1, value, None, {})
+  checkpoints.wait()
+  checkpoints.close()
+  assert (tmp_path / "checkpoints" / "1").is_dir()
+  assert not asked
+
+
+def test_other_threads_do_not_listen():
+  before, found = signal.getsignal(signal.SIGTERM), []
+
+  def listen():
+    with preemption.listening(0) as stop:
+      found.append((stop.requested(), signal.getsignal(signal.SIGTERM)))
+
+  thread = threading.Thread(target=listen)
+  thread.start()
+  thread.join()
+  assert found == [(False, before)]
+
+
+def test_a_listener_within_another_is_the_same():
+  with preemption.listening(0) as outer, preemption.listening(0) as inner:
+    assert inner is outer
+    _told()
+    assert inner.requested()
+    with pytest.raises(preemption.Interrupted), outer.interruptible():
+      raise AssertionError

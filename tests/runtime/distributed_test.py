@@ -1,0 +1,123 @@
+"""One config on one device, eight devices, two and four processes: equal
+losses."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+from training.loop_test import OVERRIDES
+
+from argenseg_jax.config import ConfigError
+from argenseg_jax.data.ref_shapes import builder
+from argenseg_jax.data.text import TextTokenizer
+from argenseg_jax.runtime import distributed
+
+ROOT = pathlib.Path(__file__).parents[2]
+VOCAB = TextTokenizer().token_ids.first_code + 16
+COMMAND = [
+  *(sys.executable, "-m", "argenseg_jax.tools.cli", "train"),
+  f"--config={ROOT / 'configs' / 'tiny.py'}",
+  f"--config.model.overrides={(*OVERRIDES, f'llm.vocab_size={VOCAB}')!r}",
+  "--config.tasks=('mllm',)",
+  "--config.data.warmup_steps=0",
+  "--config.mllm.train.steps=5",
+  "--config.mllm.train.global_batch_size=8",
+  "--config.mllm.train.log_every=1",
+  "--config.mllm.train.eval_every=0",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return builder.prepare(
+    tmp_path_factory.mktemp("data"), num_train=24, num_eval=8, seed=0
+  )
+
+
+def start(data, workdir, devices, *arguments) -> subprocess.Popen:
+  workdir.mkdir(exist_ok=True)
+  (workdir / "results.json").write_text("{}")  # Nothing to evaluate.
+  return subprocess.Popen(
+    [
+      *COMMAND,
+      f"--config.data.path={data}",
+      f"--workdir={workdir}",
+      *arguments,
+    ],
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def losses(workdir, processes) -> dict[int, float]:
+  for process in processes:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+  lines = (workdir / "mllm" / "metrics.jsonl").read_text().splitlines()
+  values = [json.loads(line) for line in lines]
+  return {v["step"]: v["loss"] for v in values if "loss" in v}
+
+
+def start_together(data, workdir, processes, *arguments):
+  """One device a process."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  return [
+    start(
+      data,
+      workdir,
+      1,
+      f"--coordinator={address}",
+      f"--num_processes={processes}",
+      f"--process_id={i}",
+      *arguments,
+    )
+    for i in range(processes)
+  ]
+
+
+def test_loss_curves_are_equal(data, tmp_path):
+  one, eight, two, four = (
+    tmp_path / n for n in ("one", "eight", "two", "four")
+  )
+  expected = losses(one, [start(data, one, 1)])
+  assert len(expected) == 4  # Fetched one step late, but for the last.
+  split = ("--config.mesh.data=2", "--config.mesh.fsdp=-1")
+  found = {
+    "eight": losses(eight, [start(data, eight, 8, *split)]),
+    "two": losses(two, start_together(data, two, 2)),
+    # Parameters and moments are split between the processes.
+    "four": losses(four, start_together(data, four, 4, *split)),
+  }
+  for name, curve in found.items():
+    assert curve == pytest.approx(expected, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+  "given", [("host:1", 2, -1), ("", 2, 0), ("host", 2, 0), ("host:1", 2, 2)]
+)
+def test_half_a_coordinator_is_refused(given):
+  with pytest.raises(ConfigError, match="--coordinator=HOST:PORT"):
+    distributed.initialize(*given)
+
+
+def test_no_heartbeat_is_refused():
+  with pytest.raises(ConfigError, match="heartbeat_seconds=0 must be 1"):
+    distributed.initialize(heartbeat_seconds=0)
+
+
+def test_a_single_process_is_no_cluster(monkeypatch):
+  for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  assert not distributed.in_cluster()
+  monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
+  monkeypatch.setenv("SLURM_NTASKS", "2")
+  assert distributed.in_cluster()

@@ -1,0 +1,256 @@
+"""The loop: both tasks learn, resume is exact, bad directories are refused."""
+
+import dataclasses
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from argenseg_jax import checkpoint, sharding
+from argenseg_jax.checkpoint import manifest
+from argenseg_jax.config import (
+  ConfigError,
+  MeshConfig,
+  RunConfig,
+  run_config,
+)
+from argenseg_jax.configs import tiny
+from argenseg_jax.data.ref_shapes import builder
+from argenseg_jax.data.text import TextTokenizer
+from argenseg_jax.evaluation import records
+from argenseg_jax.inference.predictor import Predictor
+from argenseg_jax.runtime import preemption
+from argenseg_jax.tools import cli
+from argenseg_jax.training import initialize, loop
+
+OVERRIDES = (
+  "vision.width=16",
+  "vision.stem_blocks=1",
+  "llm.width=16",
+  "llm.num_layers=1",
+  "llm.head_dim=8",
+  "llm.mlp_width=16",
+  "vqvae.width=8",
+  "vqvae.scales=(1, 4)",
+  "vqvae.patch_side=16",
+  "vqvae.width_multipliers=(1,)",
+  "vqvae.num_codes=16",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _standard_promotion():
+  with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes.
+    yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> RunConfig:
+  path = builder.prepare(
+    tmp_path_factory.mktemp("data"), num_train=48, num_eval=8, seed=0
+  )
+  c = tiny.get_config()
+  c.data.path = str(path)
+  c.data.warmup_steps = 2
+  c.data.sequence_length = 128
+  c.mesh.data, c.mesh.fsdp = 4, 2
+  vocab_size = TextTokenizer().token_ids.first_code + 16
+  c.model.overrides = (*OVERRIDES, f"llm.vocab_size={vocab_size}")
+  for stage in (c.vqvae, c.mllm):
+    stage.train.steps = 6
+    stage.train.global_batch_size = 8
+    stage.train.log_every = 1
+    stage.train.save_every = 3
+    stage.train.keep = 3
+    stage.optimizer.warmup_steps = 1
+  c.mllm.train.eval_every = 0
+  c.tokenizer_training.warm_start_steps = 2
+  c.tokenizer_training.kmeans_seg_masks = 16
+  c.tokenizer_training.kmeans_iterations = 2
+  c.tokenizer_training.revive_every = 2
+  c.tokenizer_training.entropy_from = 4
+  c.tokenizer_training.entropy_every = 2
+  c.eval.max_samples = 8
+  c.eval.batch_size = 4
+  c.eval.splits = ("val",)
+  return run_config(c)
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+  """Both tasks trained without interruption."""
+  path = tmp_path_factory.mktemp("whole")
+  loop.run(config, path)
+  return path
+
+
+def losses(path):
+  lines = (path / "metrics.jsonl").read_text().splitlines()
+  values = [json.loads(line) for line in lines]
+  return {v["step"]: v["loss"] for v in values if "loss" in v}
+
+
+def variables(path):
+  return nnx.to_pure_dict(nnx.state(checkpoint.load(path).model))
+
+
+def test_resume_is_exact(config, workdir, tmp_path):
+  task, init_from = "mllm", str(workdir / "vqvae")
+  stopped = tmp_path / task
+  original = signal.getsignal(signal.SIGTERM)
+
+  def stop_at_three(self, step, values):
+    if step == 2:
+      signal.raise_signal(signal.SIGTERM)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.MetricsWriter, "write", stop_at_three)
+    with pytest.raises(preemption.Interrupted):
+      loop.train(config, task, stopped, init_from=init_from)
+  assert signal.getsignal(signal.SIGTERM) == original
+  assert not (stopped / "results.json").exists()
+  loop.train(config, task, stopped, init_from=init_from)
+  whole, resumed = losses(workdir / task), losses(stopped)
+  assert resumed
+  for step, loss in resumed.items():
+    assert loss == whole[step]
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    variables(workdir / task),
+    variables(stopped),
+  )
+
+
+def test_restore_on_another_mesh_gives_the_same_losses(
+  config, workdir, tmp_path, monkeypatch
+):
+  # What a checkpoint holds is neither drawn nor read from elsewhere.
+  monkeypatch.delattr(sharding, "create_sharded")
+  monkeypatch.delattr(initialize, "fill")
+  copy = tmp_path / "mllm"
+  shutil.copytree(workdir / "mllm", copy)
+  shutil.rmtree(copy / "checkpoints" / "6")
+  (copy / "results.json").unlink()
+  (copy / "metrics.jsonl").unlink()
+  other = dataclasses.replace(config, mesh=MeshConfig(2, 2, 1))
+  mesh = loop.sharding.make_mesh(other.mesh, jax.devices()[:4])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.sharding, "make_mesh", lambda _: mesh)
+    loop.train(other, "mllm", copy, init_from=str(workdir / "vqvae"))
+  whole, resumed = losses(workdir / "mllm"), losses(copy)
+  assert sorted(resumed) == [4, 5]
+  for step, loss in resumed.items():
+    assert loss == pytest.approx(whole[step], abs=1e-5)
+
+
+def test_loss_falls_and_the_frozen_part_stays(workdir):
+  for task in ("vqvae", "mllm"):
+    curve = losses(workdir / task)
+    assert curve[max(curve)] < curve[1]
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    variables(workdir / "vqvae"),
+    variables(workdir / "mllm")["vqvae"],
+  )
+
+
+def test_a_finished_run_is_not_repeated(config, workdir):
+  before = (workdir / "mllm" / "metrics.jsonl").read_text()
+  loop.run(config, workdir)
+  assert (workdir / "mllm" / "metrics.jsonl").read_text() == before
+
+
+def test_directory_of_another_config_is_refused(config, workdir):
+  other = dataclasses.replace(config, seed=1)
+  with pytest.raises(ConfigError, match=r"belongs to another config.*seed"):
+    loop.run(other, workdir)
+
+
+def test_image_tokenizer_does_not_predict(workdir):
+  loaded = checkpoint.load(workdir / "vqvae")
+  with pytest.raises(checkpoint.CheckpointError, match="image tokenizer only"):
+    Predictor(loaded)
+
+
+def test_decoders_load_with_eight_bit_weights(workdir):
+  loaded = checkpoint.load(workdir / "mllm", weights="int8")
+  assert loaded.model.llm.layers.mlp.up.kernel.dtype == "int8"
+  with pytest.raises(checkpoint.CheckpointError, match="are for decoders"):
+    checkpoint.load(workdir / "vqvae", weights="int8")
+
+
+def test_predictions_have_the_size_of_the_picture(workdir):
+  predictor = Predictor.from_checkpoint(workdir / "mllm")
+  image = np.full((40, 60, 3), 90, np.uint8)
+  prediction = predictor.segment(image, "the red circle")
+  assert prediction.seg_mask.shape == (40, 60)
+  assert prediction.strip.shape == (2, 64, 64, 3)
+  assert prediction.has_mask or not prediction.seg_mask.any()
+
+
+@pytest.mark.parametrize(
+  ("path", "message"),
+  [("absent", "does not exist"), (".", "holds no checkpoint")],
+)
+def test_missing_checkpoint_is_named(path, message, tmp_path):
+  with pytest.raises(checkpoint.CheckpointError, match=message):
+    checkpoint.load(tmp_path / path)
+
+
+def test_checkpoint_of_another_variant_names_the_leaf(workdir, tmp_path):
+  copy = tmp_path / "copy"
+  step = checkpoint.step_directory(workdir / "vqvae")
+  shutil.copytree(step, copy)
+  meta_path = copy / "meta" / "metadata"
+  meta = json.loads(meta_path.read_text())
+  meta["model"]["vqvae"]["num_codes"] = 17
+  meta_path.write_text(json.dumps(meta))
+  manifest.sign(copy)
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"cost.*\(2, 16\).*\(2, 17\)"
+  ):
+    checkpoint.load(copy)
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_results(
+  workdir, tmp_path, capsys
+):
+  command = ["eval", f"--checkpoint={workdir / 'mllm'}", "--split=val"]
+  whole, half = tmp_path / "whole", tmp_path / "half"
+  assert cli.main([*command, f"--out={whole}"]) == 0
+  (half / "val").mkdir(parents=True)
+  shutil.copy(whole / "eval.json", half)
+  lines = (whole / "val" / "predictions.jsonl").read_text().splitlines(True)
+  (half / "val" / "predictions.jsonl").write_text("".join(lines[:5]) + '{"sa')
+  assert cli.main([*command, f"--out={half}"]) == 0
+  for name in ("results.json", "val/predictions.jsonl"):
+    assert (half / name).read_text() == (whole / name).read_text()
+  found = json.loads((whole / "results.json").read_text())
+  trained = json.loads((workdir / "results.json").read_text())["val"]
+  assert found["metrics"]["val"] == trained
+  assert len(found["checkpoint"]["sha256"]) == 64
+  assert found["data"]["val"]["protocol"] == "per_expression"
+  again = records.rescore(whole / "val" / "predictions.jsonl")
+  assert again.items() <= trained.items()
+  assert cli.main([*command, f"--out={whole}"]) == 2
+  assert "results.json exists" in capsys.readouterr().err
+  (half / "results.json").unlink()
+  assert cli.main([*command, "--max_samples=3", f"--out={half}"]) == 2
+  assert "holds another evaluation" in capsys.readouterr().err
+
+
+def test_a_checkpoint_can_be_inspected(workdir, capsys):
+  assert cli.main(["checkpoint", "inspect", str(workdir / "vqvae")]) == 0
+  out = capsys.readouterr().out
+  assert "quantizer.codebook  float32[16, " in out
+
+
+def test_results_hold_metrics_with_their_intervals(workdir):
+  values = json.loads((workdir / "results.json").read_text())["val"]
+  for name in ("ciou", "giou"):
+    assert 0 <= values[f"{name}_low"] <= values[name] <= values[f"{name}_high"]
+  assert 0 <= values["box_acc@0.5"] <= 1

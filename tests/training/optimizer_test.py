@@ -1,0 +1,113 @@
+"""Schedules, decay on matrices only, freezing by path."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+from flax import nnx
+
+from argenseg_jax.config import ConfigError, OptimizerConfig
+from argenseg_jax.training.optimizer import (
+  decay_mask,
+  make_optimizer,
+  schedule,
+  trainable_filter,
+)
+
+
+def config(**changes) -> OptimizerConfig:
+  values = dict(
+    learning_rate=1.0,
+    muon_learning_rate=0.0,
+    schedule="cosine",
+    warmup_steps=4,
+    end_fraction=0.1,
+    b1=0.9,
+    b2=0.99,
+    eps=1e-8,
+    weight_decay=0.1,
+    clip_norm=1.0,
+    frozen=(),
+    ema_decay=0.0,
+  )
+  return OptimizerConfig(**(values | changes))
+
+
+@pytest.mark.parametrize(
+  ("name", "middle"), [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)]
+)
+def test_schedule_rises_then_descends(name, middle):
+  rate = schedule(config(schedule=name), 24)
+  np.testing.assert_allclose([rate(i) for i in range(4)], [0.25, 0.5, 0.75, 1])
+  np.testing.assert_allclose(rate(4), 1.0)
+  np.testing.assert_allclose(rate(14), middle, rtol=1e-5)
+  np.testing.assert_allclose(rate(24), 0.1 if name != "constant" else 1.0)
+
+
+def test_no_warmup_starts_at_the_peak():
+  assert schedule(config(warmup_steps=0), 10)(0) == 1.0
+
+
+def test_decay_spares_norms_and_biases_even_when_stacked():
+  params = nnx.state(tiny_model.model().llm, nnx.Param)
+  mask = nnx.to_pure_dict(decay_mask(params))
+  layer = mask["layers"]
+  assert layer["mlp"]["gate"]["kernel"] is True
+  assert layer["attention_norm"]["scale"] is False
+  assert mask["norm"]["scale"] is False
+  assert mask["embedding"] is True
+
+
+def test_frozen_parts_are_left_out_and_wrong_names_refused():
+  model = tiny_model.model()
+  state = nnx.state(model)
+  trains = trainable_filter(config(frozen=("vqvae", "vision.tower")), state)
+  _, params, fixed = nnx.split(model, trains, ...)
+  tops = {path[:2] for path, _ in nnx.to_flat_state(params)}
+  assert ("vision", "connector") in tops
+  assert ("vision", "tower") not in tops
+  assert "vqvae" not in params
+  assert "vqvae" in fixed
+  with pytest.raises(ConfigError, match=r"optimizer.frozen.*vqvea"):
+    trainable_filter(config(frozen=("vqvea",)), state)
+
+
+def test_first_update_is_the_clipped_sign():
+  params = nnx.state(tiny_model.model().llm.norm, nnx.Param)
+  optimizer = make_optimizer(config(warmup_steps=0), 10, params)
+  grads = jax.tree.map(lambda x: jnp.full_like(x, 100.0), params)
+  with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes.
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  for leaf in jax.tree.leaves(updates):
+    np.testing.assert_allclose(leaf, -1.0, rtol=1e-4)
+
+
+def test_muon_steps_are_orthogonal_and_spare_other_parameters():
+  params = nnx.state(tiny_model.model().llm, nnx.Param)
+  key = jax.random.key(0)
+  grads = jax.tree.map(
+    lambda x: jax.random.normal(jax.random.fold_in(key, x.size), x.shape),
+    params,
+  )
+  plain = dict(warmup_steps=0, schedule="constant", weight_decay=0.0)
+  updates = {}
+  with jax.numpy_dtype_promotion("standard"):
+    for rate in (0.0, 0.5):
+      optimizer = make_optimizer(
+        config(muon_learning_rate=rate, **plain), 10, params
+      )
+      found, _ = optimizer.update(grads, optimizer.init(params), params)
+      updates[rate] = nnx.to_pure_dict(found)
+  for name in ("embedding", "norm"):
+    jax.tree.map(
+      np.testing.assert_array_equal, updates[0.0][name], updates[0.5][name]
+    )
+  step = updates[0.5]["layers"]["mlp"]["gate"]["kernel"]
+  assert step.ndim == 3
+  for matrix in step:
+    values = np.linalg.svd(matrix, compute_uv=False)
+    scale = 0.5 * 0.2 * np.sqrt(max(matrix.shape))
+    # Newton-Schulz brings singular values near 1, not to it.
+    assert (values > 0.6 * scale).all()
+    assert (values < 1.3 * scale).all()

@@ -1,0 +1,48 @@
+"""Reports: overlays keep the picture, pages hold everything they show."""
+
+import numpy as np
+
+from argenseg_jax.visualize import render
+
+
+def shown(request="the <red> circle"):
+  image = np.full((20, 30, 3), 100, np.uint8)
+  truth = np.zeros((20, 30), bool)
+  truth[5:15, 5:15] = True
+  strip = np.zeros((3, 8, 8, 3), np.uint8)
+  return render.Shown(image, request, truth, truth, strip, 1.0, "<ge_end>")
+
+
+def test_overlay_changes_only_the_mask():
+  row = shown()
+  drawn = render.overlay(row.image, row.truth)
+  np.testing.assert_array_equal(drawn[~row.truth], row.image[~row.truth])
+  np.testing.assert_array_equal(drawn[5, 5], (255, 255, 255))  # The outline.
+  assert drawn[10, 10, 0] > drawn[10, 10, 1]
+
+
+def test_strip_joins_all_scales():
+  assert render.join_strip(shown().strip, 32).shape == (32, 3 * 32 + 2, 3)
+
+
+def test_html_is_self_contained_and_escapes(tmp_path):
+  path = tmp_path / "report.html"
+  render.write_html(
+    path,
+    title="a & b",
+    parts=[
+      render.heading("Scores"),
+      render.table({"val": {"ciou": 0.5}}),
+      render.sample(shown()),
+    ],
+  )
+  text = path.read_text()
+  assert "the &lt;red&gt; circle" in text
+  assert "0.500" in text
+  assert text.count("data:image/png;base64,") == 4
+  assert "http" not in text
+
+
+def test_png_is_written(tmp_path):
+  render.draw_rows([shown(), shown("x" * 99)], tmp_path / "report.png")
+  assert (tmp_path / "report.png").stat().st_size > 1000

@@ -1,0 +1,87 @@
+"""`argenseg bench exits`: what masks of fewer scales cost and are worth."""
+
+import argparse
+import statistics
+import time
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser(
+    prog="argenseg bench exits",
+    description="Masks of the first 1, 2, .. scales on a split of the "
+    "checkpoint's own data. Batches take turns, so that all rows of the table "
+    "meet the same load; CPU seconds are this process's. The last row forces "
+    "the words that the model said before: no text is generated.",
+    epilog="Example: argenseg bench exits --checkpoint=runs/quickstart/mllm",
+  )
+  parser.add_argument("--checkpoint", required=True)
+  parser.add_argument("--split", default="val")
+  parser.add_argument("--max_samples", type=int, default=256)
+  parser.add_argument("--batch-size", type=int, default=1)
+  args = parser.parse_args(argv)
+  if args.max_samples < 1 or args.batch_size < 1:
+    parser.error("--max_samples and --batch-size must be positive")
+  import jax
+  import numpy as np
+
+  from argenseg_jax.data import examples as rows_lib
+  from argenseg_jax.evaluation.evaluator import true_seg_mask
+  from argenseg_jax.evaluation.segmentation_metrics import (
+    SegmentationSums,
+    score,
+  )
+  from argenseg_jax.tools import warmup
+
+  args.bfloat16 = False
+  predictor = warmup.open_predictor(args, batch_size=args.batch_size)
+  rows = rows_lib.make_rows(
+    predictor.data, "mllm", predictor.config, predictor.tokenizer
+  )
+  source = rows_lib.of_split(rows, args.split).source
+  scales = predictor.config.vqvae.scales
+  exits = [*range(1, len(scales) + 1), None]  # None: forced words.
+  sums = {k: SegmentationSums() for k in exits}
+  spent = {k: ([], []) for k in exits}
+  size, answers, forced, equal = args.batch_size, [], 0, 0
+  total = min(args.max_samples, len(source)) // size * size
+  for first in range(0, total, size):
+    samples = [source[i] for i in range(first, first + size)]
+    images = [sample.load_image() for sample in samples]
+    texts = [sample.expressions[0] for sample in samples]
+    for k in exits:
+      options = {"num_scales": k}
+      if k is None:
+        if size > 1 or not answers[0].has_mask:
+          continue  # The words of one row, and a mask after them.
+        options = {"answer_prefix": answers[0].text.split("<mask>")[0]}
+        forced += 1
+      before, began, cpu = answers, time.perf_counter(), time.process_time()
+      answers = predictor.segment_batch(images, texts, **options)
+      spent[k][0].append((time.perf_counter() - began) / size)
+      spent[k][1].append((time.process_time() - cpu) / size)
+      if k is None:
+        equal += int(np.array_equal(answers[0].codes, before[0].codes))
+        continue
+      for sample, answer in zip(samples, answers, strict=True):
+        truth = true_seg_mask(sample)
+        sums[k] += score(answer.seg_mask, truth, has_mask=answer.has_mask)
+  print(
+    f"{args.split}, {total} samples, batch {size}, "
+    f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n"
+  )
+  print("| scales | codes | cIoU | gIoU | ms a mask | CPU ms a mask |")
+  print("|---|---:|---:|---:|---:|---:|")
+  for k in exits:
+    if not spent[k][0]:
+      continue
+    wall, cpu = (1e3 * statistics.median(times) for times in spent[k])
+    name = "all, words forced" if k is None else ",".join(map(str, scales[:k]))
+    codes = sum(side * side for side in scales[:k])
+    quality = "| |"
+    if k is not None:
+      found = sums[k].results()
+      quality = f"{found['ciou']:.3f} | {found['giou']:.3f} |"
+    print(f"| {name} | {codes} | {quality} {wall:.1f} | {cpu:.1f} |")
+  if forced:
+    print(f"\nforced words gave the same codes in {equal} of {forced} answers")
+  return 0

@@ -1,0 +1,44 @@
+"""What commands share."""
+
+import importlib
+import sys
+from collections.abc import Mapping
+
+
+def dispatch(
+  command: str,
+  what: str,
+  names: Mapping[str, str],
+  argv: list[str],
+  *,
+  notes: str,
+) -> int:
+  """Runs `argenseg COMMAND NAME`, a module of `argenseg_jax.tools.COMMAND`.
+
+  Args:
+    command: "bench" or "data".
+    what: the first line of its help.
+    names: of its sub-commands -> what the help says of each.
+    argv: what follows the command.
+    notes: the end of its help, with an example.
+
+  Returns:
+    The exit code, 2 for bad input.
+  """
+  if not argv or argv[0] in ("-h", "--help"):
+    width = max(map(len, names))
+    lines = [f"argenseg {command}: {what}", ""]
+    lines += [f"  {name:{width}}  {text}" for name, text in names.items()]
+    print("\n".join([*lines, "", notes]))
+    return 0
+  name, rest = argv[0], argv[1:]
+  if name not in names:
+    print(
+      f"argenseg {command}: unknown sub-command {name!r}; use one of "
+      f"{', '.join(names)}.",
+      file=sys.stderr,
+    )
+    return 2
+  return importlib.import_module(f"argenseg_jax.tools.{command}.{name}").main(
+    rest
+  )

@@ -1,0 +1,36 @@
+"""`argenseg data tokenize`: image codes of a source's masks."""
+
+from argenseg_jax.config import ConfigError
+from argenseg_jax.runtime import paths
+from argenseg_jax.tools.data import options
+
+
+def main(argv: list[str]) -> int:
+  parser = options.parser(
+    "tokenize",
+    "Writes the image codes of all masks, so that training with "
+    "--config.data.codes=FILE runs no image tokenizer. Without --config the "
+    "settings are those of the checkpoint's run.",
+    "refer=refcoco --checkpoint=runs/mine/vqvae --out=codes.npz",
+  )
+  parser.add_argument("--checkpoint", required=True)
+  parser.add_argument("--out", required=True, help="file to write, .npz")
+  parser.add_argument("--force", action="store_true", help="overwrite --out")
+  args, config_flags = parser.parse_known_args(argv)
+  out = paths.disk_path(args.out)
+  if out.exists() and not args.force:
+    raise ConfigError(f"{out} exists; give another --out or --force.")
+  if not out.parent.is_dir():
+    raise ConfigError(f"folder {out.parent} of --out does not exist.")
+  from argenseg_jax.data import examples
+  from argenseg_jax.training import code_cache
+
+  settings, vqvae = options.of_checkpoint(args.checkpoint)
+  data = settings.data
+  if config_flags:
+    data = options.settings(config_flags).data
+  source = options.one_source(data, args)
+  made = examples.make_rows(source, "mllm", settings.model, settings.tokenizer)
+  code_cache.write(made, vqvae, out)
+  print(f"wrote {out}: codes of {len(made.source)} records")
+  return 0
