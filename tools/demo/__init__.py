@@ -14,13 +14,8 @@ example:
 
 Nothing leaves the machine, and only this machine can open the page, unless
 --host or --share says otherwise. Requests of several users are answered in
-batches. Programs may use it too:
-  curl -X POST http://127.0.0.1:7860/gradio_api/call/segment \\
-    -H "Content-Type: application/json" \\
-    -d '{"data": [{"path": "FILE", "meta": {"_type": "gradio.FileData"}},
-         "the red circle", 0.65]}'
-(docs/serving.md has the whole exchange, also in Python). It needs the extra
-[demo]: pip install "argenseg_jax[demo]".
+batches. docs/serving.md says how programs use it. It needs the extra [demo]:
+pip install "argenseg_jax[demo]".
 """
 
 

@@ -26,6 +26,7 @@ def _upload() -> gr.Image:
     image_mode=None,
     sources=["upload", "clipboard", "webcam"],
     label="Image",
+    height=360,
   )
   decoded = image.preprocess
 
@@ -116,7 +117,9 @@ def _segment_tab(answerer: Answerer, examples: Sequence[str]) -> None:
       shown = gr.Gallery(label="Masks", columns=2, elem_id="masks")
       opacity = gr.Slider(0.0, 1.0, 0.65, step=0.05, label="Opacity")
       said = gr.Markdown(elem_id="answer")
-      scales = gr.Gallery(label="Coarse to fine", columns=4, elem_id="scales")
+      scales = gr.Gallery(
+        label="Coarse to fine", columns=4, height=220, elem_id="scales"
+      )
       downloads = gr.File(label="Masks as PNG and COCO run lengths")
   outputs = [shown, said, scales, downloads, found]
 
@@ -190,7 +193,9 @@ def _chat_tab(answerer: Answerer) -> None:
   with gr.Row():
     image = _upload()
     with gr.Column():
-      talk = gr.Chatbot(label="Conversation", elem_id="conversation")
+      talk = gr.Chatbot(
+        buttons=["copy"], label="Conversation", elem_id="conversation"
+      )
       message = gr.Textbox(
         label="Message", max_length=answers.MAX_CHARACTERS, elem_id="message"
       )
