@@ -29,8 +29,8 @@ from argenseg_jax.training import state as train_state
 from argenseg_jax.training.step import make_train_step
 from argenseg_jax.types import Batch
 
-# Elements. XLA for TPUs reduces smaller arrays whole on purpose: one phase takes
-# less time than two. On v5e:2x4 64 x 64 is all-reduced, 128 x 128 is not.
+# Elements. XLA for TPUs reduces smaller arrays whole on purpose: one phase is
+# faster than two. On v5e:2x4 64 x 64 is all-reduced, 128 x 128 is not.
 _SMALLEST_SCATTER = 128 * 128
 _PROMPT_TEXT = 64  # Text tokens of a prompt, in the plan of generation.
 
