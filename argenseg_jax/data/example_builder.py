@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from argenseg_jax.config import SPEED_KEYS, DataConfig, to_dict
-from argenseg_jax.data import text, transforms
+from argenseg_jax.data import chat, text, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, Source, Turn
 from argenseg_jax.types import Batch
@@ -152,7 +152,7 @@ class RowMaker:
       number = 0 if rng is None else rng.integers(len(chosen))
       chosen = (chosen[number],)
     template = sample.request or self.config.request
-    request = text.request_text(template, chosen, self.config.join)
+    request = chat.request_text(template, chosen, self.config.join)
     return (
       {"from": "human", "value": request},
       {"from": "gpt", "value": self._answer(sample)},
@@ -166,7 +166,8 @@ class RowMaker:
         f"{sample.where} holds no description, which config key 'data.answer' "
         f"puts in place of {DESCRIPTION}."
       )
-    return self.config.answer.replace(DESCRIPTION, sample.description)
+    said = chat.as_text(sample.description)
+    return self.config.answer.replace(DESCRIPTION, said)
 
   def _make(
     self, sample: Sample, rng: np.random.Generator | None, length: int
@@ -208,7 +209,7 @@ class RowMaker:
     if config.sequence_length:
       turns = self.conversation(sample, rng)
       try:
-        tokens = text.tokenize_chat(
+        tokens = chat.tokenize_chat(
           self.tokenizer,
           turns,
           image_tokens=(self.image_tokens,) * len(sample.images),
@@ -217,7 +218,7 @@ class RowMaker:
         )
         special = self.tokenizer.token_ids
         fitting = tokens.cut(length, special)
-        packed = text.text_row((fitting,), config.sequence_length, special)
+        packed = chat.text_row((fitting,), config.sequence_length, special)
       except DataError as error:
         raise DataError(f"{sample.where}: {error}") from error
       row = row._replace(**vars(packed))
@@ -288,10 +289,10 @@ class RowMaker:
     return self._cache[key]
 
   @functools.cached_property
-  def _padding(self) -> text.TextRow:
+  def _padding(self) -> chat.TextRow:
     """A row without text, shared: nobody writes into it."""
     length = self.config.sequence_length
-    return text.text_row((), length, self.tokenizer.token_ids)
+    return chat.text_row((), length, self.tokenizer.token_ids)
 
   def _empty(self, index: int) -> Batch:
     c = self.config

@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample
+from argenseg_jax.data.text import unescape
 from argenseg_jax.evaluation.bootstrap import intervals
 from argenseg_jax.evaluation.segmentation_metrics import (
   SegmentationSums,
@@ -83,11 +84,11 @@ def records(
     "picture": json.dumps(picture, default=str),
     "turn": max(len(human) - 1, 0),
     "expressions": list(sample.expressions),
-    "question": human[-1] if human else "",
+    "question": unescape(human[-1]) if human else "",
     "text": text,
   }
   if not truths:
-    true = [sample.conversation[-1]["value"]]
+    true = [unescape(sample.conversation[-1]["value"])]
     return [common | {"answers": list(sample.answers) or true}]
   made = []
   for number, truth in enumerate(truths):

@@ -137,7 +137,7 @@ class Predictor:
       answer_prefix: words that the answer begins with, right before its mask:
         no text is generated there. None lets the model speak.
       num_scales: stop after so many scales of a mask; None takes all.
-      template: kind of request, of `data.text.REQUEST_TEMPLATES`; that of the
+      template: kind of request, of `data.chat.REQUEST_TEMPLATES`; that of the
         model's training where it is "".
 
     Raises:

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 from argenseg_jax import checkpoint
 from argenseg_jax.config import DataConfig, from_mapping
-from argenseg_jax.data import text
+from argenseg_jax.data import chat
 from argenseg_jax.inference.generate import generate
 from argenseg_jax.inference.prompts import left_pad
 from argenseg_jax.inference.segment import to_uint8
@@ -67,8 +67,10 @@ def draw_images(
 
 
 def _prompt(tokenizer, data: DataConfig, words: str) -> np.ndarray:
-  asked = text.request_text("generation", [words])
-  prompt = text.chat_prompt(
-    [{"from": "human", "value": asked}], system_message=data.system_message
+  asked = chat.request_text("generation", [words])
+  prompt = chat.chat_prompt(
+    tokenizer,
+    [{"from": "human", "value": asked}],
+    system_message=data.system_message,
   )
-  return text.encode_prompt(tokenizer, prompt)
+  return chat.encode_prompt(tokenizer, prompt)

@@ -22,7 +22,7 @@ from argenseg_jax.config import (
   MeshConfig,
   ModelConfig,
 )
-from argenseg_jax.data import text
+from argenseg_jax.data import chat, text
 from argenseg_jax.runtime.paths import disk_path
 from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
 from argenseg_jax.torch_weights.tensors import (
@@ -38,7 +38,6 @@ from argenseg_jax.torch_weights.tensors import (
 KEPT_TENSORS = "carried.safetensors"
 _KEPT_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 _TOKENIZER = "image_tokenizer."
-_NEW_TOKENS = ("<mask>", "<ge_start>", "<ge_end>", "<MASK_CONTEXT>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +174,7 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
     source="jsonl",
     split="val",
     join="evaluation",
-    system_message=text.INTERNVL_SYSTEM_MESSAGE,
+    system_message=chat.INTERNVL_SYSTEM_MESSAGE,
     sequence_length=config.vision.num_embeddings
     + config.vqvae.codes_per_mask
     + text_tokens,
@@ -297,7 +296,7 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
       config, image_tokenizer.tensors, str(vqvae_path)
     )
     parts = [Renamed(image_tokenizer, _TOKENIZER)]
-  first_code = llm.vocab_size + len(_NEW_TOKENS)
+  first_code = llm.vocab_size + len(text.ADDED_TOKENS)
   rows = first_code + vqvae.num_codes
   whole = ModelConfig(
     name="imported",
@@ -391,8 +390,8 @@ def _add_tokens(path: pathlib.Path, ids: config_lib.TokenIds) -> None:
     model = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # The library raises bare Exceptions.
     raise WeightsError(f"{path.name} cannot be read: {error}.") from error
-  model.add_special_tokens(list(_NEW_TOKENS))
-  got = [model.token_to_id(token) for token in _NEW_TOKENS]
+  model.add_special_tokens(list(text.ADDED_TOKENS))
+  got = [model.token_to_id(token) for token in text.ADDED_TOKENS]
   want = [ids.mask, ids.ge_start, ids.ge_end, ids.mask_context]
   if got != want:
     raise WeightsError(
