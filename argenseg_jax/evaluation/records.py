@@ -33,7 +33,8 @@ _NEEDED = {
 # Of these metrics the 95 % intervals are given.
 _WITH_INTERVAL = {
   *("ciou", "giou", "yes_no_accuracy", "yes_no_f1", "vqa_soft"),
-  *("choice_accuracy", "text_exact"),
+  *("choice_accuracy", "text_exact", "pope_accuracy", "pope_f1"),
+  *("vqa_accuracy", "mmmu_accuracy", "scienceqa_accuracy"),
 }
 
 
