@@ -59,9 +59,8 @@ def get_config() -> ConfigDict:
   c.data.resize = "pillow"  # Exact for released weights; "opencv" is faster.
   c.data.seed = 0  # Of order and choice of expressions; 0 to 2**31 - 1.
   c.data.workers = 0  # Processes of each host that make batches; 0: threads.
-  c.data.threads = (
-    4  # Of each process that makes batches; 0: none of their own.
-  )
+  # Threads of each process that makes batches; 0: none of their own.
+  c.data.threads = 4
   c.data.prefetch = 8  # Batches made in advance; 0: none.
   c.data.cache = False  # Keep resized images and masks in memory.
   # Tokenise every mask once before the decoder trains, not in every step.
