@@ -31,7 +31,8 @@ _ANSWER = re.compile(r"\banswer(?:\s+is)?\s*[:\s]\s*(.*)", re.I | re.DOTALL)
 _LETTERS = (
   re.compile(r"\b(?:option|choice|answer)\s+([A-Z])\b(?!['’°\w])"),
   re.compile(r"\(([A-Z])\)"),
-  re.compile(r"\b([B-HJ-Z])\b(?!['’])"),  # "A" and "I" are words, too.
+  # "A" and "I" are words, too; "°C", "C#" and "C's" are no letters alone.
+  re.compile(r"(?<![\w°#'’.-])([B-HJ-Z])(?![\w°#+'’-])"),
 )
 
 
@@ -130,9 +131,9 @@ def chosen(text: str, options: Mapping[str, str]) -> str | None:
   text = unicodedata.normalize("NFC", text).strip()
   answer = _ANSWER.search(text)
   for said in (text, answer[1] if answer else ""):
-    found = _named(said, options)
-    if found is not None:
-      return found
+    named = _named(said, options)
+    if named:
+      return named.pop() if len(named) == 1 else None
   named = _within(text, options)
   if named:
     return named.pop() if len(named) == 1 else None
@@ -145,19 +146,17 @@ def chosen(text: str, options: Mapping[str, str]) -> str | None:
   return None
 
 
-def _named(said: str, options: Mapping[str, str]) -> str | None:
-  """The option that is all of an answer."""
+def _named(said: str, options: Mapping[str, str]) -> set[str]:
+  """The option that is all of an answer; two where it contradicts itself."""
   alone = _ALONE.fullmatch(said)
   if alone and (not options or alone[1] in options):
-    return alone[1]
+    return {alone[1]}
   if (letter := _of_text(said, options)) is not None:
-    return letter
+    return {letter}
   led = _LED.fullmatch(said)
   if led is None or (options and led[1] not in options):
-    return None
-  # "B. a cat", where "a cat" is A, is unclear.
-  others = _within(led[2], options) - {led[1]}
-  return None if others else led[1]
+    return set()
+  return {led[1]} | _within(led[2], options)  # "B. a cat", where that is A.
 
 
 def _of_text(said: str, options: Mapping[str, str]) -> str | None:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from argenseg_jax import checkpoint, sharding
-from argenseg_jax import config as config_lib
+from argenseg_jax import checkpoint, config_parsing, sharding
 from argenseg_jax.config import ConfigError, RunConfig
 from argenseg_jax.data import examples as rows_lib
 from argenseg_jax.evaluation.evaluator import (
@@ -200,8 +199,8 @@ def _train(config, task, workdir, logs, init_from, accept_changed_data, stop):
     batches.set_state(data_state, force=accept_changed_data)
   meta = {
     "task": task,
-    "model": config_lib.to_dict(model_config),
-    "run": config_lib.to_dict(config),
+    "model": config_parsing.to_dict(model_config),
+    "run": config_parsing.to_dict(config),
   }
 
   def save(step):

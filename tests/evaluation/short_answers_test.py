@@ -119,7 +119,7 @@ NESTED = "Which?\nA. cat\nB. cat and dog\nC. dog"
     (NUMBERS, "2", "A"),
     (NUMBERS, "-2", "C"),
     (NUMBERS, "one", "B"),
-    (NESTED, "a cat and a dog", None),
+    (NESTED, "a cat and a dog", "B"),
     (NESTED, "cat and dog", "B"),
     (NESTED, "I see the cat and dog", "B"),
     (NESTED, "dog", "C"),

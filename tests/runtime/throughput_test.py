@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from argenseg_jax import variants
-from argenseg_jax.config import run_config
+from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import base
 from argenseg_jax.kernels.chips import CHIPS
 from argenseg_jax.runtime import throughput
