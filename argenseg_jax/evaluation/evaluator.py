@@ -69,6 +69,11 @@ class Evaluator:
     self._answer = answer
     self._codes = CodeMeasurer(graph)
 
+  @property
+  def max_samples(self) -> int:
+    """Of a split, unless a call says otherwise; 0 for all."""
+    return self._config.max_samples
+
   def batch_size(self, state: nnx.State) -> int:
     """The config's, rounded up so that each device gets as many rows."""
     mesh = sharding.mesh_of(state)

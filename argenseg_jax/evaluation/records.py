@@ -30,6 +30,8 @@ _NEEDED = {
   True: ("sample", "picture", "text", "has_mask", "mask", "truth"),
   False: ("sample", "picture", "text", "kind", "question", "answers"),
 }
+# What tells the lines of a file apart.
+_KEY = ("dataset", "sample", "number")
 # Of these metrics the 95 % intervals are given.
 _WITH_INTERVAL = {
   *("ciou", "giou", "yes_no_accuracy", "yes_no_f1", "vqa_soft"),
@@ -143,6 +145,7 @@ class Scorer:
         has_mask=record["has_mask"],
         text=record["text"],
         surplus=record.get("surplus", 0),
+        ignore=pixels(record["ignore"]) if "ignore" in record else None,
       )
       value = one.iou
       self.masks += one
@@ -173,40 +176,17 @@ class Scorer:
     return metrics
 
 
-def keep_whole_batches(path: pathlib.Path, size: int) -> list[dict[str, Any]]:
-  """The records of an interrupted evaluation, up to its last batch but one.
-
-  The file is cut to them (a copy takes its place at once), so that going on
-  appends to it. The last batch may be incomplete and is answered again: in
-  another company, padding may be longer and an answer differ.
-
-  Args:
-    path: may be absent.
-    size: of a batch.
-  """
-  found = []
-  for line in path.read_text().splitlines() if path.exists() else ():
-    try:
-      found.append(json.loads(line))
-    except ValueError:  # Cut off by a kill.
-      break
-  end = found[-1]["sample"] // size * size if found else 0
-  kept = [values for values in found if values["sample"] < end]
-  copy = path.with_suffix(".new")
-  copy.write_text("".join(json.dumps(values) + "\n" for values in kept))
-  copy.replace(path)
-  return kept
-
-
 def rescore(path: str | pathlib.Path) -> dict[str, Any]:
   """The metrics of a `predictions.jsonl`.
 
   Raises:
-    DataError: it cannot be read; the line is named.
+    DataError: it cannot be read, or answers a question twice; the line is
+      named.
   """
   scorer = Scorer()
+  seen: dict[tuple, int] = {}
   try:
-    with as_path(path).open() as lines:
+    with as_path(path).open("rb") as lines:
       for number, line in enumerate(lines, 1):
         try:
           values = json.loads(line)
@@ -214,6 +194,12 @@ def rescore(path: str | pathlib.Path) -> dict[str, Any]:
             values[key]
           if not isinstance(values["picture"], str):
             raise TypeError(f"picture {values['picture']!r} is no name")
+          key = tuple(json.dumps(values.get(key)) for key in _KEY)
+          if key in seen:
+            raise ValueError(
+              f"sample {values['sample']} stands in line {seen[key]} already"
+            )
+          seen[key] = number
           scorer.add(values)
         except (
           *(DataError, ValueError, KeyError, TypeError),

@@ -8,7 +8,7 @@ from pycocotools import mask as coco
 
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample
-from argenseg_jax.evaluation import records
+from argenseg_jax.evaluation import records, resume
 from argenseg_jax.evaluation.segmentation_metrics import score
 from argenseg_jax.tools import cli
 
@@ -103,14 +103,14 @@ def test_an_interrupted_file_is_cut_to_whole_batches(file):
   whole = [json.loads(line) for line in file.read_text().splitlines()]
   with file.open("a") as lines:
     lines.write('{"sample": 7, "tex')
-  kept = records.keep_whole_batches(file, 3)
+  kept = resume.keep_whole_batches(file, 3)
   assert kept == whole[:6]
   assert [json.loads(x) for x in file.read_text().splitlines()] == kept
 
 
 def test_nothing_was_answered_before_the_first_batch(tmp_path):
   path = tmp_path / "predictions.jsonl"
-  assert records.keep_whole_batches(path, 4) == []
+  assert resume.keep_whole_batches(path, 4) == []
   assert path.read_text() == ""
 
 
