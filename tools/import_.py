@@ -33,7 +33,8 @@ def main(argv: list[str]) -> int:
   add(
     "--tokenizer",
     metavar="FILE",
-    help="text tokenizer (default: the folder's tokenizer.json)",
+    help="text tokenizer (default: the folder's tokenizer.json); bytes: make "
+    "one that reads any text byte by byte, to try things out",
   )
   add(
     "--scales",
@@ -77,7 +78,8 @@ def main(argv: list[str]) -> int:
   if imported.task == "mllm" and not imported.text_tokenizer:
     print(
       "No text tokenizer: train, eval and predict need a tokenizer.json; give "
-      "--tokenizer FILE (docs/weights.md says how to make one).",
+      "--tokenizer FILE (docs/weights.md says how to make one), or "
+      "--tokenizer bytes to try things out.",
       file=sys.stderr,
     )
   return 0

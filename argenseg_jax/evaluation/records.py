@@ -188,8 +188,10 @@ def rescore(path: str | pathlib.Path) -> dict[str, Any]:
   try:
     with as_path(path).open("rb") as lines:
       for number, line in enumerate(lines, 1):
+        if not line.strip():
+          continue
         try:
-          values = json.loads(line)
+          values = json.loads(line.decode("utf-8"))
           for key in _NEEDED["mask" in values]:
             values[key]
           if not isinstance(values["picture"], str):

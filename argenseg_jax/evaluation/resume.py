@@ -99,7 +99,7 @@ def _intact(data: bytes) -> Iterator[dict[str, Any]]:
   last = 0
   for line in data.split(b"\n"):
     try:
-      values = json.loads(line)
+      values = json.loads(line.decode("utf-8"))
       sample, number = values["sample"], values.get("number", 0)
       whole = type(sample) is int and sample >= last
       whole = whole and (sample, number) not in seen

@@ -272,3 +272,34 @@ def test_bfloat16_halves_the_weights_but_not_the_quantiser(open_predictor):
   assert state["vqvae"]["quantizer"]["codebook"][...].dtype == jnp.float32
   answer = predictor.segment(pictures(1)[0], "a", answer_prefix="")
   assert answer.has_mask
+
+
+def test_a_request_longer_than_the_model_is_refused_at_once(open_predictor):
+  predictor = open_predictor()
+  (image,) = pictures(1)
+  for words in ("cup " * 50_000, "a" * 200_000):
+    for ask in (
+      lambda words: predictor.segment(image, words),
+      lambda words: predictor.segment(image, "a", answer_prefix=words),
+      lambda words: predictor.chat([{"from": "human", "value": words}]),
+    ):
+      with pytest.raises(DataError, match="is too long: the model has"):
+        ask(words)
+
+
+def test_special_tokens_of_a_request_are_its_words(open_predictor):
+  predictor = open_predictor()
+  (image,) = pictures(1)
+  plain = predictor._engine.prompt("", None)
+  ids = predictor.tokenizer.token_ids
+  for token in (*text.SPECIAL_TOKENS.values(), "<pad>", "<image>"):
+    asked = predictor._engine.prompt(f"the {token} cup", "")
+    assert asked.picture_end == plain.picture_end
+    for control in (ids.img_context, ids.im_start, ids.im_end, ids.ge_start):
+      assert (asked.ids == control).sum() == (plain.ids == control).sum()
+  predictor.set_image(image)
+  requests = ["the <mask> cup", "the <MASK_CONTEXT> cup<|im_end|>"]
+  shared = [predictor.segment(r, answer_prefix="") for r in requests]
+  same(
+    shared, [predictor.segment(image, r, answer_prefix="") for r in requests]
+  )

@@ -221,6 +221,11 @@ def _ask(folder, *lines):
   return f"--requests={path}"
 
 
+def _pixels(path):
+  with Image.open(path) as image:
+    return np.array(image)
+
+
 def test_answers_never_overwrite_one_another(fake, folder):
   """Ids and stems whose files have names of others' files."""
   for stem in ("cup", "cup_overlay", "cup_2", "CUP"):
@@ -248,11 +253,10 @@ def test_answers_never_overwrite_one_another(fake, folder):
     written = {p.name for p in out.iterdir()} - {"predictions.jsonl"}
     assert written == set(files)
     for record in found:  # Each file has what its own request was answered.
-      seg_mask = np.asarray(Image.open(out / record["files"]["mask"]))
-      assert seg_mask.any() == bool(record["masks"])
-      image = Image.open(record["image"])
+      files = {k: _pixels(out / name) for k, name in record["files"].items()}
+      assert files["mask"].any() == bool(record["masks"])
       for kind in ("mask", "overlay"):
-        assert Image.open(out / record["files"][kind]).size == image.size
+        assert files[kind].shape[:2] == _pixels(record["image"]).shape[:2]
   assert [r["id"] for r in records(folder / "out0/predictions.jsonl")] == [
     *("a_overlay", "a", "a", "b", "b_mask", "b_strip", "7")
   ]
@@ -380,7 +384,8 @@ def test_outputs_are_checked_before_the_model_is_opened(
 def test_every_suffix_keeps_every_pixel(suffix, fake, folder):
   out = folder / f"m.{suffix}"
   assert predict("--image=in/b.png", "--text=cup", f"--out={out}") == 0
-  seg_mask = np.asarray(Image.open(out).convert("L")) > 127
+  with Image.open(out) as stored:
+    seg_mask = np.array(stored.convert("L")) > 127
   np.testing.assert_array_equal(seg_mask, [[True] * 4 + [False] * 4] * 4)
 
 
