@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     help="data sets instead of the checkpoint's; layouts are those of "
     "docs/data.md",
   )
-  parser.add_argument("--root", default="", help="where their pictures are")
+  parser.add_argument("--root", default="", help="where their images are")
   parser.add_argument(
     "--protocol",
     type=lambda given: given.replace("-", "_"),

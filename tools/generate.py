@@ -1,4 +1,4 @@
-"""`argenseg generate`: draws pictures for texts."""
+"""`argenseg generate`: draws images for texts."""
 
 import argparse
 
@@ -6,9 +6,9 @@ import argparse
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
     prog="argenseg generate",
-    description="Writes a picture for each text (NAME_0.png, NAME_1.png, ...) "
-    "and beside it the picture after each scale (NAME_0_strip.png). The model "
-    "must have been trained on pictures (layout text_to_image).",
+    description="Writes an image for each text (NAME_0.png, NAME_1.png, ...) "
+    "and beside it the image after each scale (NAME_0_strip.png). The model "
+    "must have been trained on images (layout text_to_image).",
     epilog="Example: argenseg generate --checkpoint=runs/pictures/mllm "
     '--text "a red circle" "two boats" --guidance=4 --out=drawn.png',
   )

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
   print(f"{args.target}: {imported.num_tensors} tensors ({imported.task}).")
   if imported.fresh_image_tokenizer:
     print(
-      "The image tokenizer is freshly initialised; give --vqvae FILE to take "
+      "The image tokenizer is freshly initialized; give --vqvae FILE to take "
       "VAR's.",
       file=sys.stderr,
     )

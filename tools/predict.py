@@ -1,4 +1,4 @@
-"""`argenseg predict`: segments pictures."""
+"""`argenseg predict`: segments images."""
 
 import argparse
 import dataclasses
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     nargs="+",
     default=[],
     metavar="FILE",
-    help="pictures, folders of them, or patterns in quotes",
+    help="images, folders of them, or patterns in quotes",
   )
   parser.add_argument(
     "--text", nargs="+", default=[], help="what to segment in each of them"
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     nargs=2,
     type=float,
     metavar=("X", "Y"),
-    help="instead of --text, what is there in the picture (pixels)",
+    help="instead of --text, what is there in the image (pixels)",
   )
   parser.add_argument(
     "--box",

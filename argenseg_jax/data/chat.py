@@ -19,7 +19,7 @@ from argenseg_jax.data.text import SPECIAL_TOKENS, TextTokenizer, escape
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
 
 IGNORE_LABEL = -100  # The authors' mark for "no loss here".
-# Of one conversation; longer ones are refused before they are tokenised.
+# Of one conversation; longer ones are refused before they are tokenized.
 MAX_CHARACTERS = 1 << 18
 IMAGE = "<image>"  # In a human turn.
 MASK = SPECIAL_TOKENS["mask"]  # In an answer.
@@ -45,7 +45,7 @@ REQUEST_TEMPLATES = {
   "instance": "<image>\n Please segment each {} in this image, one by one.",
   # "the defect", "the scratch on the metal".
   "anomaly": "<image>\n Please segment {} in this image, if there is any.",
-  # Interactive: thousandths of the picture, [[x, y]] or [[x1, y1, x2, y2]].
+  # Interactive: thousandths of the image, [[x, y]] or [[x1, y1, x2, y2]].
   "point": "<image>\n Please segment the object at point {} in this image.",
   "box": "<image>\n Please segment the object in box {} in this image.",
   "drawn": "<image>\n Please segment the object marked in red in this image.",
@@ -114,9 +114,9 @@ class Tokenized:
     )
 
   def cut(self, length: int, token_ids: TokenIds) -> "Tokenized":
-    """At most `length` positions, with all pictures and image codes.
+    """At most `length` positions, with all images and image codes.
 
-    The end goes if that leaves something to learn and takes no picture and no
+    The end goes if that leaves something to learn and takes no image and no
     code away; else the longest request loses its last words, but not all.
 
     Raises:
@@ -205,7 +205,7 @@ def tokenize_chat(
 
 
 def _of_picture(ids: np.ndarray, special: TokenIds) -> np.ndarray:
-  """Which tokens stand for a picture, bool."""
+  """Which tokens stand for an image, bool."""
   return (
     (ids == special.img_context)
     | (ids == special.img_start)

@@ -91,7 +91,7 @@ class Evaluator:
     on_batch: OnBatch = lambda: None,
     answered: Sequence[dict[str, Any]] = (),
   ) -> SplitResults:
-    """Scores every sample once, at the pictures' own sizes.
+    """Scores every sample once, at the images' own sizes.
 
     Args:
       state: variables of the model.
@@ -103,7 +103,7 @@ class Evaluator:
       answered: records of the first batches, from an interrupted call.
 
     Raises:
-      DataError: a sample asks for a picture, or has no usable true answer.
+      DataError: a sample asks for an image, or has no usable true answer.
     """
     scorer, records = predictions.Scorer(), list(answered)
     for record in answered:
@@ -180,7 +180,7 @@ class Evaluator:
       sample = rows.source[index]
       if sample.target == "picture":
         raise DataError(
-          f"{sample.where} asks for a picture, which no metric here judges; "
+          f"{sample.where} asks for an image, which no metric here judges; "
           "look at what `argenseg generate` draws."
         )
       if not _is_whole(rows, sample, batch.tokens[i]):

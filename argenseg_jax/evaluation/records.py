@@ -51,7 +51,7 @@ def due_masks(sample: Sample) -> int:
 
 
 def true_seg_masks(sample: Sample) -> list[Bool[np.ndarray, "h w"]]:
-  """What each due mask should be, at the picture's own size."""
+  """What each due mask should be, at the image's own size."""
   numbers = range(sample.num_past_masks, len(sample.seg_masks))
   if numbers:
     return [sample.load_seg_mask(i) > 0 for i in numbers]
@@ -83,7 +83,7 @@ def records(
     "sample": index,
     "dataset": sample.dataset,
     "kind": sample.kind,
-    # What tells equal pictures: intervals draw pictures, not samples.
+    # What tells equal images: intervals draw images, not samples.
     "picture": json.dumps(picture, default=str),
     "turn": max(len(human) - 1, 0),
     "expressions": list(sample.expressions),

@@ -121,7 +121,7 @@ def score(
 
   Args:
     prediction: bool [h w]; empty if the answer held no mask.
-    truth: bool [h w], at the picture's own size.
+    truth: bool [h w], at the image's own size.
     has_mask: whether the answer held a mask.
     text: the answer, where a box may stand.
     surplus: masks of the answer that nothing asked for.

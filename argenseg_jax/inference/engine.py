@@ -101,7 +101,7 @@ class Engine:
     self._strips = strips
 
   def see(self, pixels: np.ndarray) -> Array:
-    """Vision embeddings [1 v d] of a picture."""
+    """Vision embeddings [1 v d] of an image."""
     return self._run(self._see, self.resized(pixels)[None])
 
   def begin(self, tokens: np.ndarray, vision: Array) -> KVCache:
@@ -115,7 +115,7 @@ class Engine:
   def prompt(
     self, request: str, answer_prefix: str | None, template: str = ""
   ) -> Prompt:
-    """See `prompts.of_request`; the request is about one picture."""
+    """See `prompts.of_request`; the request is about one image."""
     return self._fitting(
       prompts.of_request(
         self.tokenizer,
@@ -159,7 +159,7 @@ class Engine:
     return prompt
 
   def resized(self, pixels: np.ndarray) -> np.ndarray:
-    """uint8 [1 side side 3]: one picture of a row."""
+    """uint8 [1 side side 3]: one image of a row."""
     resized = transforms.resize_image(
       pixels,
       self.data.image_side,
@@ -267,7 +267,7 @@ def _row_bucket(rows: int, most: int) -> int:
 
 @jax.jit
 def _in_bfloat16(state: nnx.State) -> nnx.State:
-  """Weights in bfloat16; the quantiser stays as it is."""
+  """Weights in bfloat16; the quantizer stays as it is."""
 
   def cast(path, leaf):
     names = [getattr(key, "key", None) for key in path]

@@ -21,7 +21,7 @@ class Prompt(NamedTuple):
   Attributes:
     ids: int32 [t], to the end of the answer's forced words.
     answer_length: how many of them, at the end, are those words.
-    picture_end: how many of them there are up to the end of the picture; 0
+    picture_end: how many of them there are up to the end of the image; 0
       without one.
   """
 
@@ -91,13 +91,13 @@ def of_turns(
   """A conversation, up to where the model goes on.
 
   Masks of earlier answers (`<mask>`) are left out: prompts hold words and
-  pictures only.
+  images only.
 
   Args:
     tokenizer: of the model.
     data: has the system message.
     turns: {"from": "human" or "gpt", "value": text}; the last is a human's.
-    image_tokens: vision embeddings of each picture.
+    image_tokens: vision embeddings of each image.
     answer_prefix: the answer's first words, to be forced.
 
   Raises:

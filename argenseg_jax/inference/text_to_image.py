@@ -1,4 +1,4 @@
-"""Pictures for texts: the mask path without an input picture, with guidance."""
+"""Images for texts: the mask path without an input image, with guidance."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ from argenseg_jax.models.argenseg import ARGenSeg
 def draw_images(
   loaded: checkpoint.Loaded, texts: Sequence[str], *, guidance: float
 ) -> tuple[UInt8[np.ndarray, "b h w 3"], UInt8[np.ndarray, "b k h w 3"]]:
-  """Pictures that a model draws, and what they are after each scale.
+  """Images that a model draws, and what they are after each scale.
 
   Args:
     loaded: a checkpoint of a whole model.

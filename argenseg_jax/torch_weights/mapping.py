@@ -107,7 +107,7 @@ def check(
       )
     if not tensors.is_floating(found[name].dtype):
       raise WeightsError(
-        f"{where} holds {name!r} as {found[name].dtype}; quantised weights are "
+        f"{where} holds {name!r} as {found[name].dtype}; quantized weights are "
         "not supported."
       )
   for name in found:

@@ -165,7 +165,7 @@ def test_threads_get_the_answers_of_one(open_predictor):
     same(found, expected)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     asked = pool.submit(predictor.segment, "a")
-    with pytest.raises(DataError, match="no picture was set in this thread"):
+    with pytest.raises(DataError, match="no image was set in this thread"):
       asked.result()
 
 
@@ -238,7 +238,7 @@ def test_pictures_come_as_arrays_pil_and_files(open_predictor, tmp_path):
       predictor.segment(wrong, "a")
   with pytest.raises(DataError, match="no request template is named 'nope'"):
     predictor.segment(image, "x", template="nope")
-  with pytest.raises(DataError, match="2 requests for 1 pictures"):
+  with pytest.raises(DataError, match="2 requests for 1 images"):
     predictor.segment_batch([image], ["a", "b"])
 
 
