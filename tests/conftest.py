@@ -1,5 +1,6 @@
 """Strict settings for the whole suite, before anything imports jax."""
 
+import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,14 +9,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("ARGENSEG_COMPILATION_CACHE", "off")
 # Tests compile much and compute little: quick compilation is worth more. The
 # processes that they start inherit this.
-os.environ["XLA_FLAGS"] = " ".join(
-  (
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-  )
-)
+_QUICK = [
+  "--xla_backend_optimization_level=0",
+  "--xla_cpu_parallel_codegen_split_count=1",
+]
+_jaxlib = importlib.metadata.version("jaxlib").split(".")
+if tuple(map(int, _jaxlib[:2])) < (0, 11):  # Later ones do not know it.
+  _QUICK.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_QUICK))
 
 import jax
 import jaxtyping
