@@ -60,13 +60,12 @@ def make_rows(
       "config key 'data.jpeg_quality' gives another picture at each visit; set "
       "'data.cache' to False."
     )
-  codes = sum(side * side for side in model.vqvae.scales)
   return pipeline.RowMaker(
     open_source(data),
     data,
     tokenizer=tokenizer,
     image_tokens=model.vision.num_embeddings,
-    num_codes=codes,
+    num_codes=model.vqvae.codes_per_mask,
   )
 
 

@@ -54,7 +54,7 @@ def abstract_batch(config: RunConfig, model: ModelConfig, task: Task) -> Batch:
   b = config.stage(task.name).train.global_batch_size
   t, i = data.sequence_length, data.max_images * data.pack
   m = data.max_masks * data.pack
-  codes = sum(side * side for side in model.vqvae.scales)
+  codes = model.vqvae.codes_per_mask
 
   def make(dtype, *shape):
     return jax.ShapeDtypeStruct((b, *shape), jnp.dtype(dtype))
