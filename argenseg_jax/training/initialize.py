@@ -4,8 +4,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, variants
-from argenseg_jax import config as config_lib
+from argenseg_jax import checkpoint, config_parsing, variants
 from argenseg_jax.config import ConfigError, ModelConfig, RunConfig
 from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.runtime import paths
@@ -27,7 +26,7 @@ def model_config(config: RunConfig, init_from: str | None) -> ModelConfig:
       "config key 'model.variant' is empty, which takes the model of "
       "'init_from', and that is empty too."
     )
-  return config_lib.replace(checkpoint.describe(init_from).config, changes)
+  return config_parsing.replace(checkpoint.describe(init_from).config, changes)
 
 
 def text_tokenizer(

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, sharding
-from argenseg_jax import config as config_lib
+from argenseg_jax import checkpoint, config_parsing, sharding
 from argenseg_jax.config import ModelConfig, RunConfig
 from argenseg_jax.data import examples, pipeline
 from argenseg_jax.data.curriculum import Curriculum
@@ -372,7 +371,7 @@ def _take_steps(
 
     # An evaluation.
     last = step == train.steps
-    if evaluate and step % train.eval_every == 0 and not last:
+    if evaluate and _is_due(step, train.eval_every) and not last:
       with (
         goodput.spent("evaluation"),
         watchdog.paused(),
@@ -384,7 +383,7 @@ def _take_steps(
 
     # A checkpoint.
     stops = stop.requested()
-    if step % train.save_every == 0 or last or stops:
+    if _is_due(step, train.save_every) or last or stops:
       save()
     if stops and not last:
       run.checkpoints.wait()
@@ -394,12 +393,16 @@ def _take_steps(
   return state
 
 
+def _is_due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
 def _meta(run: _Run, config: RunConfig) -> dict[str, Any]:
   """What checkpoints say of themselves."""
   return {
     "task": run.task.model,
-    "model": config_lib.to_dict(run.model),
-    "run": config_lib.to_dict(config),
+    "model": config_parsing.to_dict(run.model),
+    "run": config_parsing.to_dict(config),
   }
 
 
