@@ -9,14 +9,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("ARGENSEG_COMPILATION_CACHE", "off")
 # Tests compile much and compute little: quick compilation is worth more. The
 # processes that they start inherit this.
-_QUICK = [
-  "--xla_backend_optimization_level=0",
-  "--xla_cpu_parallel_codegen_split_count=1",
-]
-_jaxlib = importlib.metadata.version("jaxlib").split(".")
-if tuple(map(int, _jaxlib[:2])) < (0, 11):  # Later ones do not know it.
-  _QUICK.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_QUICK))
+os.environ["XLA_FLAGS"] = " ".join(
+  (
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0",
+    # Later ones do not know it, and end.
+    "--xla_cpu_use_fusion_emitters=false"
+    if importlib.metadata.version("jaxlib").startswith("0.10.")
+    else "",
+    "--xla_cpu_parallel_codegen_split_count=1",
+  )
+)
 
 import jax
 import jaxtyping
