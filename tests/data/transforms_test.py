@@ -2,6 +2,7 @@ import io
 
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -139,7 +140,9 @@ def test_a_mask_comes_back_at_the_pictures_size(size, pad_square):
   seg_mask = np.zeros(size, np.uint8)
   seg_mask[size[0] // 4 : size[0] // 2, size[1] // 4 : size[1] // 2] = 255
   target = transforms.mask_target(seg_mask, 128, pad_square=pad_square)
-  generated = np.asarray(to_uint8(normalize_seg_masks(target[..., None])))
+  generated = np.asarray(
+    to_uint8(normalize_seg_masks(jnp.asarray(target)[..., None]))
+  )
   back = seg_mask_at_size(generated, size, pad_square=pad_square)
   both = (back & (seg_mask > 0)).sum()
   assert both / (back | (seg_mask > 0)).sum() > 0.88
