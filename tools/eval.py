@@ -113,20 +113,20 @@ def _open(loaded, asked: dict[str, DataConfig], what: str) -> dict[str, Any]:
   """
   from argenseg_jax import checkpoint
   from argenseg_jax.data import examples
-  from argenseg_jax.data.text import TextTokenizer
 
   if what == "tokenizer":
-    task, tokenizer = "vqvae", TextTokenizer()  # No text is read.
-  elif loaded.task != "mllm":
+    tokenizer = None  # No text is read.
+    asked = {name: examples.masks_only(d) for name, d in asked.items()}
+  elif not loaded.is_whole:
     raise ConfigError(
       f"checkpoint {loaded.path} holds an image tokenizer only; measure it "
       "with --what=tokenizer, or give one of a whole model."
     )
   else:
-    task, tokenizer = "mllm", checkpoint.text_tokenizer(loaded)
+    tokenizer = checkpoint.text_tokenizer(loaded)
   return {
     name: examples.of_split(
-      examples.make_rows(data, task, loaded.config, tokenizer), data.split
+      examples.make_rows(data, loaded.config, tokenizer), data.split
     )
     for name, data in asked.items()
   }
@@ -364,8 +364,8 @@ def _measure_tokenizer(
 
   from argenseg_jax.evaluation.tokenizer import tokenizer_ceiling
 
-  whole = loaded.task == "mllm"
-  graph, state = nnx.split(loaded.model.vqvae if whole else loaded.model)
+  model = loaded.model.vqvae if loaded.is_whole else loaded.model
+  graph, state = nnx.split(model)
   results = {}
   for name, made in rows.items():
     results[name] = tokenizer_ceiling(

@@ -219,7 +219,7 @@ def evaluate_checkpoint(
     on_batch: called before each batch.
   """
   tokenizer = checkpoint.text_tokenizer(loaded)
-  rows = rows_lib.make_rows(config.data, "mllm", loaded.config, tokenizer)
+  rows = rows_lib.make_rows(config.data, loaded.config, tokenizer)
   graph, state = nnx.split(loaded.model)
   evaluator = evaluator or Evaluator(graph, config.eval)
   main = distributed.is_main()
@@ -241,7 +241,14 @@ def evaluate_checkpoint(
 
 def headline(metrics: dict[str, Any]) -> str:
   """The metrics that fit into a line."""
-  names = ("ciou", "giou", "yes_no_accuracy", "vqa_soft", "choice_accuracy")
+  names = (
+    "ciou",
+    "giou",
+    "psnr",
+    "yes_no_accuracy",
+    "vqa_soft",
+    "choice_accuracy",
+  )
   return " ".join(f"{n} {metrics[n]:.3f}" for n in names if n in metrics)
 
 
