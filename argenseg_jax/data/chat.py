@@ -267,7 +267,7 @@ def _chat_blocks(
       f"a conversation holds {error.object[error.start]!r}, half a character."
     ) from error
   # Special tokens that somebody typed are text.
-  keep = {"gpt": (MASK,)}
+  keep = {"gpt": (MASK,), "human": (IMAGE,) if image_tokens else ()}
   system_message = tokenizer.escape(system_message)
   turns = [(r, tokenizer.escape(t, keep=keep.get(r, ()))) for r, t in turns]
   human = [text for role, text in turns if role == "human"]

@@ -45,6 +45,7 @@ ADDED_TOKENS = tuple(
 # people and models write.
 MARKUP = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 _UNKNOWN = "<unk>"
+_BARRED = re.compile(r"<\|.*\|>", re.DOTALL)
 # In text of users, after the first character of what would otherwise be read as
 # a special token or placeholder. No text has it: it is no character.
 ESCAPE = "\ufdd0"
@@ -319,7 +320,10 @@ def _typed(text: str) -> str:
 def _controls(model: tokenizers.Tokenizer) -> list[str]:
   """Special tokens that text must never become."""
   added = model.get_added_tokens_decoder().values()
-  found = {token.content for token in added if token.special}
+  # Some vocabularies do not mark all of theirs ("<|fim_prefix|>").
+  found = {
+    t.content for t in added if t.special or _BARRED.fullmatch(t.content)
+  }
   found |= {
     t for t in SPECIAL_TOKENS.values() if model.token_to_id(t) is not None
   }
