@@ -175,6 +175,9 @@ class RowMaker:
     row = self._empty(sample.index)
     row.sample_weight[...] = 1
     chosen = bool(sample.options)
+    if chosen and not self.source.has_options:
+      name = type(self.source).__name__
+      raise TypeError(f"{name} gives options; set its has_options.")
     if chosen:
       options = len(sample.options)
       sample = sample.choose(0 if rng is None else rng.integers(options))
@@ -266,6 +269,10 @@ class RowMaker:
           pad_square=config.pad_square,
         )
       seg_mask = sample.load_seg_mask(number)
+      if sample.kind == "absent" and seg_mask.any():
+        raise DataError(
+          f'{sample.where} is of kind "absent", but its mask has an object.'
+        )
       if sample.kind != "absent" and not seg_mask.any():
         raise DataError(f"{sample.where} has a mask without a single pixel.")
       return transforms.mask_target(

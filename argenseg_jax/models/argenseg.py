@@ -14,17 +14,17 @@ from argenseg_jax.models import layers
 from argenseg_jax.models.llm import Decoder
 from argenseg_jax.models.vit import VisionEncoder
 from argenseg_jax.models.vqvae import VQVAE
-from argenseg_jax.types import ModelInputs
+from argenseg_jax.types import IMAGENET_MEAN, IMAGENET_STD, ModelInputs
 
-IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
-IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
+_MEAN = np.array(IMAGENET_MEAN, np.float32)
+_STD = np.array(IMAGENET_STD, np.float32)
 
 
 def normalize_images(
   images: UInt8[Array, "*b h w 3"],
 ) -> Float[Array, "*b h w 3"]:
   """RGB bytes to the vision tower's float32 input."""
-  return (images.astype(jnp.float32) / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
+  return (images.astype(jnp.float32) / 255.0 - _MEAN) / _STD
 
 
 def normalize_seg_masks(

@@ -14,7 +14,6 @@ from jaxtyping import Int
 from argenseg_jax import sharding
 from argenseg_jax.config import ConfigError
 from argenseg_jax.data import pipeline, safe_npz
-from argenseg_jax.data.sources.registry import has_options
 from argenseg_jax.models.argenseg import normalize_seg_masks
 from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.runtime import distributed, paths
@@ -139,7 +138,7 @@ def tokenize(
   rows: pipeline.RowMaker, vqvae: VQVAE, *, batch_size: int = 64
 ) -> np.ndarray:
   """Codes of all masks of a source, int32 [records m n]; 0 where none is."""
-  if has_options(rows.source):
+  if rows.source.has_options:
     raise ConfigError(
       f"data source {rows.config.source!r} at {rows.config.path} asks for one "
       "of several masks at each visit, so its codes cannot be kept; train from "
