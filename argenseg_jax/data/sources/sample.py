@@ -150,13 +150,11 @@ class Sample:
     turned = transforms.turn(reading.seg_mask, frame.orientation)
     return dataclasses.replace(reading, seg_mask=turned)
 
-  def _unknown_turn(
-    self, orientation: int, one: str, other: str
-  ) -> DataError:
+  def _unknown_turn(self, orientation: int, one: str, other: str) -> DataError:
     return DataError(
       f"{self.where}: EXIF orientation {orientation} turns or mirrors its "
-      f"{one}, and nothing says whether the {other} follows; store both upright, "
-      "without that tag."
+      f"{one}, and nothing says whether the {other} follows; store both "
+      "upright, without that tag."
     )
 
   def sized(self, size: tuple[int, int]) -> "Sample":

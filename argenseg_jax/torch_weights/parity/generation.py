@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from argenseg_jax.data import transforms
 from argenseg_jax.inference import generate
+from argenseg_jax.inference.segment import to_uint8
 from argenseg_jax.torch_weights.parity.compare import Check, Golden
 
 
@@ -121,6 +121,9 @@ def checks(golden: Golden, case: str, graph, state, decode) -> dict[str, Check]:
   def image(mask):
     return jnp.moveaxis(pictures(mask)[1][-1:], -1, 1)
 
+  def pixels_of(decoded):
+    return to_uint8(jnp.asarray(decoded))
+
   def arrays(mask):
     def inputs():
       return generated()[0].inputs[:, mask]
@@ -140,8 +143,8 @@ def checks(golden: Golden, case: str, graph, state, decode) -> dict[str, Check]:
       "raw_logits": Check(lambda: raw(mask)),
       "guided_logits": Check(lambda: guided_logits(mask)),
       "image_float": Check(lambda: image(mask)),
-      "image_uint8": Check(lambda: transforms.to_uint8(pictures(mask)[1][-1])),
-      "multi_uint8": Check(lambda: transforms.to_uint8(pictures(mask)[1])),
+      "image_uint8": Check(lambda: pixels_of(pictures(mask)[1][-1])),
+      "multi_uint8": Check(lambda: pixels_of(pictures(mask)[1])),
     }
 
   found = {

@@ -4,10 +4,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from argenseg_jax.data import text, transforms
 from argenseg_jax.evaluation import segmentation_metrics
+from argenseg_jax.models.argenseg import normalize_images, normalize_seg_masks
 from argenseg_jax.torch_weights.parity.compare import Check, Golden
 
 
@@ -35,14 +37,17 @@ def _picture_checks(golden: Golden, i: int) -> dict[str, Check]:
     pixels = transforms.resize_image(
       golden[f"in.image{i}"], config["input_size"], pad_square=pad_square
     )
-    return _first(transforms.normalize_image(pixels))
+    return _first(np.asarray(normalize_images(jnp.asarray(pixels))))
 
   def target(pad_square, name):
-    shape = golden[name].shape
+    levels = golden[f"in.mask{i}"]
+    if levels.max() < 127:  # As the authors do: of 2, that makes 254.
+      levels = levels * np.uint8(255)
     pixels = transforms.mask_target(
-      golden[f"in.mask{i}"], shape[-1], pad_square=pad_square
+      levels, golden[name].shape[-1], pad_square=pad_square
     )
-    return np.broadcast_to(transforms.normalize_seg_mask(pixels), shape)
+    normalized = normalize_seg_masks(jnp.asarray(pixels[..., None]))
+    return _first(np.asarray(normalized))
 
   def tiles():
     return transforms.image_tiles(
