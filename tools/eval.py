@@ -10,14 +10,9 @@ import json
 import pathlib
 from typing import Any
 
-from argenseg_jax import config as config_lib
-from argenseg_jax.config import (
-  ConfigError,
-  DataConfig,
-  EvalConfig,
-  MeshConfig,
-  to_dict,
-)
+from argenseg_jax import config_parsing
+from argenseg_jax.config import ConfigError, DataConfig, EvalConfig, MeshConfig
+from argenseg_jax.config_parsing import to_dict
 from argenseg_jax.runtime import paths
 from argenseg_jax.runtime.paths import Path
 from argenseg_jax.tools import train as train_tool
@@ -204,8 +199,8 @@ def _settings(found, config_flags: list[str]) -> Settings:
     return Settings(run.data, run.eval, run.mesh)
   run = found.meta["run"]
   settings = Settings(
-    config_lib.from_mapping(DataConfig, run["data"]),
-    config_lib.from_mapping(EvalConfig, run["eval"]),
+    config_parsing.from_mapping(DataConfig, run["data"]),
+    config_parsing.from_mapping(EvalConfig, run["eval"]),
     MeshConfig(data=-1, fsdp=1, tensor=1),  # Whole on each device.
   )
   changes = {}
@@ -220,7 +215,7 @@ def _settings(found, config_flags: list[str]) -> Settings:
       changes[key] = ast.literal_eval(value)
     except (SyntaxError, ValueError):
       changes[key] = value
-  return config_lib.replace(settings, changes)
+  return config_parsing.replace(settings, changes)
 
 
 def _data_sets(
@@ -267,7 +262,7 @@ def _measure_model(
   from argenseg_jax.data import examples
   from argenseg_jax.evaluation.evaluator import Evaluator
 
-  if loaded.task != "mllm":
+  if not loaded.is_whole:
     raise ConfigError(
       f"checkpoint {loaded.path} holds an image tokenizer only; measure it "
       "with --what=tokenizer, or give one of a whole model."
@@ -277,7 +272,7 @@ def _measure_model(
   evaluator = Evaluator(graph, settings.eval)
   results = {}
   for name, data in asked.items():
-    made = examples.make_rows(data, "mllm", loaded.config, tokenizer)
+    made = examples.make_rows(data, loaded.config, tokenizer)
     made = examples.of_split(made, data.split)
     folder = None if out is None else out / name
     results[name] = _answer_all(evaluator, state, made, name, args, folder)
@@ -342,15 +337,13 @@ def _measure_tokenizer(
   from flax import nnx
 
   from argenseg_jax.data import examples
-  from argenseg_jax.data.text import TextTokenizer
   from argenseg_jax.evaluation.tokenizer import tokenizer_ceiling
 
-  whole = loaded.task == "mllm"
-  graph, state = nnx.split(loaded.model.vqvae if whole else loaded.model)
+  model = loaded.model.vqvae if loaded.is_whole else loaded.model
+  graph, state = nnx.split(model)
   results = {}
   for name, data in asked.items():
-    # No text is read.
-    made = examples.make_rows(data, "vqvae", loaded.config, TextTokenizer())
+    made = examples.make_rows(examples.masks_only(data), loaded.config, None)
     results[name] = tokenizer_ceiling(
       graph,
       state,

@@ -45,7 +45,10 @@ _FORMATS = (
 )
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright.
 
-_PILLOW = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
+_PILLOW = {
+  "bicubic": Image.Resampling.BICUBIC,
+  "bilinear": Image.Resampling.BILINEAR,
+}
 _PPM = re.compile(rb"P6\n([1-9]\d{0,5}) ([1-9]\d{0,5})\n255\n")
 _OPENCV = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}
 

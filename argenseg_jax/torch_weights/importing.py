@@ -14,7 +14,7 @@ import tokenizers
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, sharding, variants
+from argenseg_jax import checkpoint, config_parsing, sharding, variants
 from argenseg_jax import config as config_lib
 from argenseg_jax.config import (
   DataConfig,
@@ -106,7 +106,7 @@ def import_weights(
       state = nnx.merge_state(state, _fresh_image_tokenizer(plan.config))
     meta = {
       "task": plan.task,
-      "model": config_lib.to_dict(plan.config),
+      "model": config_parsing.to_dict(plan.config),
       "torch_dtypes": odd,
     }
     if plan.task == "mllm":
@@ -192,8 +192,8 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
     start_with_mask=False,
   )
   return {
-    "data": config_lib.to_dict(data),
-    "eval": config_lib.to_dict(limits),
+    "data": config_parsing.to_dict(data),
+    "eval": config_parsing.to_dict(limits),
   }
 
 

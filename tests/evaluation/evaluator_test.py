@@ -17,7 +17,8 @@ from data import layouts
 from flax import nnx
 
 from argenseg_jax import checkpoint, sharding
-from argenseg_jax.config import DataConfig, MeshConfig, run_config, to_dict
+from argenseg_jax.config import DataConfig, MeshConfig
+from argenseg_jax.config_parsing import run_config, to_dict
 from argenseg_jax.configs import base
 from argenseg_jax.data import examples, text
 from argenseg_jax.evaluation import evaluator, records
@@ -140,7 +141,7 @@ def test_one_device_gives_the_same_numbers(run, whole):
   mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
   loaded = checkpoint.load(workdir, mesh=mesh)
   made = examples.make_rows(
-    config.data, "mllm", loaded.config, checkpoint.text_tokenizer(loaded)
+    config.data, loaded.config, checkpoint.text_tokenizer(loaded)
   )
   graph, state = nnx.split(loaded.model)
   found = evaluator.Evaluator(graph, config.eval)(

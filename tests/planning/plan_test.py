@@ -29,7 +29,7 @@ def arguments(request):
     "--config.mesh.fsdp=-1",
     "--config.mllm.train.remat=full",
     # Muon multiplies whole matrices: AdamW alone shows what gradients cost.
-    "--config.mllm.optimizer.muon_learning_rate=0.0",
+    "--config.mllm.optimizer.name=adamw",
     "--config.eval.batch_size=8",
     "--config.eval.max_text=2",
   ]
@@ -145,7 +145,8 @@ def test_report_of_what_does_not_fit_says_what_to_change():
 
 def test_changes_start_with_the_cheapest():
   from argenseg_jax import sharding
-  from argenseg_jax.config import MeshConfig, replace, run_config
+  from argenseg_jax.config import MeshConfig
+  from argenseg_jax.config_parsing import replace, run_config
   from argenseg_jax.configs import base
 
   values = base.get_config()

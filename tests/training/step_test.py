@@ -11,19 +11,15 @@ import tiny_model
 from flax import nnx
 
 from argenseg_jax import sharding
-from argenseg_jax.config import (
-  ConfigError,
-  MeshConfig,
-  RunConfig,
-  replace,
-  run_config,
-)
+from argenseg_jax.config import ConfigError, MeshConfig, RunConfig
+from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.planning import hlo
 from argenseg_jax.training.optimizer import init_moments, trainable_filter
 from argenseg_jax.training.state import TrainState
 from argenseg_jax.training.step import make_train_step, update_average
+from argenseg_jax.training.tasks import TASKS
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, Batch
 
 ROWS, LENGTH = 8, 32
@@ -121,7 +117,9 @@ def start(config: RunConfig, sizes, task="mllm", slices=1):
     optimizer=optimizer.init(params),
     usage=jax.device_put(jnp.zeros((11,), jnp.int32), everywhere),
   )
-  return jax.jit(make_train_step(graph, optimizer, config, task, mesh=mesh)), (
+  return jax.jit(
+    make_train_step(graph, optimizer, config, TASKS[task], mesh=mesh)
+  ), (
     state,
     sharding.put_batch(make_batch(), mesh),
   )

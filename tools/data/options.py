@@ -6,12 +6,8 @@ import pathlib
 import typing
 
 from argenseg_jax import configs
-from argenseg_jax.config import (
-  ConfigError,
-  DataConfig,
-  ModelConfig,
-  from_mapping,
-)
+from argenseg_jax.config import ConfigError, DataConfig, ModelConfig
+from argenseg_jax.config_parsing import from_mapping
 from argenseg_jax.data.sources import registry
 from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.tools import train
@@ -114,7 +110,7 @@ def of_checkpoint(path: str) -> tuple[Settings, typing.Any]:
   from argenseg_jax.training import initialize
 
   loaded = checkpoint.load(path)
-  if loaded.task == "mllm":
+  if loaded.is_whole:
     data = from_mapping(DataConfig, loaded.meta["run"]["data"])
     tokenizer = checkpoint.text_tokenizer(loaded)
     return Settings(data, loaded.config, tokenizer), loaded.model.vqvae
