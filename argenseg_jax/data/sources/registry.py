@@ -37,6 +37,7 @@ LAYOUTS = {
   "text_to_image": "jsonl.TextToImageSource",
   "folder": "folder.FolderSource",
   "ref_coco": "ref_coco.TfdsRefCocoSource",
+  "refcoco_m": "refcoco_m.RefcocoMSource",
   "array_record": "array_record.ArrayRecordSource",
 }
 NAMES = (*LAYOUTS, MIXTURE)
