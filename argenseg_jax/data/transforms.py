@@ -243,20 +243,20 @@ def _opened_file(file, what: str, name: str) -> Iterator[Image.Image]:
 def degrade(
   pixels: UInt8[np.ndarray, "h w 3"], quality: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """A picture after JPEG of some quality (0..100), as training may see it."""
+  """An image after JPEG of some quality (0..100), as training may see it."""
   bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
   _, jpeg = cv2.imencode(".jpg", bgr, (cv2.IMWRITE_JPEG_QUALITY, quality))
   return cv2.imdecode(jpeg, cv2.IMREAD_COLOR_RGB)
 
 
 def encode_pixels(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
-  """A picture as PPM: `decode_image` copies nothing and computes nothing."""
+  """An image as PPM: `decode_image` copies nothing and computes nothing."""
   height, width = pixels.shape[:2]
   return b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes()
 
 
 def _pixels(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
-  """What `encode_pixels` was given; None for any other picture."""
+  """What `encode_pixels` was given; None for any other image."""
   header = _PPM.match(data)
   if header is None:
     return None
@@ -284,8 +284,8 @@ def resize(
     # OpenCV's own filters do not widen when they shrink; area averaging does.
     method = cv2.INTER_AREA if shrinks else _OPENCV[filter]
     return cv2.resize(pixels, (width, height), interpolation=method)
-  picture = Image.fromarray(pixels)
-  return np.asarray(picture.resize((width, height), _PILLOW[filter]))
+  image = Image.fromarray(pixels)
+  return np.asarray(image.resize((width, height), _PILLOW[filter]))
 
 
 def resize_image(
@@ -295,10 +295,10 @@ def resize_image(
   backend: Backend = "pillow",
   pad_square: bool = False,
 ) -> UInt8[np.ndarray, "side side 3"]:
-  """A picture as the vision tower takes it.
+  """An image as the vision tower takes it.
 
   Args:
-    pad_square: centre the picture on a square of ImageNet's mean colour first,
+    pad_square: center the image on a square of ImageNet's mean color first,
       instead of distorting it.
   """
   height, width = pixels.shape[:2]
@@ -315,7 +315,7 @@ def resize_image(
 def image_tiles(
   pixels: UInt8[np.ndarray, "h w 3"], side: int, *, max_tiles: int
 ) -> UInt8[np.ndarray, "tiles side side 3"]:
-  """Cuts a picture into the grid of squares nearest to its aspect.
+  """Cuts an image into the grid of squares nearest to its aspect.
 
   More than one tile is followed by a thumbnail of the whole.
   """
@@ -332,7 +332,7 @@ def image_tiles(
   best, best_distance = (1, 1), float("inf")
   for columns, rows in grids:
     distance = abs(width / height - columns / rows)
-    # Of equally good grids the larger one, if the picture can fill it.
+    # Of equally good grids the larger one, if the image can fill it.
     fills = width * height > 0.5 * side * side * columns * rows
     if distance < best_distance or (distance == best_distance and fills):
       best, best_distance = (columns, rows), distance
@@ -346,7 +346,7 @@ def image_tiles(
 
 
 def fit_inside(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
-  """Where a picture of `size` (height, width) lies in a padded square.
+  """Where an image of `size` (height, width) lies in a padded square.
 
   Returns:
     top, left, height, width.
@@ -395,7 +395,7 @@ def grey_at_size(
   *,
   pad_square: bool = False,
 ) -> UInt8[np.ndarray, "h w"]:
-  """A generated mask image, resized to a picture's `size`, then grey."""
+  """A generated mask image, resized to an image's `size`, then gray."""
   if generated.ndim == 3 and generated.shape[-1] == 1:
     generated = generated[..., 0]
   if pad_square:

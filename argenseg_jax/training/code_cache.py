@@ -1,4 +1,4 @@
-"""Masks tokenised once: the codes of a source's masks, kept in a file."""
+"""Masks tokenized once: the codes of a source's masks, kept in a file."""
 
 import dataclasses
 import hashlib
@@ -55,7 +55,7 @@ def cached(
 
 
 def write(rows: pipeline.RowMaker, vqvae: VQVAE, path: Path) -> None:
-  """Tokenises every mask and writes codes and a note of what made them.
+  """Tokenizes every mask and writes codes and a note of what made them.
 
   Raises:
     ConfigError: a record of the source asks for another mask at each visit.

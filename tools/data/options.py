@@ -26,7 +26,7 @@ def parser(
   )
   made.add_argument("sources", nargs="*", metavar="LAYOUT=PATH")
   made.add_argument("--split", default="", help="train by default")
-  made.add_argument("--root", default="", help="where the pictures are")
+  made.add_argument("--root", default="", help="where the images are")
   return made
 
 

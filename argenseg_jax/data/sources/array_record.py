@@ -114,7 +114,7 @@ class _Records(TfdsRecords):
 
 
 def require_fitting(source: ArrayRecordSource, config: DataConfig) -> None:
-  """Raises DataError where stored pictures are not what rows are to hold."""
+  """Raises DataError where stored images are not what rows are to hold."""
   stored, wanted = source.resizing, Resizing.of(config)
   if stored is None or not config.max_images:
     return
@@ -177,7 +177,7 @@ def encode(sample: Sample, resizing: Resizing | None = None) -> dict[str, Any]:
       for stored in sample.images
     ]
   else:
-    images = [_resized(picture, resizing) for picture in pixels]
+    images = [_resized(image, resizing) for image in pixels]
   return {
     "meta": json.dumps(meta),
     "images": images,

@@ -101,9 +101,16 @@ class Sample:
 
   def read_mask(self, stored: Any) -> Reading:
     """Decodes one of the stored masks, upright, and says how it was stored."""
-    if len(self.images) != 1 or self.resized or self.upright:
+    if self.resized or self.upright or not self.images:
       return self._read_mask(stored, self.size)
-    frame = self.frame or self._read_frame()
+    try:
+      frame = self.frame or self._read_frame()
+    except DataError:  # Named where the image itself is needed.
+      return self._read_mask(stored, self.size)
+    if len(self.images) > 1:  # Of which is the mask?
+      if frame.orientation != 1:
+        raise self._unknown_turn(frame.orientation, "image", "mask")
+      return self._read_mask(stored, self.size)
     if frame.orientation == 1:
       size = self.size
       if size is None and masks.needs_size(stored):
@@ -125,7 +132,13 @@ class Sample:
       raise DataError(f"{self.where}: {error}") from error
 
   def _read_frame(self) -> transforms.Frame:
-    return transforms.image_frame(self.images[0], where=self.where)
+    """Of the only image, or of the first of several that is turned."""
+    frames = (
+      transforms.image_frame(image, where=self.where) for image in self.images
+    )
+    first = next(frames)
+    turned = (frame for frame in frames if frame.orientation != 1)
+    return first if first.orientation != 1 else next(turned, first)
 
   def _read_turned(self, stored: Any, frame: transforms.Frame) -> Reading:
     """A mask of an image that EXIF turns: its size says whether it was drawn
