@@ -168,13 +168,20 @@ def image_frame(stored: Encoded, *, where: str = "") -> Frame:
   if isinstance(stored, bytes) or not paths.is_local(_as_path(stored)):
     data, name = read_encoded(stored, where)
     with opened(data, "image", name) as image:
-      return Frame(image.size[::-1], _orientation(image))
+      return _frame(image)
   descriptor = input_files.open_regular(_as_path(stored))
   with (
     open(descriptor, "rb") as file,
     _opened_file(file, "image", str(stored)) as image,
   ):
-    return Frame(image.size[::-1], _orientation(image))
+    return _frame(image)
+
+
+def _frame(image: Image.Image) -> Frame:
+  frame = Frame(image.size[::-1], _orientation(image))
+  if image.format == "TIFF":  # Whose size Pillow gives as shown.
+    return frame._replace(size=frame.upright_size)
+  return frame
 
 
 def turn(

@@ -250,10 +250,10 @@ def _refcoco_m(folder):
   (folder / "data").mkdir(exist_ok=True)
   parquet.write_table(
     arrow.Table.from_pylist(rows),
-    folder / "data" / "validation-00000-of-00001.parquet",
+    folder / "data" / "train-00000-of-00001.parquet",
     row_group_size=1,
   )
-  return {"path": str(folder), "split": "val"}
+  return {"path": str(folder)}
 
 
 _WRITERS = {

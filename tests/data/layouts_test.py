@@ -147,8 +147,8 @@ def test_refcoco_m(opened, tmp_path):
   for index, truth in enumerate((LEFT, RIGHT, LEFT, RIGHT)):
     np.testing.assert_array_equal(source[index].load_seg_mask(), truth)
   assert source[1].image_keys == source[0].image_keys != source[2].image_keys
-  with pytest.raises(DataError, match=r"holds no train-\*\.parquet"):
-    opened("refcoco_m", split="train")
+  with pytest.raises(DataError, match=r"holds no validation-\*\.parquet"):
+    opened("refcoco_m", split="val")
   file = tmp_path / "validation-0.parquet"
   file.write_bytes(b"PAR1")
   with pytest.raises(DataError, match="is not a parquet file"):

@@ -131,7 +131,10 @@ MASKS_REFUSED = {
   ),
   "a photo": (_saved(_photo(), "JPEG"), "perhaps a photo"),
   "a photo in PNG": (_saved(_photo()), "it is a photo"),
-  "a gray photo": (_saved(_photo().convert("L")), "neither black nor white"),
+  "a gray photo": (
+    _saved(_photo().convert("L").point(lambda level: max(level * 2 - 150, 0))),
+    "neither black nor white",
+  ),
   "a gray JPEG photo": (
     _saved(_photo().convert("L"), "JPEG"),
     "classes|neither black nor white",
@@ -186,7 +189,7 @@ def test_images_of_more_bits_are_neither_black_nor_white(tmp_path):
     _gray(gray / np.float32(255), np.float32),
     _gray(gray, np.float32),
     _gray(gray, np.int32),
-    _gray(gray * 257, np.int32),
+    _gray(gray * np.int32(257), np.int32),
     _gray(gray * np.uint16(257), np.uint16),
   ):
     got = transforms.decode_image(_saved(image, "TIFF"))
@@ -215,7 +218,7 @@ def test_only_regular_files_are_read(tmp_path):
 def test_images_turn_as_exif_says(orientation, kind):
   exif = Image.Exif()
   exif[0x0112] = orientation
-  options = {"lossless": True} if kind == "WEBP" else {}
+  options = {"WEBP": {"lossless": True}}.get(kind, {"quality": 98})
   data = _saved(_photo(), kind, exif=exif, **options)
   upright = transforms.turn(np.array(_photo()), orientation)
   got = transforms.decode_image(data).astype(int)
@@ -306,7 +309,10 @@ LINES_REFUSED = [
   (_line(kind=""), "empty kind"),
   (_line(dataset=["a"]), "no text"),
   (_line(conversations=layouts.chat("<image>\na", " ")), "turn 2 is empty"),
-  (_line(conversations=layouts.chat("<image>\na", "<mask>")[:1]), "0 <mask>"),
+  (
+    _line(conversations=layouts.chat("<image>\na", "<mask>")[:1]),
+    "end with an ans",
+  ),
   (
     _line(conversations=[{"from": "user", "value": "a"}]),
     "turn 1 is from 'user'",

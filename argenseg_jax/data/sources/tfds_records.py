@@ -115,7 +115,10 @@ class Shards:
       raise IndexError(f"there is no record {index}")
     number = bisect.bisect_right(self._starts, index) - 1
     reader = self._reader(number)
-    return reader.read([index - self._starts[number]])[0]
+    record = reader.read([index - self._starts[number]])[0]
+    if not record:  # What the reader makes of a file that was cut short.
+      raise ValueError("nothing is there")
+    return record
 
   def _reader(self, number: int) -> Any:
     from array_record.python import array_record_module  # Slow to import.
