@@ -12,6 +12,7 @@ from argenseg_jax.config import ConfigError, DataConfig
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources import array_record
+from argenseg_jax.data.sources.image_folder import ImageTargets
 from argenseg_jax.data.sources.interactive import Interactive
 from argenseg_jax.data.sources.parsing import (
   digest,
@@ -36,6 +37,7 @@ LAYOUTS = {
   "ade20k": "semantic.Ade20kSource",
   "text_to_image": "jsonl.TextToImageSource",
   "folder": "folder.FolderSource",
+  "image_folder": "image_folder.ImageFolderSource",
   "ref_coco": "ref_coco.TfdsRefCocoSource",
   "refcoco_m": "refcoco_m.RefcocoMSource",
   "array_record": "array_record.ArrayRecordSource",
@@ -80,6 +82,8 @@ def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
     evaluation: every class or object of an image, every answer of a
       conversation, and under the per-expression protocol every expression,
       becomes a sample of its own; in training one is drawn at each visit.
+      Rows without text and with targets of three channels (an image
+      tokenizer's) take the images of the records instead of their masks.
 
   Raises:
     ConfigError: no layout has this name.
@@ -94,7 +98,10 @@ def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
     for part in source.parts if isinstance(source, Mixture) else (source,):
       if isinstance(part, array_record.ArrayRecordSource):
         array_record.require_fitting(part, config)
-  each = config.protocol == "per_expression"
+  if not config.sequence_length and config.mask_channels == 3:
+    return ImageTargets(source)
+  # Without text, a mask is one sample however many expressions it has.
+  each = config.protocol == "per_expression" and config.sequence_length > 0
   split_up = each or source.has_options or source.has_turns
   if evaluation and split_up:
     source = EachRequest(source, each_expression=each)
