@@ -8,6 +8,7 @@ from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.sources.registry import open_source
 from argenseg_jax.data.sources.sample import Sample
+from argenseg_jax.data.text import unescape
 from argenseg_jax.evaluation import records, vqa_metrics
 from argenseg_jax.runtime.metric_writer import Progress
 from argenseg_jax.tools.data import options
@@ -73,12 +74,12 @@ def _judge(sample: Sample) -> str:
   if sample.target != "mask" or records.due_masks(sample):
     return ""
   asked = [t["value"] for t in sample.conversation if t["from"] == "human"]
-  said = sample.conversation[-1]["value"]
+  said = unescape(sample.conversation[-1]["value"])
   answers = sample.answers or (said,)
   # Of several people, the first one's is right as far as they agree with it.
   try:
     _, score = vqa_metrics.score_answer(
-      sample.kind, answers[0], answers, question=asked[-1]
+      sample.kind, answers[0], answers, question=unescape(asked[-1])
     )
   except ValueError as error:
     return f"{sample.where}: {error}."

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from argenseg_jax.data import input_files
+from argenseg_jax.data.chat import request_text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources import parsing, questions
 from argenseg_jax.data.sources.parsing import below, read_file, required_text
 from argenseg_jax.data.sources.sample import Sample, Turn
-from argenseg_jax.data.text import request_text
 from argenseg_jax.runtime.paths import as_path, is_local
 
 _BOM = parsing.BOM.encode()

@@ -5,10 +5,10 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from argenseg_jax.data.chat import as_text, request_text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources import parsing
 from argenseg_jax.data.sources.parsing import required_text
-from argenseg_jax.data.text import request_text
 
 KEYS = (
   *("image", "mask", "conversations", "dataset", "kind", "answers", "answer"),
@@ -89,7 +89,7 @@ def as_chat(record: dict[str, Any], where: str) -> dict[str, Any]:
     asked = asked.replace("<image>\n", "", 1)
   turns = [
     {"from": "human", "value": asked},
-    {"from": "gpt", "value": answer},
+    {"from": "gpt", "value": as_text(answer)},
   ]
   return record | {"kind": kind, "answers": answers, "conversations": turns}
 
