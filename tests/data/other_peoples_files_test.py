@@ -21,6 +21,7 @@ from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.sources import registry
 from argenseg_jax.data.sources.registry import open_source
+from argenseg_jax.evaluation import records
 
 SIZE = (48, 64)
 OBJECT = np.zeros(SIZE, bool)
@@ -574,6 +575,9 @@ def test_ignored_shapes_are_neither_object_nor_background(tmp_path):
   assert ignore.sum() == 64
   assert not (seg_mask & ignore).any()
   assert (seg_mask | ignore)[2:18, 2:21].all()
+  for answer, score in ((seg_mask | ignore, 1.0), (seg_mask & False, 0.0)):
+    (line,) = records.records(0, sample, [answer], [seg_mask], text="")
+    assert records.Scorer().add(line) == pytest.approx(score)
   smaller = _shape("target", (7, 7), (9, 7), (9, 9), (7, 9))
   sample = open_source(_reason(tmp_path, OUTER, HOLE, smaller))[0]
   assert sample.load_seg_mask()[7:10, 7:10].all()
