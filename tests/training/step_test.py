@@ -1,5 +1,6 @@
 """One step: any mesh and any accumulation give what one device gives."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from argenseg_jax import sharding
 from argenseg_jax.config import ConfigError, MeshConfig, RunConfig
 from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import tiny
+from argenseg_jax.models import layers
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.planning import hlo
 from argenseg_jax.training.optimizer import init_moments, trainable_filter
@@ -234,6 +236,36 @@ def test_a_step_without_a_finite_loss_changes_nothing(started, weight):
   jax.tree.map(
     np.testing.assert_array_equal, after._replace(step=state.step), state
   )
+
+
+def test_a_gradient_that_overflows_changes_nothing():
+  """Its loss is finite, the sum of its squares is not."""
+  config, mesh = (
+    make_config(),
+    sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]),
+  )
+  task = dataclasses.replace(
+    TASKS["mllm"],
+    shared=lambda *_: (None, None),
+    loss=lambda model, *_, **__: (1e30 * jnp.sum(model.kernel[...]), None),
+    metrics=lambda _, usage, __, *, warm: ({"loss": jnp.zeros(())}, usage),
+  )
+  linear = layers.Linear(
+    2, 2, axes=("embed", "mlp"), init=layers.zeros_init, rngs=nnx.Rngs(0)
+  )
+  graph, params, fixed = nnx.split(linear, nnx.Param, ...)
+  optimizer = optax.sgd(1.0)
+  state = TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    fixed=fixed,
+    optimizer=optimizer.init(params),
+    usage=jnp.zeros((1,), jnp.int32),
+  )
+  step = make_train_step(graph, optimizer, config, task, mesh=mesh)
+  after, metrics = jax.jit(step)(state, make_batch())
+  assert metrics["skipped"]
+  np.testing.assert_array_equal(after.params["kernel"][...], 0)
 
 
 def test_a_finite_step_is_not_skipped(one_device):
