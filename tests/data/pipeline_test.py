@@ -32,6 +32,7 @@ def config(tmp_path_factory):
   )
   return DataConfig(
     path=str(folder),
+    source="ref_shapes",
     request="free",
     answer="<mask>",
     protocol="per_expression",
