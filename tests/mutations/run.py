@@ -17,13 +17,11 @@ import sys
 import tempfile
 import time
 
+from mutations import MUTATIONS, Mutation  # Beside this script.
+
 ROOT = pathlib.Path(__file__).parents[2]
 _PARTS = ("argenseg_jax", "configs", "kernels", "tools", "tests")
 _FILES = ("pyproject.toml", "setup.cfg", "CONTRIBUTING.md", "requirements.txt")
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-
-from mutations import MUTATIONS, Mutation
 
 
 class _Copy(importlib.abc.MetaPathFinder):
@@ -60,9 +58,8 @@ def _copied(mutation: Mutation | None, folder: pathlib.Path) -> None:
   path = folder / mutation.path
   text = path.read_text()
   if text.count(mutation.old) != 1:
-    raise SystemExit(
-      f"{mutation.path} holds {mutation.old!r} {text.count(mutation.old)} times."
-    )
+    times = text.count(mutation.old)
+    raise SystemExit(f"{mutation.path} has {mutation.old!r} {times} times.")
   path.write_text(text.replace(mutation.old, mutation.new))
 
 
