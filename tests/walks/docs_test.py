@@ -37,6 +37,7 @@ PAGES = {
   "docs/own_masks.md": {"DIR/": "./", "annotations": "mine"},
   "docs/data.md": {"HOST": "host"},
   "docs/evaluation.md": {},
+  "docs/image_tokenizer.md": {},
   "docs/serving.md": {"=DIR": "=runs/quickstart/mllm"},
   "docs/pods.md": {},
   "docs/tpu_vm_eval.md": {},
@@ -109,6 +110,7 @@ def trained(tmp_path_factory):
         *walking.small_tiny(),
       )
       shutil.copytree("runs/mine", "runs/quickstart")
+      walking.write_tokenizer(path / "tokenizer.json", "argenseg_8b")
       yield path
 
 
@@ -126,7 +128,7 @@ def sizes_of(words: list[str]) -> list[str]:
 
 
 WALKED = ("docs/own_masks.md", "docs/data.md", "docs/evaluation.md")
-WALKED += ("docs/serving.md", "docs/reliability.md")
+WALKED += ("docs/serving.md", "docs/reliability.md", "docs/image_tokenizer.md")
 
 
 @pytest.mark.long
