@@ -54,7 +54,7 @@ def true_seg_masks(sample: Sample) -> list[Bool[np.ndarray, "h w"]]:
   """What each due mask should be, at the image's own size."""
   numbers = range(sample.num_past_masks, len(sample.seg_masks))
   if numbers:
-    return [sample.load_seg_mask(i) > 0 for i in numbers]
+    return [sample.load_seg_mask(i) for i in numbers]
   if not due_masks(sample):
     return []
   return [np.zeros(sample.load_image().shape[:2], bool)]
@@ -98,6 +98,9 @@ def records(
     has_mask = number < len(predictions)
     prediction = predictions[number] if has_mask else np.zeros_like(truth)
     last = number == len(truths) - 1
+    ignore = None
+    if sample.seg_masks:
+      ignore = sample.load_ignore(sample.num_past_masks + number)
     made.append(
       common
       | {
@@ -107,6 +110,7 @@ def records(
         "truth": masks.run_lengths(truth),
         "surplus": max(len(predictions) - len(truths), 0) if last else 0,
       }
+      | ({} if ignore is None else {"ignore": masks.run_lengths(ignore)})
     )
   return made
 
@@ -220,4 +224,4 @@ def rescore(path: str | pathlib.Path) -> dict[str, Any]:
 
 def pixels(coded: dict[str, Any]) -> np.ndarray:
   """The bool [h w] mask of COCO's run lengths."""
-  return masks.load_seg_mask(coded) > 0
+  return masks.load_seg_mask(coded)

@@ -175,7 +175,7 @@ def tokenizer_ceiling(
       if sample.target == "picture":
         sums += image_score(decoded[i, j], batch.seg_masks[i, j])
       else:
-        truth = sample.load_seg_mask(j) > 0
+        truth = sample.load_seg_mask(j)
         drawn = [
           seg_mask_at_size(x, truth.shape, pad_square=rows.config.pad_square)
           for x in decoded[i, j]
