@@ -98,11 +98,11 @@ def records(
     has_mask = number < len(predictions)
     prediction = predictions[number] if has_mask else np.zeros_like(truth)
     last = number == len(truths) - 1
-    ignore = None
-    if sample.seg_masks:
-      ignore = sample.load_ignore(sample.num_past_masks + number)
+    ignore = sample.load_ignore(sample.num_past_masks + number)
+    ignored = {} if ignore is None else {"ignore": masks.run_lengths(ignore)}
     made.append(
       common
+      | ignored
       | {
         "number": number,
         "has_mask": has_mask,
@@ -110,7 +110,6 @@ def records(
         "truth": masks.run_lengths(truth),
         "surplus": max(len(predictions) - len(truths), 0) if last else 0,
       }
-      | ({} if ignore is None else {"ignore": masks.run_lengths(ignore)})
     )
   return made
 
