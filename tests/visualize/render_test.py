@@ -1,6 +1,7 @@
 """Reports: overlays keep the picture, pages hold everything they show."""
 
 import numpy as np
+from PIL import Image
 
 from argenseg_jax.visualize import render
 
@@ -44,5 +45,12 @@ def test_html_is_self_contained_and_escapes(tmp_path):
 
 
 def test_png_is_written(tmp_path):
-  render.draw_rows([shown(), shown("x" * 99)], tmp_path / "report.png")
-  assert (tmp_path / "report.png").stat().st_size > 1000
+  path = tmp_path / "report.png"
+  render.draw_rows([shown(), shown("x" * 99)], path)
+  with Image.open(path) as image:
+    pixels = np.asarray(image.convert("RGB"))
+  # The image's gray, and the tint of both masks, in the upper row and below.
+  tint = render.overlay(shown().image, shown().truth)[10, 10]
+  for half in np.split(pixels[: len(pixels) // 2 * 2], 2):
+    for color in ((100, 100, 100), tint):
+      assert np.any(np.all(half == np.asarray(color), -1)), color
