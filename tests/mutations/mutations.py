@@ -78,7 +78,11 @@ MUTATIONS = (
   _layers(
     "a * cos - b * sin", "a * cos + b * sin", _golden("internlm2_linear")
   ),
-  _layers("y -= jnp.mean(y, -1, keepdims=True)", "y -= 0.0", _VIT),
+  _layers(
+    "y -= jnp.mean(y, -1, keepdims=True)",
+    "y -= 0.0",
+    _golden("internvit_rmsnorm"),
+  ),
   _layers(
     "return self.scale[...].astype(x.dtype) * y.astype(x.dtype)",
     "return y.astype(x.dtype)",
@@ -172,8 +176,8 @@ MUTATIONS = (
     "(side - width) // 2, (side - height) // 2",
   ),
   _transforms(
-    "astype(np.uint8) * np.uint8(255)",
-    "astype(np.uint8) * np.uint8(254)",
+    "seg_mask = seg_mask.astype(np.uint8) * np.uint8(255)",
+    "seg_mask = seg_mask.astype(np.uint8) * np.uint8(254)",
     _PREPROCESS,
   ),
   Mutation(
