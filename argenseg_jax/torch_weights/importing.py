@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -24,7 +23,13 @@ from argenseg_jax.config import (
 )
 from argenseg_jax.data import text
 from argenseg_jax.runtime.paths import disk_path
-from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
+from argenseg_jax.torch_weights import (
+  hf_config,
+  mapping,
+  rules,
+  tensors,
+)
+from argenseg_jax.torch_weights import text_tokenizer as text_tokenizer_lib
 from argenseg_jax.torch_weights.tensors import (
   Computed,
   Merged,
@@ -38,7 +43,6 @@ from argenseg_jax.torch_weights.tensors import (
 KEPT_TENSORS = "carried.safetensors"
 _KEPT_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 _TOKENIZER = "image_tokenizer."
-_NEW_TOKENS = ("<mask>", "<ge_start>", "<ge_end>", "<MASK_CONTEXT>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +86,21 @@ def import_weights(
     mesh: variables are born sharded over it.
     vqvae_path: VAR's image tokenizer, for an InternVL2.5 folder.
     scales: side lengths of the token maps, where config.json has none.
-    text_tokenizer: a tokenizer.json; that of the folder by default.
+    text_tokenizer: a tokenizer.json; by default that of the folder, or one
+      made from its `tokenizer.model` or `vocab.json` and `merges.txt`.
 
   Raises:
     WeightsError: something does not fit; nothing is left behind.
   """
   path, target = disk_path(source_path), disk_path(target)
-  plan = _plan(path, vqvae_path, scales, _tokenizer_file(path, text_tokenizer))
+  with text_tokenizer_lib.opened(path, text_tokenizer) as file:
+    plan = _plan(path, vqvae_path, scales, file)
+    return _import(path, target, plan, mesh)
+
+
+def _import(
+  path: pathlib.Path, target: pathlib.Path, plan: _Plan, mesh: Mesh
+) -> Imported:
   where = str(path)
   make = checkpoint.model_factory(plan.task, plan.config)
   abstract = nnx.state(nnx.eval_shape(make))
@@ -157,14 +169,6 @@ def written_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     raise WeightsError(f"{target} cannot be written: {error}.") from error
   finally:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _tokenizer_file(path, given) -> pathlib.Path | None:
-  """The tokenizer.json given, else that of the folder, if any."""
-  file = pathlib.Path(given) if given else path / "tokenizer.json"
-  if given and not file.is_file():
-    raise WeightsError(f"text tokenizer {file} is not a file.")
-  return file if file.is_file() else None
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
@@ -296,7 +300,10 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
       config, image_tokenizer.tensors, str(vqvae_path)
     )
     parts = [Renamed(image_tokenizer, _TOKENIZER)]
-  first_code = llm.vocab_size + len(_NEW_TOKENS)
+  # Rows that only pad the vocabulary to a round number stay out.
+  known = text_tokenizer_lib.size(text_tokenizer) or llm.vocab_size
+  old_rows = min(llm.vocab_size, known)
+  first_code = old_rows + len(hf_config.NEW_TOKENS)
   rows = first_code + vqvae.num_codes
   whole = ModelConfig(
     name="imported",
@@ -310,7 +317,7 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
     table = rules.Table(
       tuple(r for r in table.rules if not r.torch.startswith(_TOKENIZER))
     )
-  grown = {n: _grown(source, n, rows) for n in names if n in found}
+  grown = {n: _grown(source, n, old_rows, rows) for n in names if n in found}
   dtype = next(iter(grown.values()))[0].dtype if grown else np.float32
   num_codes = sum(s * s for s in vqvae.scales)
   zeros = {
@@ -330,13 +337,13 @@ def _zeros(shape, dtype):
   return info, lambda: np.zeros(shape, dtype)
 
 
-def _grown(source: Source, name: str, rows: int):
-  """A matrix with more rows: each new one the mean of the old."""
-  (old, width), dtype = source.tensors[name]
+def _grown(source: Source, name: str, old: int, rows: int):
+  """The first `old` rows of a matrix and more: each new one their mean."""
+  (_, width), dtype = source.tensors[name]
 
   def make():
     grown = np.empty((rows, width), dtype)
-    grown[:old] = source.read(name)
+    grown[:old] = source.read(name)[:old]
     total = np.zeros(width, np.float64)
     for start in range(0, old, 4096):
       total += grown[start : min(start + 4096, old)].astype(np.float64).sum(0)
@@ -372,31 +379,14 @@ def _keep_files(path, folder, plan: _Plan, kept: list[str]) -> None:
     mine = beside / "tokenizer.json"
     shutil.copyfile(plan.text_tokenizer, mine)
     if plan.new_tokens:
-      _add_tokens(mine, plan.config.token_ids)
+      ids = plan.config.token_ids
+      wanted = (ids.mask, ids.ge_start, ids.ge_end, ids.mask_context)
+      text_tokenizer_lib.add_tokens(
+        beside, dict(zip(hf_config.NEW_TOKENS, wanted, strict=True))
+      )
     made = text.TextTokenizer(
       mine if plan.new_tokens else plan.text_tokenizer,
       first_code=plan.config.token_ids.first_code,
     )
     made.require(plan.config.token_ids)
     shutil.copyfile(mine, folder / "tokenizer.json")
-
-
-def _add_tokens(path: pathlib.Path, ids: config_lib.TokenIds) -> None:
-  """Gives InternVL's text tokenizer the four tokens of ARGenSeg.
-
-  Raises:
-    WeightsError: they would get other ids than the rows that were added.
-  """
-  try:
-    model = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # The library raises bare Exceptions.
-    raise WeightsError(f"{path.name} cannot be read: {error}.") from error
-  model.add_special_tokens(list(_NEW_TOKENS))
-  got = [model.token_to_id(token) for token in _NEW_TOKENS]
-  want = [ids.mask, ids.ge_start, ids.ge_end, ids.mask_context]
-  if got != want:
-    raise WeightsError(
-      f"tokenizer.json gives the new tokens ids {got}, the rows added to the "
-      f"model are {want}; its vocabulary is not that of config.json."
-    )
-  model.save(str(path))
