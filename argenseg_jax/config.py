@@ -13,6 +13,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from argenseg_jax.scales import Scales
+
 
 class ConfigError(ValueError):
   """A configuration that cannot be used; the message names the key."""
@@ -101,6 +103,14 @@ class VQVAEConfig:
   num_phis: int = 4
   phi_ratio: float = 0.5
   commitment: float = 0.25
+
+  @property
+  def pyramid(self) -> Scales:
+    return Scales(self.scales, self.num_phis)
+
+  @property
+  def codes_per_mask(self) -> int:
+    return self.pyramid.num_codes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,13 +52,12 @@ def make_rows(
     )
   if task == "vqvae":
     data = dataclasses.replace(data, sequence_length=0, max_images=0, pack=1)
-  codes = sum(side * side for side in model.vqvae.scales)
   return pipeline.RowMaker(
     open_source(data),
     data,
     tokenizer=tokenizer,
     image_tokens=model.vision.num_embeddings,
-    num_codes=codes,
+    num_codes=model.vqvae.codes_per_mask,
   )
 
 

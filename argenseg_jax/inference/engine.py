@@ -56,7 +56,7 @@ class Engine:
     self.data = config_lib.from_mapping(DataConfig, loaded.meta["run"]["data"])
     stored = config_lib.from_mapping(EvalConfig, loaded.meta["run"]["eval"])
     self.settings = settings or stored
-    self.num_codes = sum(side * side for side in self.config.vqvae.scales)
+    self.num_codes = self.config.vqvae.codes_per_mask
     self.tokenizer = checkpoint.text_tokenizer(loaded)
     self.shares_prefixes = not loaded.config.bidirectional_prompt
     graph, state = nnx.split(loaded.model)

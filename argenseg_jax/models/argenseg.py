@@ -14,7 +14,6 @@ from argenseg_jax.models import layers
 from argenseg_jax.models.llm import Decoder
 from argenseg_jax.models.vit import VisionEncoder
 from argenseg_jax.models.vqvae import VQVAE
-from argenseg_jax.scales import Scales
 from argenseg_jax.types import ModelInputs
 
 IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
@@ -58,7 +57,7 @@ class ARGenSeg(nnx.Module):
     param_dtype: DTypeLike = jnp.float32,
   ):
     self.config = config
-    self.scales = Scales(config.vqvae.scales, config.vqvae.num_phis)
+    self.scales = config.vqvae.pyramid
     kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
     width = config.llm.width
     self.vision = VisionEncoder(config.vision, width, **kwargs)

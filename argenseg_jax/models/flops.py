@@ -178,10 +178,9 @@ def mllm(
   if not tokenized:
     yield from image_tokenizer(model.vqvae, seg_masks, decode=False)
   yield from vision(model.vision, model.llm.width, images)
-  codes = sum(side * side for side in model.vqvae.scales)
   yield Product(
     "word_embed",
-    seg_masks * (codes - 1),
+    seg_masks * (model.vqvae.codes_per_mask - 1),
     model.vqvae.latent_channels,
     model.llm.width,
   )

@@ -55,7 +55,7 @@ def abstract_batch(config: RunConfig, model: ModelConfig, task: str) -> Batch:
   pack = data.pack if mllm else 1
   t, i = (data.sequence_length, data.max_images * pack) if mllm else (0, 0)
   m = data.max_masks * pack
-  codes = sum(side * side for side in model.vqvae.scales)
+  codes = model.vqvae.codes_per_mask
 
   def make(dtype, *shape):
     return jax.ShapeDtypeStruct((b, *shape), jnp.dtype(dtype))

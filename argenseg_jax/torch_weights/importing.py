@@ -173,7 +173,6 @@ def written_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
   """The part of a run that predict and eval read: the authors' evaluation."""
-  codes = sum(side * side for side in config.vqvae.scales)
   text_tokens = 512  # Room for the system message, a request and an answer.
   data = DataConfig(
     path="",
@@ -181,7 +180,9 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
     split="val",
     join="evaluation",
     system_message=text.INTERNVL_SYSTEM_MESSAGE,
-    sequence_length=config.vision.num_embeddings + codes + text_tokens,
+    sequence_length=config.vision.num_embeddings
+    + config.vqvae.codes_per_mask
+    + text_tokens,
     image_side=config.vision.image_side,
     mask_side=config.vqvae.image_side,
     mask_channels=1,
@@ -319,11 +320,10 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
     )
   grown = {n: _grown(source, n, old_rows, rows) for n in names if n in found}
   dtype = next(iter(grown.values()))[0].dtype if grown else np.float32
-  num_codes = sum(s * s for s in vqvae.scales)
   zeros = {
     "word_embed.weight": (llm.width, vqvae.latent_channels),
     "word_embed.bias": (llm.width,),
-    "pos_1LC": (1, num_codes, llm.width),
+    "pos_1LC": (1, vqvae.codes_per_mask, llm.width),
     "lvl_embed.weight": (len(vqvae.scales), llm.width),
   }
   new = {n: _zeros(shape, dtype) for n, shape in zeros.items()}

@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     SegmentationSums,
     score,
   )
+  from argenseg_jax.scales import Scales
   from argenseg_jax.tools import warmup
 
   args.bfloat16 = False
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> int:
       continue
     wall, cpu = (1e3 * statistics.median(times) for times in spent[k])
     name = "all, words forced" if k is None else ",".join(map(str, scales[:k]))
-    codes = sum(side * side for side in scales[:k])
+    codes = Scales(scales[:k]).num_codes
     quality = "| |"
     if k is not None:
       found = sums[k].results()

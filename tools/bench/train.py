@@ -116,7 +116,7 @@ def make_batch(config: ModelConfig, rows: int) -> Batch:
   from argenseg_jax.tools.bench.stages import AHEAD, PROMPT_TEXT
 
   ids, seen = config.token_ids, config.vision.num_embeddings
-  n = sum(side * side for side in config.vqvae.scales)
+  n = config.vqvae.codes_per_mask
   start = seen + PROMPT_TEXT
   t, answer = start + n, slice(start - _ANSWER, start)
   rng = np.random.default_rng(0)

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 def _check(settings, data, threads: int, name: str) -> validate.Findings:
   """Small pictures and masks: their content does not matter here."""
   source = open_source(data, evaluation=True)
-  num_codes = sum(side * side for side in settings.model.vqvae.scales)
+  num_codes = settings.model.vqvae.codes_per_mask
   small = dataclasses.replace(
     data,
     image_side=8,
