@@ -59,7 +59,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
-  """Decoder-only language model: InternLM2, Qwen2 and InternVL families."""
+  """Decoder-only language model: InternLM2, Qwen2 and Qwen3 families."""
 
   vocab_size: int
   width: int
@@ -68,6 +68,8 @@ class LLMConfig:
   num_kv_heads: int
   head_dim: int
   mlp_width: int
+  # Whose names of tensors and config.json import reads and export writes.
+  family: Literal["internlm2", "qwen2", "qwen3"] = "internlm2"
   norm_eps: float = 1e-5
   rope_theta: float = 1e6
   rope_scaling: Literal["none", "linear", "dynamic"] = "none"

@@ -13,7 +13,14 @@ from jax.sharding import Mesh
 from argenseg_jax import checkpoint
 from argenseg_jax.config import ModelConfig
 from argenseg_jax.runtime.paths import copy, disk_path, fetched
-from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
+from argenseg_jax.torch_weights import (
+  families,
+  hf_config,
+  mapping,
+  rules,
+  tables,
+  tensors,
+)
 from argenseg_jax.torch_weights.importing import (
   KEPT_TENSORS,
   copy_files,
@@ -87,7 +94,8 @@ def _write(
   if part == "all":
     table = writable(rules.argenseg(config), leaves)
   else:
-    table = getattr(rules, part)(getattr(config, part))
+    made = {"llm": families.table, "vqvae": rules.vqvae}
+    table = made[part](getattr(config, part))
     if loaded.task != "vqvae":
       ours, prefix = f"{part}.", _INNER[part][1] or "image_tokenizer."
       leaves = {
@@ -120,7 +128,7 @@ def _write(
   return len(source.tensors)
 
 
-def writable(table: rules.Table, leaves: Mapping[str, Any]) -> rules.Table:
+def writable(table: tables.Table, leaves: Mapping[str, Any]) -> tables.Table:
   """The table, if the authors' model has a place for every variable."""
   known = {path for rule in table.rules for path in rule.ours}
   for path in leaves:
@@ -144,11 +152,8 @@ def refuse_variants(config: ModelConfig, part: Part) -> None:
     found["vqvae.norm_groups"] = vqvae.norm_groups != 32
   if part != "vqvae":
     found["llm.rope_fraction"] = llm.rope_fraction != 1
-    odd = llm.head_dim * llm.num_heads != llm.width
-    found["llm.head_dim"] = (
-      odd and rules.architecture(llm) == "InternLM2ForCausalLM"
-    )
-    found["llm.qk_norm"] = llm.qk_norm
+    for key, differs in families.of(llm).misfits(llm).items():
+      found[f"llm.{key}"] = differs
   if part == "all":
     found["full_attention_in_scale"] = config.full_attention_in_scale
     found["bidirectional_prompt"] = config.bidirectional_prompt

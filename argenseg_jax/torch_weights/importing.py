@@ -27,6 +27,7 @@ from argenseg_jax.torch_weights import (
   hf_config,
   mapping,
   rules,
+  tables,
   tensors,
 )
 from argenseg_jax.torch_weights import text_tokenizer as text_tokenizer_lib
@@ -62,7 +63,7 @@ class _Plan:
 
   task: str
   config: ModelConfig
-  table: rules.Table
+  table: tables.Table
   source: Source
   new_tokens: bool
   fresh_image_tokenizer: bool
@@ -315,7 +316,7 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
   )
   table = rules.argenseg(whole)
   if vqvae_path is None:
-    table = rules.Table(
+    table = tables.Table(
       tuple(r for r in table.rules if not r.torch.startswith(_TOKENIZER))
     )
   grown = {n: _grown(source, n, old_rows, rows) for n in names if n in found}

@@ -247,7 +247,7 @@ def _from_sentencepiece(
     steps.append(normalizers.Precompiled(model.charsmap))
   if model.remove_extra_whitespaces:
     steps.append(normalizers.Replace(tokenizers.Regex(" +"), " "))
-    steps.append(normalizers.Replace(tokenizers.Regex("^ | $"), ""))
+    steps.append(normalizers.Replace(tokenizers.Regex(r"\A | \z"), ""))
   if model.add_dummy_prefix:
     steps.append(normalizers.Prepend(_SPACE))
   steps.append(normalizers.Replace(" ", _SPACE))
