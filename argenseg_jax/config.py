@@ -453,6 +453,20 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+  """Low-rank adapters for the decoder's task, see `models/lora.py`."""
+
+  rank: int  # 0: no adapters, the weights themselves train.
+  alpha: float  # Adapters count alpha / rank times.
+  # Patterns of projections: "llm.layers.attention.*".
+  targets: tuple[str, ...]
+  # Patterns of parameters that train in full beside them: "vision.connector".
+  train: tuple[str, ...]
+  # How everything else, which stands still, is kept.
+  base: Literal["float32", "bfloat16", "int8"]
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
   """How one task trains."""
 
@@ -476,6 +490,7 @@ class RunConfig:
   vqvae: StageConfig
   mllm: StageConfig
   loss: LossConfig
+  lora: LoRAConfig
   tokenizer_training: TokenizerTrainingConfig
   mesh: MeshConfig
   eval: EvalConfig
