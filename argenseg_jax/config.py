@@ -356,11 +356,11 @@ class ModelChoice:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW with a schedule, clipping and freezing; Muon for matrices."""
+  """Which optimizer, its schedule, clipping and freezing."""
 
+  name: Literal["adamw", "muon"]  # Keys of training/optimizer.OPTIMIZERS.
   learning_rate: float
-  # Peak learning rate of the hidden matrices under Muon, in AdamW's scale;
-  # 0 leaves them to AdamW.
+  # Peak learning rate of the hidden matrices under Muon, in AdamW's scale.
   muon_learning_rate: float
   schedule: Literal["cosine", "linear", "constant"]
   warmup_steps: int
@@ -496,7 +496,8 @@ class RunConfig:
   eval: EvalConfig
 
   def stage(self, task: str) -> StageConfig:
-    return self.vqvae if task == "vqvae" else self.mllm
+    """The settings of one of `tasks`."""
+    return getattr(self, task)
 
 
 def run_config(
