@@ -495,6 +495,10 @@ class RunConfig:
   mesh: MeshConfig
   eval: EvalConfig
 
+  def adapters(self, task: str) -> LoRAConfig | None:
+    """Settings of the adapters that a task trains instead of the weights."""
+    return self.lora if self.lora.rank and task == "mllm" else None
+
   def stage(self, task: str) -> StageConfig:
     """The settings of one of `tasks`."""
     return getattr(self, task)

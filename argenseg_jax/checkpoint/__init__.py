@@ -17,6 +17,7 @@ from argenseg_jax.checkpoint.layout import (
 )
 from argenseg_jax.checkpoint.load import (
   FORMAT,
+  Adapters,
   Description,
   Loaded,
   compare,
@@ -24,6 +25,7 @@ from argenseg_jax.checkpoint.load import (
   load,
   model_factory,
   read_variables,
+  refuse_other_base,
   stored_variables,
   text_tokenizer,
 )
@@ -33,6 +35,7 @@ __all__ = [
   "DAMAGED",
   "FORMAT",
   "KEPT",
+  "Adapters",
   "CheckpointError",
   "Checkpoints",
   "Description",
@@ -44,6 +47,7 @@ __all__ = [
   "load",
   "model_factory",
   "read_variables",
+  "refuse_other_base",
   "step_directory",
   "stored_variables",
   "text_tokenizer",

@@ -215,7 +215,7 @@ def _with_adapters(
       f"checkpoint {found.path} holds a whole model, not adapters; give it as "
       "the checkpoint."
     )
-  refuse_other_base(base, nnx.state(model), found)
+  refuse_other_base(base.path, lora.fingerprint(nnx.state(model)), found)
   config = found.adapters.lora
   adapted = nnx.eval_shape(lambda: _adapted(model, config, None))
   trains = lora.trainable_filter(config, nnx.state(adapted))
@@ -235,22 +235,21 @@ def _adapted(model, config: LoRAConfig, weights: int8.Weights | None):
 
 
 def refuse_other_base(
-  base: Description, variables: nnx.State, adapters: Description
+  path: str | Path, base: str, adapters: Description
 ) -> None:
   """Raises `CheckpointError` where adapters were trained on another base.
 
   Args:
-    base: what is used as the base.
-    variables: its values, without adapters.
+    path: of the checkpoint that is used as the base.
+    base: `lora.fingerprint` of its model.
     adapters: describes a checkpoint of adapters.
   """
   wanted = adapters.adapters
-  if wanted is None or lora.fingerprint(variables) == wanted.base:
-    return
-  raise CheckpointError(
-    f"checkpoint {adapters.path} holds adapters for another base than "
-    f"{base.path}: they were trained on {wanted.base_path}; give that one."
-  )
+  if wanted is not None and base != wanted.base:
+    raise CheckpointError(
+      f"checkpoint {adapters.path} holds adapters for another base than "
+      f"{path}: they were trained on {wanted.base_path}; give that one."
+    )
 
 
 def read_onto(step: Path, wanted: nnx.State, mesh: Mesh) -> nnx.State:

@@ -97,12 +97,15 @@ def compile_training(config: RunConfig, name: str, mesh: Mesh) -> Program:
   sharding.check_hosts(mesh, stage.train.global_batch_size)
   model = initialize.model_config(config, config.init_from)
   described = train_state.describe(
-    *_abstract_model(task.model, stage.train, model),
+    *nnx.split(
+      nnx.eval_shape(initialize.constructor(config, name, task.model, model))
+    ),
     stage,
     num_codes=model.vqvae.num_codes,
     mesh=mesh,
+    adapters=config.adapters(name),
   )
-  graph, optimizer, state = described
+  graph, optimizer, state, _ = described
   rows = sharding.batch_sharding(mesh)
   batch = abstract_batch(config, model, task)
   batch = sharding.placed(batch, jax.tree.map(lambda _: rows, batch))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 
 from argenseg_jax import sharding
 from argenseg_jax.config import ConfigError, RunConfig, TrainConfig
+from argenseg_jax.models import int8
 from argenseg_jax.training.state import TrainState
 from argenseg_jax.training.tasks import Task
 from argenseg_jax.types import Batch
@@ -210,6 +211,9 @@ def _cast_split(state: Any, dtype: str) -> Any:
     return state
 
   def cast(variable):
+    floating = jnp.issubdtype(variable.dtype, jnp.floating)
+    if isinstance(variable, int8.Scale) or not floating:
+      return variable  # Eight-bit weights are half of bfloat16 already.
     if not sharding.is_split(variable):
       return variable
     return variable.replace(variable[...].astype(dtype))
