@@ -224,7 +224,14 @@ def _with_adapters(
   nnx.update(model, lora.without_adapters(values))
   model = _adapted(model, config, weights)
   nnx.update(model, values)
-  return Loaded(found.task, base.config, found.meta, found.path, model)
+  return Loaded(
+    found.task,
+    base.config,
+    found.meta,
+    found.path,
+    model,
+    adapters=found.adapters,
+  )
 
 
 def _adapted(model, config: LoRAConfig, weights: int8.Weights | None):
@@ -250,6 +257,25 @@ def refuse_other_base(
       f"checkpoint {adapters.path} holds adapters for another base than "
       f"{path}: they were trained on {wanted.base_path}; give that one."
     )
+
+
+def load_adapters(
+  path: str | Path, *, mesh: Mesh
+) -> tuple[Description, nnx.State]:
+  """What a checkpoint of adapters holds, without its base.
+
+  Raises:
+    CheckpointError: no checkpoint of adapters there, or a leaf that does not
+      fit.
+  """
+  found = describe(path)
+  if found.adapters is None:
+    raise CheckpointError(f"checkpoint {found.path} holds no adapters.")
+  config, make = found.adapters.lora, model_factory(found.task, found.config)
+  model = nnx.eval_shape(lambda: _adapted(make(), config, None))
+  trains = lora.trainable_filter(config, nnx.state(model))
+  _, wanted, _ = nnx.split(model, trains, ...)
+  return found, read_onto(found.path, wanted, mesh)
 
 
 def read_onto(step: Path, wanted: nnx.State, mesh: Mesh) -> nnx.State:

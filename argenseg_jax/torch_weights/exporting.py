@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint
 from argenseg_jax.config import ModelConfig
+from argenseg_jax.models import lora
 from argenseg_jax.runtime.paths import copy, disk_path, fetched
 from argenseg_jax.torch_weights import (
   families,
@@ -42,6 +43,7 @@ def export_weights(
   dtype: str | None = None,
   files_from: str | os.PathLike | None = None,
   max_file_bytes: int = 5_000_000_000,
+  merge: bool = False,
 ) -> int:
   """Writes a checkpoint as a Hugging Face style folder.
 
@@ -55,6 +57,7 @@ def export_weights(
       along; by default what import kept, handed on by training. A checkpoint
       without either gives its tokenizer.json.
     max_file_bytes: largest file.
+    merge: add adapters to the weights that they adapt.
 
   Returns:
     How many tensors were written.
@@ -64,6 +67,12 @@ def export_weights(
   """
   target = disk_path(target)
   loaded = checkpoint.load(source_path, mesh=mesh)
+  if loaded.adapters is not None and not merge:
+    raise WeightsError(
+      f"{source_path} holds adapters; add --merge for a whole model, or export "
+      "them alone with --part adapters."
+    )
+  lora.merge(loaded.model)
   if part == "all" and not loaded.is_whole:
     part = "vqvae"
   if part == "llm" and not loaded.is_whole:

@@ -22,7 +22,7 @@ from argenseg_jax.config import (
   ModelConfig,
 )
 from argenseg_jax.data import text
-from argenseg_jax.runtime.paths import disk_path
+from argenseg_jax.runtime.paths import Path, copy, copy_tree, disk_path
 from argenseg_jax.torch_weights import (
   hf_config,
   mapping,
@@ -358,6 +358,17 @@ def _fresh_image_tokenizer(config: ModelConfig) -> nnx.State:
   make = checkpoint.model_factory("vqvae", config)
   state = jax.jit(lambda: nnx.state(make()))()
   return nnx.State({"vqvae": state})
+
+
+def keep_files(step: Path, folder: pathlib.Path) -> None:
+  """Copies what lies beside a checkpoint's steps into a work directory: its
+  text tokenizer, and what import kept."""
+  tokenizer = checkpoint.text_tokenizer_path(step)
+  if tokenizer.is_file():
+    copy(tokenizer, folder / tokenizer.name)
+  kept = checkpoint.kept_files(step)
+  if kept.is_dir():
+    copy_tree(kept, folder / kept.name)
 
 
 def copy_files(source: pathlib.Path, target: pathlib.Path) -> None:

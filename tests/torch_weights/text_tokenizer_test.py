@@ -1,11 +1,12 @@
 """Text tokenizers made from the files of slow ones: the same ids."""
 
-import io
 import json
 import random
 import re
 
 import pytest
+import slow_tokenizer
+from slow_tokenizer import SPECIAL, WORDS
 
 from argenseg_jax.data import text
 from argenseg_jax.torch_weights import sentencepiece_model, text_tokenizer
@@ -13,10 +14,6 @@ from argenseg_jax.torch_weights.tensors import WeightsError
 
 spm = pytest.importorskip("sentencepiece")
 
-WORDS = (
-  *("the", "left", "man", "红", "色", "的", "猫", "左边", "aaa", "ab", "aba"),
-  *("==", "---", "  ", "    ", "🐱", "é", "\t", "<mask", "[", "]", "x1", "<u>"),
-)
 ODD = (
   "\n",
   "日",
@@ -38,68 +35,22 @@ MODELS = {
   "fewer_spaces": dict(remove_extra_whitespaces=True),
   "no_bytes": dict(byte_fallback=False, vocab_size=400),
 }
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>")
-
-
-def _train(**changes) -> bytes:
-  rng = random.Random(0)
-  if changes.get("vocab_size") == 450:
-    lines = ["".join(rng.choices("ab ", k=60)) for _ in range(200)]
-  else:
-    lines = [
-      "".join(rng.choice(WORDS) + rng.choice(("", " ")) for _ in range(30))
-      for _ in range(300)
-    ]
-  settings = dict(
-    model_type="bpe",
-    vocab_size=600,
-    byte_fallback=True,
-    normalization_rule_name="identity",
-    remove_extra_whitespaces=False,
-    character_coverage=0.99,
-    hard_vocab_limit=False,
-    minloglevel=2,
-  )
-  out = io.BytesIO()
-  spm.SentencePieceTrainer.train(
-    sentence_iterator=iter(lines), model_writer=out, **(settings | changes)
-  )
-  return out.getvalue()
 
 
 def _strings(count: int, pieces=()):
   rng = random.Random(1)
-  pools = ("ab ", WORDS + ODD, "".join(WORDS + ODD))
+  pools = (
+    "ab ",
+    WORDS + ODD,
+    "".join(WORDS + ODD),
+  )
   for i in range(count):
     pool = [*pools[i % len(pools)], *pieces]
     yield "".join(rng.choices(pool, k=rng.randrange(20)))
 
 
-def _write_folder(path, data: bytes) -> dict[str, int]:
-  """As InternLM2's: two special tokens take the places of spare pieces, the
-  others follow the vocabulary. Returns their ids."""
-  size = spm.SentencePieceProcessor(model_proto=data).vocab_size()
-  ids = dict(zip(SPECIAL, (size - 2, size - 1, size, size + 1), strict=True))
-  control = {"<unk>": 0, "<s>": 1, "</s>": 2}
-  (path / "tokenizer.model").write_bytes(data)
-  (path / "tokenization_internlm2.py").write_text("raise SystemExit('run')\n")
-  (path / "added_tokens.json").write_text(json.dumps(ids))
-  decoder = {
-    str(i): {
-      "content": token,
-      **dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False),
-      "special": True,
-    }
-    for token, i in (control | ids).items()
-  }
-  (path / "tokenizer_config.json").write_text(
-    json.dumps({"added_tokens_decoder": decoder, "bos_token": "<s>"})
-  )
-  return control | ids
-
-
 def _compare(tmp_path, name: str, count: int) -> None:
-  data = _train(**MODELS[name])
+  data = slow_tokenizer.train(**MODELS[name])
   theirs = spm.SentencePieceProcessor(model_proto=data)
   (tmp_path / "tokenizer.model").write_bytes(data)
   plain = text_tokenizer.convert(tmp_path)
@@ -128,8 +79,8 @@ def test_ids_of_sentencepiece_on_many_strings(tmp_path, name):
 
 
 def test_text_between_special_tokens_is_encoded_on_its_own(tmp_path):
-  data = _train()
-  ids = _write_folder(tmp_path, data)
+  data = slow_tokenizer.train()
+  ids = slow_tokenizer.write_folder(tmp_path, data)
   theirs = spm.SentencePieceProcessor(model_proto=data)
   made = text_tokenizer.convert(tmp_path)
   assert made is not None
@@ -184,7 +135,7 @@ def test_ids_of_qwen(tmp_path):
 
 
 def test_new_tokens_reach_the_files_of_the_slow_tokenizer(tmp_path):
-  ids = _write_folder(tmp_path, _train())
+  ids = slow_tokenizer.write_folder(tmp_path, slow_tokenizer.train())
   with text_tokenizer.opened(tmp_path) as file:
     assert file is not None
     (tmp_path / "tokenizer.json").write_bytes(file.read_bytes())
@@ -204,8 +155,8 @@ def test_new_tokens_reach_the_files_of_the_slow_tokenizer(tmp_path):
 
 def test_files_that_cannot_be_used_are_named(tmp_path):
   path = tmp_path / "tokenizer.model"
-  good = _train()
-  other = _train(model_type="unigram", vocab_size=330)
+  good = slow_tokenizer.train()
+  other = slow_tokenizer.train(model_type="unigram", vocab_size=330)
   for data, message in (
     (b"", "not a SentencePiece model: it has no pieces"),
     (good[:-9], "not a SentencePiece model"),
