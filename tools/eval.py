@@ -10,14 +10,9 @@ import json
 import pathlib
 from typing import Any
 
-from argenseg_jax import config as config_lib
-from argenseg_jax.config import (
-  ConfigError,
-  DataConfig,
-  EvalConfig,
-  MeshConfig,
-  to_dict,
-)
+from argenseg_jax import config_parsing
+from argenseg_jax.config import ConfigError, DataConfig, EvalConfig, MeshConfig
+from argenseg_jax.config_parsing import to_dict
 from argenseg_jax.runtime import paths
 from argenseg_jax.runtime.paths import Path
 from argenseg_jax.tools import train as train_tool
@@ -212,8 +207,8 @@ def _settings(found, config_flags: list[str]) -> Settings:
     return Settings(run.data, run.eval, run.mesh)
   run = found.meta["run"]
   settings = Settings(
-    config_lib.from_mapping(DataConfig, run["data"]),
-    config_lib.from_mapping(EvalConfig, run["eval"]),
+    config_parsing.from_mapping(DataConfig, run["data"]),
+    config_parsing.from_mapping(EvalConfig, run["eval"]),
     MeshConfig(data=-1, fsdp=1, tensor=1),  # Whole on each device.
   )
   changes = {}
@@ -228,7 +223,7 @@ def _settings(found, config_flags: list[str]) -> Settings:
       changes[key] = ast.literal_eval(value)
     except (SyntaxError, ValueError):
       changes[key] = value
-  return config_lib.replace(settings, changes)
+  return config_parsing.replace(settings, changes)
 
 
 def _data_sets(

@@ -103,6 +103,6 @@ def parse(
     raise ConfigError(f"unknown argument {rest[1]!r}.")
   if values.config is None:
     raise ConfigError("give a config: --config=configs/FILE.py.")
-  from argenseg_jax.config import run_config
+  from argenseg_jax.config_parsing import run_config
 
   return run_config(values.config, needs_data=needs_data)

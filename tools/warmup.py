@@ -86,11 +86,12 @@ def open_predictor(args: argparse.Namespace, *, batch_size: int):
   import dataclasses
 
   from argenseg_jax import config as config_lib
+  from argenseg_jax import config_parsing
   from argenseg_jax.checkpoint import describe
   from argenseg_jax.inference.predictor import Predictor
 
   run = describe(args.adapters or args.checkpoint).meta["run"]
-  settings = config_lib.from_mapping(config_lib.EvalConfig, run["eval"])
+  settings = config_parsing.from_mapping(config_lib.EvalConfig, run["eval"])
   return Predictor.from_checkpoint(
     args.checkpoint,
     dataclasses.replace(settings, batch_size=batch_size),

@@ -13,8 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from argenseg_jax import config as config_lib
-from argenseg_jax import sharding
+from argenseg_jax import config_parsing, sharding
 from argenseg_jax.checkpoint.layout import (
   CheckpointError,
   step_directory,
@@ -112,11 +111,11 @@ def describe(path: str | Path) -> Description:
   where = step_directory(path)
   meta = read_meta(where)
   try:
-    config = config_lib.from_mapping(ModelConfig, meta["model"])
+    config = config_parsing.from_mapping(ModelConfig, meta["model"])
     task = meta["task"]
     adapters = None
     if meta.get("adapters") is not None:
-      adapters = config_lib.from_mapping(Adapters, meta["adapters"])
+      adapters = config_parsing.from_mapping(Adapters, meta["adapters"])
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise _unreadable_meta(where, error) from error
   return Description(task, config, meta, where, adapters=adapters)

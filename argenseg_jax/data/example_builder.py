@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from argenseg_jax.config import SPEED_KEYS, DataConfig, to_dict
+from argenseg_jax.config import SPEED_KEYS, DataConfig
+from argenseg_jax.config_parsing import to_dict
 from argenseg_jax.data import text, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, Source, Turn

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from argenseg_jax import checkpoint, sharding
-from argenseg_jax import config as config_lib
+from argenseg_jax import checkpoint, config_parsing, sharding
 from argenseg_jax.config import DataConfig, EvalConfig
 from argenseg_jax.data import transforms
 from argenseg_jax.data.errors import DataError
@@ -53,8 +52,9 @@ class Engine:
         "a whole model."
       )
     self.config = loaded.config
-    self.data = config_lib.from_mapping(DataConfig, loaded.meta["run"]["data"])
-    stored = config_lib.from_mapping(EvalConfig, loaded.meta["run"]["eval"])
+    run = loaded.meta["run"]
+    self.data = config_parsing.from_mapping(DataConfig, run["data"])
+    stored = config_parsing.from_mapping(EvalConfig, run["eval"])
     self.settings = settings or stored
     self.num_codes = self.config.vqvae.codes_per_mask
     self.tokenizer = checkpoint.text_tokenizer(loaded)

@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import UInt8
 
 from argenseg_jax import checkpoint
-from argenseg_jax.config import DataConfig, from_mapping
+from argenseg_jax.config import DataConfig
+from argenseg_jax.config_parsing import from_mapping
 from argenseg_jax.data import text
 from argenseg_jax.inference.generate import generate
 from argenseg_jax.inference.prompts import left_pad

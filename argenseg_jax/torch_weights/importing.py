@@ -13,8 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, sharding, variants
-from argenseg_jax import config as config_lib
+from argenseg_jax import checkpoint, config_parsing, sharding, variants
 from argenseg_jax.config import (
   DataConfig,
   EvalConfig,
@@ -119,7 +118,7 @@ def _import(
       state = nnx.merge_state(state, _fresh_image_tokenizer(plan.config))
     meta = {
       "task": plan.task,
-      "model": config_lib.to_dict(plan.config),
+      "model": config_parsing.to_dict(plan.config),
       "torch_dtypes": odd,
     }
     if plan.task == "mllm":
@@ -197,8 +196,8 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
     start_with_mask=False,
   )
   return {
-    "data": config_lib.to_dict(data),
-    "eval": config_lib.to_dict(limits),
+    "data": config_parsing.to_dict(data),
+    "eval": config_parsing.to_dict(limits),
   }
 
 

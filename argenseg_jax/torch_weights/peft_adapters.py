@@ -19,8 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, sharding
-from argenseg_jax import config as config_lib
+from argenseg_jax import checkpoint, config_parsing, sharding
 from argenseg_jax.config import LoRAConfig, ModelConfig
 from argenseg_jax.models import lora
 from argenseg_jax.runtime import paths
@@ -154,11 +153,11 @@ def import_adapters(
     str(paths.absolute(paths.as_path(loaded.path))),
     config,
   )
-  meta = {"task": loaded.task, "model": config_lib.to_dict(loaded.config)}
+  meta = {"task": loaded.task, "model": config_parsing.to_dict(loaded.config)}
   meta |= {
     k: loaded.meta[k] for k in ("run", "torch_dtypes") if k in loaded.meta
   }
-  meta["adapters"] = config_lib.to_dict(adapters)
+  meta["adapters"] = config_parsing.to_dict(adapters)
   with written_whole(disk_path(target)) as folder:
     keep_files(loaded.path, folder)
     checkpoints = checkpoint.Checkpoints(folder)

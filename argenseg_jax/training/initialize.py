@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, sharding, variants
-from argenseg_jax import config as config_lib
+from argenseg_jax import checkpoint, config_parsing, sharding, variants
 from argenseg_jax.config import (
   ConfigError,
   LoRAConfig,
@@ -37,7 +36,7 @@ def model_config(config: RunConfig, init_from: str | None) -> ModelConfig:
       "config key 'model.variant' is empty, which takes the model of "
       "'init_from', and that is empty too."
     )
-  return config_lib.replace(checkpoint.describe(init_from).config, changes)
+  return config_parsing.replace(checkpoint.describe(init_from).config, changes)
 
 
 def text_tokenizer(

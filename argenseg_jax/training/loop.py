@@ -10,8 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, sharding
-from argenseg_jax import config as config_lib
+from argenseg_jax import checkpoint, config_parsing, sharding
 from argenseg_jax.config import ModelConfig, RunConfig
 from argenseg_jax.data import examples, pipeline
 from argenseg_jax.data.curriculum import Curriculum
@@ -381,7 +380,7 @@ def _take_steps(
 
     # An evaluation.
     last = step == train.steps
-    if evaluate and step % train.eval_every == 0 and not last:
+    if evaluate and _is_due(step, train.eval_every) and not last:
       with (
         goodput.spent("evaluation"),
         watchdog.paused(),
@@ -393,7 +392,7 @@ def _take_steps(
 
     # A checkpoint.
     stops = stop.requested()
-    if step % train.save_every == 0 or last or stops:
+    if _is_due(step, train.save_every) or last or stops:
       save()
     if stops and not last:
       run.checkpoints.wait()
@@ -403,15 +402,19 @@ def _take_steps(
   return state
 
 
+def _is_due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
 def _meta(run: _Run, config: RunConfig) -> dict[str, Any]:
   """What checkpoints say of themselves."""
   meta = {
     "task": run.task.model,
-    "model": config_lib.to_dict(run.model),
-    "run": config_lib.to_dict(config),
+    "model": config_parsing.to_dict(run.model),
+    "run": config_parsing.to_dict(config),
   }
   if run.base is not None:
-    meta["adapters"] = config_lib.to_dict(run.base.adapters)
+    meta["adapters"] = config_parsing.to_dict(run.base.adapters)
   return meta
 
 

@@ -63,8 +63,11 @@ def make_optimizer(
     steps: of the whole run.
     params: that train; abstract ones suffice.
   """
+  clip = optax.identity()  # Keeps the places of states in checkpoints.
+  if config.clip_norm:
+    clip = optax.clip_by_global_norm(config.clip_norm)
   return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
+    clip,
     *OPTIMIZERS[config.name](config, steps, params),
   )
 

@@ -65,7 +65,7 @@ class StepLog:
     """
     self._guard.note(step, metrics.pop("skipped"), batch.sample_id)
     self._write_due()
-    if step % self._every == 0:
+    if self._every and step % self._every == 0:
       self._due = step, metrics
 
   def evaluated(self, step: int, split: str, values: dict[str, float]) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from data import layouts
 
-from argenseg_jax.config import DataConfig, run_config
+from argenseg_jax.config import DataConfig
+from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError

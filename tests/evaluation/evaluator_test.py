@@ -17,7 +17,8 @@ from data import layouts
 from flax import nnx
 
 from argenseg_jax import checkpoint, sharding
-from argenseg_jax.config import DataConfig, MeshConfig, run_config, to_dict
+from argenseg_jax.config import DataConfig, MeshConfig
+from argenseg_jax.config_parsing import run_config, to_dict
 from argenseg_jax.configs import base
 from argenseg_jax.data import examples, text
 from argenseg_jax.evaluation import evaluator, records

@@ -10,8 +10,7 @@ import pytest
 import tiny_rows
 from PIL import Image
 
-from argenseg_jax import checkpoint
-from argenseg_jax import config as config_lib
+from argenseg_jax import checkpoint, config_parsing
 from argenseg_jax.config import DataConfig, EvalConfig
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError
@@ -52,8 +51,8 @@ def open_predictor(tmp_path_factory):
         config=model.config,
         meta={
           "run": {
-            "data": config_lib.to_dict(data),
-            "eval": config_lib.to_dict(limits),
+            "data": config_parsing.to_dict(data),
+            "eval": config_parsing.to_dict(limits),
           }
         },
         path=folder / "checkpoints" / "1",

@@ -9,7 +9,7 @@ import pytest
 import tiny_model
 from flax import nnx
 
-from argenseg_jax.config import replace, run_config
+from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import base
 from argenseg_jax.models import flops
 

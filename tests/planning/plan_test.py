@@ -145,7 +145,8 @@ def test_report_of_what_does_not_fit_says_what_to_change():
 
 def test_changes_start_with_the_cheapest():
   from argenseg_jax import sharding
-  from argenseg_jax.config import MeshConfig, replace, run_config
+  from argenseg_jax.config import MeshConfig
+  from argenseg_jax.config_parsing import replace, run_config
   from argenseg_jax.configs import base
 
   values = base.get_config()

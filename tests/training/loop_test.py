@@ -12,12 +12,8 @@ from flax import nnx
 
 from argenseg_jax import checkpoint, sharding
 from argenseg_jax.checkpoint import manifest
-from argenseg_jax.config import (
-  ConfigError,
-  MeshConfig,
-  RunConfig,
-  run_config,
-)
+from argenseg_jax.config import ConfigError, MeshConfig, RunConfig
+from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.data.ref_shapes import builder
 from argenseg_jax.data.text import TextTokenizer

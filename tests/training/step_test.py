@@ -11,13 +11,8 @@ import tiny_model
 from flax import nnx
 
 from argenseg_jax import sharding
-from argenseg_jax.config import (
-  ConfigError,
-  MeshConfig,
-  RunConfig,
-  replace,
-  run_config,
-)
+from argenseg_jax.config import ConfigError, MeshConfig, RunConfig
+from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.planning import hlo

@@ -157,7 +157,7 @@ def ours(
   import jax.numpy as jnp
   from flax import nnx
 
-  from argenseg_jax.config import run_config
+  from argenseg_jax.config_parsing import run_config
   from argenseg_jax.configs import base
   from argenseg_jax.models.argenseg import ARGenSeg
   from argenseg_jax.training.objectives import mllm_loss
