@@ -8,6 +8,7 @@ adapters give the base's outputs exactly.
 import fnmatch
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +153,7 @@ def projections(
   yield from sorted(found, key=lambda entry: entry[0])
 
 
-def trainable_filter(config: LoRAConfig, state: nnx.State):
+def trainable_filter(config: LoRAConfig, state: Any):
   """An NNX filter for adapters and the parts that train in full.
 
   Raises:
@@ -185,7 +186,7 @@ def trainable_filter(config: LoRAConfig, state: nnx.State):
   return trains
 
 
-def without_adapters(state: nnx.State) -> nnx.State:
+def without_adapters(state: Any) -> Any:
   """What trains in full, of adapters and that."""
   return nnx.from_flat_state(
     [
@@ -196,7 +197,7 @@ def without_adapters(state: nnx.State) -> nnx.State:
   )
 
 
-def fingerprint(state: nnx.State) -> str:
+def fingerprint(state: Any) -> str:
   """Names the values of a base model: equal whatever mesh it lives on, and
   whether it is kept in float32 or bfloat16.
 
