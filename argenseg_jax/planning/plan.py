@@ -329,7 +329,8 @@ def _times(
   stage, data = config.stage(task.name), task.data(config.data)
   train = stage.train
   products = tuple(task.products(model, data))
-  count = flops.train_step(products, stage, constant=task.constant)
+  kinds = {"constant": task.constant, "adapters": config.adapters(task.name)}
+  count = flops.train_step(products, stage, **kinds)
   result: dict[str, Any] = {
     "model_flops": count.model,
     "recomputed_flops": count.recomputed,
@@ -347,7 +348,7 @@ def _times(
       stage,
       parts=sharding.num_shards(mesh),
       fsdp=mesh.shape["fsdp"],
-      constant=task.constant,
+      **kinds,
     )
     / (chip.bandwidth / chip.devices),
     # A chip's links carry half of their rate in each direction.

@@ -124,7 +124,11 @@ class Base:
 
 
 def open_base(
-  config: RunConfig, task: str, init_from: str | None, mesh: Mesh
+  config: RunConfig,
+  task: str,
+  init_from: str | None,
+  model: ModelConfig,
+  mesh: Mesh,
 ) -> Base:
   """Reads the model that adapters are trained on, and quantizes it if asked.
 
@@ -145,6 +149,11 @@ def open_base(
       f"config key 'init_from' names {init_from}, which holds adapters; start "
       f"from their base {found.adapters.base_path}, or from the two merged "
       "(`argenseg export --merge`, then import)."
+    )
+  if dataclasses.replace(found.config, name=model.name) != model:
+    raise ConfigError(
+      f"config keys 'model.variant' and 'model.overrides' describe another "
+      f"model than {init_from}, the base of adapters; leave both empty."
     )
   train = config.stage(task).train
   loaded = checkpoint.load(

@@ -222,7 +222,7 @@ def _open(
 
   base = None
   if config.adapters(task.name) is not None:
-    base = initialize.open_base(config, task.name, init_from, mesh)
+    base = initialize.open_base(config, task.name, init_from, model, mesh)
   tokenizer = None
   if task.reads_text:
     tokenizer = initialize.text_tokenizer(config, model, init_from)
@@ -284,7 +284,10 @@ def _restore_or_begin(
 def _pace(run: _Run, config: RunConfig, *, start: int) -> throughput.Pace:
   data, stage = run.rows.config, config.stage(run.task.name)
   count = flops.train_step(
-    run.task.products(run.model, data), stage, constant=run.task.constant
+    run.task.products(run.model, data),
+    stage,
+    constant=run.task.constant,
+    adapters=config.adapters(run.task.name),
   )
   return throughput.Pace(
     flops=count.model,
