@@ -401,8 +401,9 @@ def test_what_does_not_fit_is_said_in_a_sentence(places, tmp_path, capsys):
   (again / "config.json").write_text(json.dumps(config))
   for name in ("results.json", "mllm/results.json"):
     (again / name).unlink()
-  with pytest.raises(CheckpointError, match="another base"):
-    _train(dataclasses.replace(places, base=other), again, *EIGHT)
+  capsys.readouterr()
+  assert _train(dataclasses.replace(places, base=other), again, *EIGHT) == 2
+  assert "another base" in capsys.readouterr().err
 
   # PEFT's folders.
   good = tmp_path / "peft"
@@ -426,8 +427,6 @@ def test_what_does_not_fit_is_said_in_a_sentence(places, tmp_path, capsys):
     refused(argv, "add --base")
     assert not (tmp_path / "never").exists()
     shutil.rmtree(bad)
-  with pytest.raises(SystemExit):
-    _train(places, tmp_path / "y", "--config.lora.rnak=3")
 
 
 def test_fresh_adapters_give_the_answers_of_the_base(places):
