@@ -216,7 +216,10 @@ def _with_adapters(
     )
   refuse_other_base(base.path, lora.fingerprint(nnx.state(model)), found)
   config = found.adapters.lora
-  adapted = nnx.eval_shape(lambda: _adapted(model, config, None))
+  graph, state = nnx.split(model)
+  adapted = nnx.eval_shape(
+    lambda state: _adapted(nnx.merge(graph, state), config, None), state
+  )
   trains = lora.trainable_filter(config, nnx.state(adapted))
   _, wanted, _ = nnx.split(adapted, trains, ...)
   values = read_onto(found.path, wanted, mesh)

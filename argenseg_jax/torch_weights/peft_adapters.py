@@ -137,7 +137,10 @@ def import_adapters(
     raise WeightsError(f"--base {base} is not a whole model without adapters.")
   found = _read(source, values, loaded.config, path)
   config, arrays = _of_one_rank(found)
-  model = nnx.eval_shape(lambda: _adapted(loaded.model, config))
+  graph, variables = nnx.split(loaded.model)
+  model = nnx.eval_shape(
+    lambda state: _adapted(nnx.merge(graph, state), config), variables
+  )
   _, wanted, _ = nnx.split(
     model, lora.trainable_filter(config, nnx.state(model)), ...
   )
@@ -149,7 +152,7 @@ def import_adapters(
     ]
   )
   adapters = checkpoint.Adapters(
-    lora.fingerprint(nnx.state(loaded.model)),
+    lora.fingerprint(variables),
     str(paths.absolute(paths.as_path(loaded.path))),
     config,
   )

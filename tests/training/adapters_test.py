@@ -33,6 +33,7 @@ from argenseg_jax.tools import cli
 from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
 
 pytest.importorskip("sentencepiece")
+pytestmark = pytest.mark.long
 
 SPECIAL = (
   *("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"),
