@@ -390,7 +390,7 @@ def _take_steps(
         contextlib.suppress(preemption.Interrupted),  # It saves below.
       ):
         values = evaluate(state.variables, stop.check)
-        scores.ciou = values["ciou"]
+        scores.ciou = values.get("ciou")
         log.evaluated(step, config.eval.splits[0], values)
 
     # A checkpoint.
