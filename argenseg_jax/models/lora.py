@@ -69,6 +69,16 @@ class AdaptedLinear(layers.Linear, _Adapted):
     return super().__call__(x) + self._delta(x, self.dtype)
 
 
+class _Merged(layers.Linear):
+  """A `layers.Linear` whose kernel holds its adapter's update too."""
+
+  def __init__(self, linear: AdaptedLinear):
+    self.dtype, self.bias = linear.dtype, linear.bias
+    kernel = linear.kernel
+    merged = kernel[...].astype(jnp.float32) + linear.low_rank()
+    self.kernel = kernel.replace(merged.astype(kernel.dtype))
+
+
 class AdaptedQuantizedLinear(int8.QuantizedLinear, _Adapted):
   """An `int8.QuantizedLinear` with an adapter."""
 
@@ -132,12 +142,7 @@ def merge(model: nnx.Module) -> None:
       continue
     if isinstance(linear, int8.QuantizedLinear):
       raise ValueError(f"{path} has eight-bit weights; merge into the base.")
-    plain = layers.Linear.__new__(layers.Linear)
-    plain.dtype, plain.bias = linear.dtype, linear.bias
-    kernel = linear.kernel
-    merged = kernel[...].astype(jnp.float32) + linear.low_rank()
-    plain.kernel = kernel.replace(merged.astype(kernel.dtype))
-    setattr(parent, name, plain)
+    setattr(parent, name, _Merged(linear))
 
 
 def projections(
