@@ -9,6 +9,7 @@ WORDS = (
   *("the", "left", "man", "红", "色", "的", "猫", "左边", "aaa", "ab", "aba"),
   *("==", "---", "  ", "    ", "🐱", "é", "\t", "<mask", "[", "]", "x1", "<u>"),
 )
+SPARE = ("[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_1]")  # For what comes later.
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>")
 
 
@@ -32,6 +33,7 @@ def train(**changes) -> bytes:
     remove_extra_whitespaces=False,
     character_coverage=0.99,
     hard_vocab_limit=False,
+    user_defined_symbols=list(SPARE),
     minloglevel=2,
   )
   out = io.BytesIO()
@@ -48,8 +50,10 @@ def write_folder(
   others follow the vocabulary. Returns their ids."""
   import sentencepiece as spm
 
-  size = spm.SentencePieceProcessor(model_proto=data).vocab_size()
-  ids = {token: size - 2 + i for i, token in enumerate(special)}
+  model = spm.SentencePieceProcessor(model_proto=data)
+  places = [*map(model.piece_to_id, SPARE)]
+  places += range(model.vocab_size(), model.vocab_size() + len(special) - 2)
+  ids = dict(zip(special, places, strict=True))
   control = {"<unk>": 0, "<s>": 1, "</s>": 2}
   (path / "tokenizer.model").write_bytes(data)
   (path / "tokenization_internlm2.py").write_text("raise SystemExit('run')\n")

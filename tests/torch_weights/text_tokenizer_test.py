@@ -168,10 +168,12 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
       sentencepiece_model.read(path)
     assert str(path) in str(error.value)
   path.write_bytes(good)
+  twice = '{"added_tokens_decoder": {"5": {"content": "<a>"}, "7": '
+  twice += '{"content": "<a>"}}}'
   for name, content, message in (
     ("added_tokens.json", '{"<a>": "x"}', "does not list added tokens"),
     ("added_tokens.json", "[]", "is not a JSON object"),
-    ("added_tokens.json", '{"<s>": 100000}', "'<s>' the id 100000"),
+    ("tokenizer_config.json", twice, "'<a>' the id 5"),
     (
       "tokenizer_config.json",
       '{"bos_token": "<b>"}',
