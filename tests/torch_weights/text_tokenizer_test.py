@@ -59,7 +59,7 @@ def _compare(tmp_path, name: str, count: int) -> None:
     found = plain.encode(line, add_special_tokens=False).ids
     assert found == theirs.encode(line), repr(line)
   assert plain.encode("").ids == [theirs.bos_id()]
-  if name == "fewer_spaces":
+  if name in ("fewer_spaces", "no_bytes"):  # Spaces and characters are lost.
     return
   line = "the 红 man 👩‍👩‍👧\n x1"
   ids = theirs.encode(line)
@@ -96,7 +96,9 @@ def _write_qwen(path):
   shipped = json.loads(text.SHIPPED.read_text())["model"]
   vocabulary = {
     t: i
-    for i, t in enumerate(t for t in shipped["vocab"] if not t.startswith("<"))
+    for i, t in enumerate(
+      t for t in shipped["vocab"] if not re.fullmatch("<.+>", t)
+    )
   }
   merges = [m if isinstance(m, str) else " ".join(m) for m in shipped["merges"]]
   (path / "vocab.json").write_text(json.dumps(vocabulary))
