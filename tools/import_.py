@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
     "--tokenizer",
     metavar="FILE",
     help="tokenizer.json (default: the folder's own, or one made from its "
-    "tokenizer.model, or from vocab.json and merges.txt)",
+    "tokenizer.model, or from vocab.json and merges.txt); bytes: make one that "
+    "reads any text byte by byte, to try things out",
   )
   add(
     "--base",
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> int:
   print(f"{args.target}: {imported.num_tensors} tensors ({imported.task}).")
   if imported.fresh_image_tokenizer:
     print(
-      "The image tokenizer is freshly initialised; give --vqvae FILE to take "
+      "The image tokenizer is freshly initialized; give --vqvae FILE to take "
       "VAR's.",
       file=sys.stderr,
     )
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> int:
     print(
       "No text tokenizer: the folder has no tokenizer.json, tokenizer.model or "
       "vocab.json with merges.txt; train, eval and predict need one, so give "
-      "--tokenizer FILE.",
+      "--tokenizer FILE, or --tokenizer bytes to try things out.",
       file=sys.stderr,
     )
   return 0

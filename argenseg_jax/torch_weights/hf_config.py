@@ -17,13 +17,12 @@ from argenseg_jax.config import (
   VisionConfig,
   VQVAEConfig,
 )
+from argenseg_jax.data.text import ADDED_TOKENS
 from argenseg_jax.scales import SCALES_256, SCALES_512, Scales
 from argenseg_jax.torch_weights import families
 from argenseg_jax.torch_weights.tensors import TensorInfo, WeightsError
 
 Tensors = Mapping[str, TensorInfo]
-
-NEW_TOKENS = ("<mask>", "<ge_start>", "<ge_end>", "<MASK_CONTEXT>")
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -253,7 +252,7 @@ def token_ids(
   else:
     special = dict(_family(group(config, "llm"))[1].token_ids)
   special |= _tokenizer_ids(folder, text_tokenizer)
-  new = {t: first_code - 4 + i for i, t in enumerate(NEW_TOKENS)}
+  new = {t: first_code - 4 + i for i, t in enumerate(ADDED_TOKENS)}
   special |= {t: i for t, i in new.items() if t not in special}
   return TokenIds(
     pad=special.get("</s>", special.get("<|endoftext|>", 0)),

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,10 @@ from argenseg_jax.config import (
   MeshConfig,
   ModelConfig,
 )
-from argenseg_jax.data import text
+from argenseg_jax.data import chat, text
 from argenseg_jax.runtime.paths import Path, copy, copy_tree, disk_path
 from argenseg_jax.torch_weights import (
+  byte_tokenizer,
   hf_config,
   mapping,
   rules,
@@ -86,8 +87,9 @@ def import_weights(
     mesh: variables are born sharded over it.
     vqvae_path: VAR's image tokenizer, for an InternVL2.5 folder.
     scales: side lengths of the token maps, where config.json has none.
-    text_tokenizer: a tokenizer.json; by default that of the folder, or one
-      made from its `tokenizer.model` or `vocab.json` and `merges.txt`.
+    text_tokenizer: a tokenizer.json, or "bytes" for one that is made
+      (`byte_tokenizer`); by default that of the folder, or one made from its
+      `tokenizer.model` or `vocab.json` and `merges.txt`.
 
   Raises:
     WeightsError: something does not fit; nothing is left behind.
@@ -95,11 +97,17 @@ def import_weights(
   path, target = disk_path(source_path), disk_path(target)
   with text_tokenizer_lib.opened(path, text_tokenizer) as file:
     plan = _plan(path, vqvae_path, scales, file)
-    return _import(path, target, plan, mesh)
+    in_bytes = text_tokenizer == byte_tokenizer.NAME and file is None
+    return _import(path, target, plan, mesh, in_bytes=in_bytes)
 
 
 def _import(
-  path: pathlib.Path, target: pathlib.Path, plan: _Plan, mesh: Mesh
+  path: pathlib.Path,
+  target: pathlib.Path,
+  plan: _Plan,
+  mesh: Mesh,
+  *,
+  in_bytes: bool,
 ) -> Imported:
   where = str(path)
   make = checkpoint.model_factory(plan.task, plan.config)
@@ -113,6 +121,11 @@ def _import(
   )
   with written_whole(target) as folder:
     _keep_files(path, folder, plan, kept)
+    if in_bytes:
+      if plan.task != "mllm":
+        raise WeightsError(f"{path} reads no text: leave --tokenizer out.")
+      made = byte_tokenizer.make(plan.config.token_ids)
+      made.save(str(folder / "tokenizer.json"))
     state, odd = mapping.load(plan.table, abstract, plan.source, mesh)
     if plan.fresh_image_tokenizer:
       state = nnx.merge_state(state, _fresh_image_tokenizer(plan.config))
@@ -138,7 +151,7 @@ def _import(
     plan.config,
     len(plan.source.tensors),
     plan.fresh_image_tokenizer,
-    plan.text_tokenizer is not None,
+    (target / "tokenizer.json").is_file(),
   )
 
 
@@ -179,7 +192,7 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
     source="jsonl",
     split="val",
     join="evaluation",
-    system_message=text.INTERNVL_SYSTEM_MESSAGE,
+    system_message=chat.INTERNVL_SYSTEM_MESSAGE,
     sequence_length=config.vision.num_embeddings
     + config.vqvae.codes_per_mask
     + text_tokens,
@@ -219,8 +232,7 @@ def whole_config(
   name = "language_model."
   heads = (f"{name}output.weight", f"{name}lm_head.weight")
   llm = hf_config.llm_config(
-    hf_config.group(config, "llm"),
-    tied_head=not any(head in found for head in heads),
+    hf_config.group(config, "llm"), tied_head=_tied(config, found, heads)
   )
   image_tokenizer = {
     n.removeprefix(_TOKENIZER): t
@@ -286,7 +298,7 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
   names = [
     f"language_model.{n}" for n in (*names, "model.tok_embeddings.weight")
   ]
-  tied = not any(name in found for name in names[:2])
+  tied = _tied(config, found, names[:2])
   llm = hf_config.llm_config(values, tied_head=tied)
   if vqvae_path is None:
     vqvae, parts = variants.get("argenseg_8b").vqvae, []
@@ -304,7 +316,7 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
   # Rows that only pad the vocabulary to a round number stay out.
   known = text_tokenizer_lib.size(text_tokenizer) or llm.vocab_size
   old_rows = min(llm.vocab_size, known)
-  first_code = old_rows + len(hf_config.NEW_TOKENS)
+  first_code = old_rows + len(text.ADDED_TOKENS)
   rows = first_code + vqvae.num_codes
   whole = ModelConfig(
     name="imported",
@@ -330,6 +342,25 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
   merged = Merged(source, Computed(grown), Computed(new), *parts)
   fresh = vqvae_path is None
   return _Plan("mllm", whole, table, merged, True, fresh, text_tokenizer)
+
+
+def _tied(
+  config: Mapping[str, Any], found: Mapping[str, Any], heads: Sequence[str]
+) -> bool:
+  """Whether the embedding is the head, too.
+
+  Raises:
+    WeightsError: there is no head, and config.json does not say so.
+  """
+  if any(head in found for head in heads):
+    return False
+  key = "tie_word_embeddings"
+  if hf_config.group(config, "llm").get(key, config.get(key)):
+    return True
+  raise WeightsError(
+    f"the folder lacks the head {heads[0]!r} (or {heads[1]!r}), and its "
+    f"config.json does not say {key}: a file is missing; fetch it again."
+  )
 
 
 def _zeros(shape, dtype):
@@ -393,7 +424,7 @@ def _keep_files(path, folder, plan: _Plan, kept: list[str]) -> None:
       ids = plan.config.token_ids
       wanted = (ids.mask, ids.ge_start, ids.ge_end, ids.mask_context)
       text_tokenizer_lib.add_tokens(
-        beside, dict(zip(hf_config.NEW_TOKENS, wanted, strict=True))
+        beside, dict(zip(text.ADDED_TOKENS, wanted, strict=True))
       )
     made = text.TextTokenizer(
       mine if plan.new_tokens else plan.text_tokenizer,

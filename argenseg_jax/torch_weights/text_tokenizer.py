@@ -22,7 +22,7 @@ from tokenizers import (
   processors,
 )
 
-from argenseg_jax.torch_weights import sentencepiece_model
+from argenseg_jax.torch_weights import byte_tokenizer, sentencepiece_model
 from argenseg_jax.torch_weights.sentencepiece_model import (
   PieceType,
   SentencePieceModel,
@@ -47,12 +47,14 @@ def opened(
   """A `tokenizer.json` for the block: the one given, the folder's own, or one
   made from its `tokenizer.model`, or from its `vocab.json` and `merges.txt`.
 
-  None where there is nothing to make it from.
+  None where there is nothing to make it from, or "bytes" are asked for.
 
   Raises:
     WeightsError: a file that cannot be used.
   """
-  if given is not None:
+  if given == byte_tokenizer.NAME and not pathlib.Path(given).is_file():
+    yield None
+  elif given is not None:
     file = pathlib.Path(given)
     if not file.is_file():
       raise WeightsError(f"text tokenizer {file} is not a file.")
