@@ -92,11 +92,20 @@ def _adapted(
   are the targets, in float32.
   """
   full = lora.trainable_filter(config, nnx.state(model))
+  if config.base == "int8":
+    int8.quantize(model.llm, "int8")
   base = "float32" if config.base == "float32" else "bfloat16"
   state = nnx.state(model)
 
   def cast(path, leaf):
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      if full(path, leaf):
+        raise ConfigError(
+          f"config key 'lora.train' names {'.'.join(map(str, path))}, which "
+          "'lora.base' of int8 keeps in eight bits; use bfloat16 or leave it."
+        )
+      return leaf
+    if isinstance(leaf, int8.Scale):
       return leaf
     dtype = param_dtype if full(path, leaf) else base
     if path[0] == "vqvae":
@@ -109,8 +118,6 @@ def _adapted(
       [(path, cast(path, leaf)) for path, leaf in nnx.to_flat_state(state)]
     ),
   )
-  if config.base == "int8":
-    int8.quantize(model.llm, "int8")
   lora.adapt(model, config, seed=seed)
   return model
 

@@ -54,6 +54,7 @@ FLAGS = (
   "--config.mllm.train.compute_dtype=float32",
   "--config.mllm.optimizer.warmup_steps=1",
   "--config.mllm.optimizer.learning_rate=1e-2",
+  "--config.mllm.optimizer.eps=1e-4",
   "--config.eval.max_samples=2",
   "--config.eval.max_text=4",
   "--config.eval.batch_size=2",
@@ -290,7 +291,7 @@ def test_predict_and_eval_take_adapters(places, tmp_path, capsys):
   }.items():
     out = tmp_path / f"{name}.png"
     argv = ["predict", *options, "--image", image, "--text", "box 1"]
-    argv += ["--answer-prefix", "Sure:", "--out", str(out)]
+    argv += ["--answer_prefix", "Sure:", "--out", str(out)]
     assert cli.main(argv) == 0, capsys.readouterr().err
     shown[name] = out.read_bytes()
   assert shown["together"] == shown["alone"]
@@ -314,7 +315,11 @@ def test_adapters_go_to_peft_and_back(places, tmp_path, capsys):
     def __init__(self, folder):
       super().__init__()
       values = hf_config.read(folder)["llm_config"]
-      values = {k: v for k, v in values.items() if k != "architectures"}
+      values = {
+        k: v
+        for k, v in values.items()
+        if k not in ("architectures", "model_type")
+      }
       self.language_model = transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(**values, attn_implementation="eager")
       )
