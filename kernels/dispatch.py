@@ -14,7 +14,7 @@ _FILES = {
   "reference": "reference",
   "xla": "xla",
   "tpu": "pallas_tpu",
-  "gpu": "pallas_gpu",
+  "gpu": "pallas_hopper",
 }
 _HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 
