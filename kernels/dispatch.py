@@ -73,6 +73,20 @@ def load(op: str, implementation: str | None) -> ModuleType:
   return importlib.import_module(f"argenseg_jax.kernels.{op}.{file}")
 
 
+def copies_stacks() -> bool:
+  """Whether a loop over stacked layers copies each layer's weights first.
+
+  XLA does so on CPUs and GPUs, where it triples the bytes of a pass of few
+  tokens (docs/benchmarks.md); TPUs read the stack itself.
+  """
+  return target().platform != "tpu"
+
+
+def copies_slices() -> bool:
+  """Whether a program copies the slices that it takes of its inputs."""
+  return target().platform == "gpu"
+
+
 def partitioned() -> bool:
   """Whether XLA partitions the program over devices (outside `shard_map`)."""
   mesh = jax.sharding.get_abstract_mesh()
