@@ -1,17 +1,25 @@
-"""From an editable `ml_collections.ConfigDict` to frozen dataclasses.
+"""Every setting and its type, in frozen dataclasses.
 
-`ConfigDict` stops here: everything below reads the dataclasses of this module.
-`configs/base.py` holds every key of a run with a comment; an unknown or missing
-key is an error that names it.
+`config_parsing` reads them from config files; `configs/base.py` explains every
+key of a run.
 """
 
 import ast
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from argenseg_jax.ranges import (
+  AxisSize,
+  Count,
+  Decay,
+  NonNegative,
+  Positive,
+  PositiveInt,
+  Range,
+  Seed,
+  Share,
+)
+from argenseg_jax.scales import Scales
 
 
 class ConfigError(ValueError):
@@ -102,27 +110,23 @@ class VQVAEConfig:
   phi_ratio: float = 0.5
   commitment: float = 0.25
 
+  @property
+  def pyramid(self) -> Scales:
+    return Scales(self.scales, self.num_phis)
+
+  @property
+  def codes_per_mask(self) -> int:
+    return self.pyramid.num_codes
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Where samples come from and what a row of a batch holds."""
 
   path: str
-  # The layout of `path`, see docs/data.md; "meta" mixes several.
-  source: Literal[
-    "ref_shapes",
-    "jsonl",
-    "meta",
-    "refer",
-    "grefer",
-    "reason_seg",
-    "coco_panoptic",
-    "ade20k",
-    "text_to_image",
-    "folder",
-    "ref_coco",
-    "array_record",
-  ] = "ref_shapes"
+  # The layout of `path`, a name of data/sources/registry.py and docs/data.md;
+  # "meta" mixes several.
+  source: str = "jsonl"
   split: str = "train"  # Where the layout has splits.
   root: str | None = None  # Where its pictures are, if not in the usual place.
   # A tokenizer.json; None: that of the start's model, else the shipped one.
@@ -154,31 +158,32 @@ class DataConfig:
   answer: str = "Sure, the segmentation result: <mask>."
   absent_answer: str = "There is no such thing."
   system_message: str = ""  # Empty: no system block.
-  sequence_length: int = 8192  # 0: no text, for training the VQ-VAE.
-  image_side: int = 448
-  mask_side: int = 256
-  mask_intermediate_side: int | None = 512  # Masks take this size on the way.
-  mask_channels: int = 3
-  max_images: int = 1  # Places for pictures of a sample; 0: pictures unread.
-  max_masks: int = 1
-  pack: int = 1  # Samples of a row in training.
+  sequence_length: Count = 8192  # 0: no text, for training the VQ-VAE.
+  image_side: PositiveInt = 448
+  mask_side: PositiveInt = 256
+  # Masks take this size on the way.
+  mask_intermediate_side: PositiveInt | None = 512
+  mask_channels: Literal[1, 3] = 1
+  max_images: Count = 1  # Places for pictures of a sample; 0: pictures unread.
+  max_masks: Count = 1
+  pack: PositiveInt = 1  # Samples of a row in training.
   pad_square: bool = False  # Keep the aspect of pictures and masks.
   # Above 0: in training, pictures pass through JPEG of a quality drawn from
   # this one to 100.
-  jpeg_quality: int = 0
+  jpeg_quality: Annotated[int, Range(0, 100)] = 0
   resize: Literal["pillow", "opencv"] = "pillow"
-  seed: int = 0  # Of the order and of all random choices.
-  workers: int = 0  # Processes that make batches; 0: threads of this one.
-  threads: int = 1
-  prefetch: int = 4  # Batches made in advance.
+  seed: Seed = 0  # Of the order and of all random choices.
+  workers: Count = 0  # Processes that make batches; 0: threads of this one.
+  threads: Count = 4
+  prefetch: Count = 8  # Batches made in advance.
   cache: bool = False  # Keep resized pictures and masks in memory.
   # Tokenise every mask once before the decoder trains, not in every step.
   cache_codes: bool = False
   codes: str = ""  # A file of `argenseg data tokenize` instead.
   # An easier split (of ref_shapes) that the first steps are drawn from.
   warmup_split: str = ""
-  warmup_steps: int = 0
-  max_bad_share: float = 0.1  # Training stops when more records are bad.
+  warmup_steps: Count = 0
+  max_bad_share: Share = 0.1  # Training stops when more records are bad.
 
   @property
   def tokenized(self) -> bool:
@@ -227,98 +232,6 @@ class ModelConfig:
   aligned_positions: bool = False
 
 
-def from_mapping(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
-  """Builds dataclass `cls` from a mapping, strictly.
-
-  Args:
-    cls: a dataclass; nested dataclasses are built from nested mappings.
-    values: a mapping, `ConfigDict` included.
-    where: dotted name of `values`, for messages.
-
-  Raises:
-    ConfigError: an unknown or missing key, or a value of the wrong type.
-  """
-  prefix = f"{where}." if where else ""
-  if not isinstance(values, Mapping) and not hasattr(values, "items"):
-    raise ConfigError(f"config key {where!r} must be a group of keys.")
-  hints = typing.get_type_hints(cls)
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  for key in values:
-    if key not in fields:
-      close = difflib.get_close_matches(key, fields, n=1)
-      hint = f"; did you mean {prefix + close[0]!r}?" if close else ""
-      raise ConfigError(f"unknown config key {prefix + key!r}{hint}")
-  built = {}
-  for name, field in fields.items():
-    if name in values:
-      built[name] = _convert(hints[name], values[name], prefix + name)
-    elif (
-      field.default is dataclasses.MISSING
-      and field.default_factory is dataclasses.MISSING
-    ):
-      raise ConfigError(f"missing config key {prefix + name!r}")
-  return cls(**built)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-  origin = typing.get_origin(hint)
-  if dataclasses.is_dataclass(hint):
-    return from_mapping(hint, value, where)
-  if origin is Literal:
-    if value not in typing.get_args(hint):
-      choices = ", ".join(map(repr, typing.get_args(hint)))
-      raise ConfigError(f"config key {where!r} is {value!r}; use {choices}")
-    return value
-  if origin in (typing.Union, types.UnionType):
-    if value is None and type(None) in typing.get_args(hint):
-      return None
-    (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
-    return _convert(inner, value, where)
-  if origin is tuple:
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-      raise ConfigError(f"config key {where!r} must be a list, got {value!r}")
-    inner = typing.get_args(hint)[0]
-    return tuple(
-      _convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value)
-    )
-  if hint is Any:
-    return value
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-    raise ConfigError(
-      f"config key {where!r} must be {hint.__name__}, got {value!r}"
-    )
-  return value
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-  """The reverse of `from_mapping`, with lists for tuples (JSON-ready)."""
-
-  def plain(value):
-    if isinstance(value, dict):
-      return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-      return [plain(v) for v in value]
-    return value
-
-  return plain(dataclasses.asdict(config))
-
-
-def replace(config: Any, changes: Mapping[str, Any]) -> Any:
-  """Returns `config` with dotted keys replaced: {"llm.num_layers": 2}."""
-  values = to_dict(config)
-  for key, value in changes.items():
-    *groups, last = key.split(".")
-    node = values
-    for group in groups:
-      if not isinstance(node.get(group), dict):
-        raise ConfigError(f"unknown config key {key!r}")
-      node = node[group]
-    node[last] = value
-  return from_mapping(type(config), values)
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelChoice:
   """A named variant (or "": the start's model) and changes to it."""
@@ -344,22 +257,22 @@ class ModelChoice:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW with a schedule, clipping and freezing; Muon for matrices."""
+  """Which optimizer, its schedule, clipping and freezing."""
 
-  learning_rate: float
-  # Peak learning rate of the hidden matrices under Muon, in AdamW's scale;
-  # 0 leaves them to AdamW.
-  muon_learning_rate: float
+  name: Literal["adamw", "muon"]  # Keys of training/optimizer.OPTIMIZERS.
+  learning_rate: Positive
+  # Peak learning rate of the hidden matrices under Muon, in AdamW's scale.
+  muon_learning_rate: Positive
   schedule: Literal["cosine", "linear", "constant"]
-  warmup_steps: int
-  end_fraction: float  # Last learning rate as a share of the peak.
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float  # Not on norms, biases and one-dimensional parameters.
-  clip_norm: float
+  warmup_steps: Count
+  end_fraction: Share  # Last learning rate as a share of the peak.
+  b1: Decay
+  b2: Decay
+  eps: Positive
+  weight_decay: NonNegative  # Not on norms, biases and other vectors.
+  clip_norm: NonNegative  # 0: gradients are not clipped.
   frozen: tuple[str, ...]  # Path prefixes that do not train: "vision.tower".
-  ema_decay: float  # Of the average of the weights that is kept; 0: none.
+  ema_decay: Decay  # Of the average of the weights that is kept; 0: none.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,11 +283,11 @@ class LossConfig:
   # the scales, so that the few coarse codes count.
   code_average: Literal["token", "scale"]
   # Share of samples whose scale inputs are zero from a random scale on.
-  drop_scale_inputs: float
-  z_loss: float
+  drop_scale_inputs: Share
+  z_loss: NonNegative
   # Of `linear_cross_entropy`; "auto" is the platform's own. An explicit choice
   # that cannot run fails. "reference" keeps all logits.
-  implementation: Literal["auto", "reference", "xla", "tpu", "gpu"] = "auto"
+  implementation: Literal["auto", "reference", "xla", "tpu", "gpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,50 +295,51 @@ class TokenizerTrainingConfig:
   """What training an image tokenizer from scratch on masks needs."""
 
   reconstruction: Literal["mse", "bce_dice"]
-  warm_start_steps: int  # Steps without the quantiser.
-  kmeans_iterations: int  # Of the codebook's start; 0 keeps the random one.
-  kmeans_seg_masks: int  # Masks whose latents the start and the prior see.
-  revive_every: int  # Steps between revivals of dead codes; 0 never.
-  revive_until: int  # No revival after this step.
+  warm_start_steps: Count  # Steps without the quantiser.
+  kmeans_iterations: Count  # Of the codebook's start; 0 keeps the random one.
+  # Masks whose latents the start and the prior see.
+  kmeans_seg_masks: PositiveInt
+  revive_every: Count  # Steps between revivals of dead codes; 0 never.
+  revive_until: Count  # No revival after this step.
   # Entropy constraint: codes cost -weight * log(frequency in their scale),
-  # counted anew every so many steps from a step on, and once at the end.
-  entropy_weight: float
-  entropy_from: int
-  entropy_every: int
+  # counted anew every so many steps (0: never) from a step on, and at the end.
+  entropy_weight: NonNegative
+  entropy_from: Count
+  entropy_every: Count
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices along each mesh axis; one axis may be -1 (what is left)."""
 
-  data: int
-  fsdp: int
-  tensor: int
+  data: AxisSize
+  fsdp: AxisSize
+  tensor: AxisSize
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """Length, logging, saving and precision of a run."""
 
-  steps: int
-  global_batch_size: int
-  accumulate_steps: int  # Turns in which a batch is worked through.
-  log_every: int
-  eval_every: int  # 0: only at the end.
-  save_every: int
-  keep: int  # Checkpoints kept; the newest ones.
-  max_skipped: int  # Steps in a row without a finite loss; 0: any number.
+  steps: PositiveInt
+  global_batch_size: PositiveInt
+  accumulate_steps: PositiveInt  # Turns in which a batch is worked through.
+  log_every: Count  # 0: nothing is logged.
+  eval_every: Count  # 0: only at the end.
+  save_every: Count  # 0: only at the end.
+  keep: PositiveInt  # Checkpoints kept; the newest ones.
+  max_skipped: Count  # Steps in a row without a finite loss; 0: any number.
   compute_dtype: Literal["float32", "bfloat16"]
   param_dtype: Literal["float32", "bfloat16"]
   remat: Literal["none", "full", "dots"]
-  keep_every: int = 0  # Checkpoints of every so many steps are kept too.
-  keep_best: int = 0  # And so many of the best ones,
-  best_by: Literal["loss", "ciou"] = "loss"  # lowest loss or highest cIoU.
+  keep_every: Count  # Checkpoints of every so many steps are kept too.
+  keep_best: Count  # And so many of the best ones,
+  best_by: Literal["loss", "ciou"]  # lowest loss or highest cIoU.
   # SIGTERM ends a run wherever it is after so many seconds; 0: it may finish
   # what it does.
-  grace_seconds: float = 30.0
+  grace_seconds: NonNegative
   # A step that takes this many times the median gets its stacks written.
-  stall_factor: float = 20.0  # 0: none does.
+  stall_factor: NonNegative  # 0: none does.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -433,10 +347,10 @@ class EvalConfig:
   """What is measured during and after training."""
 
   splits: tuple[str, ...]
-  max_samples: int  # Per split; 0 takes all.
-  batch_size: int
-  max_text: int  # Text tokens of an answer.
-  max_masks: int
+  max_samples: Count  # Per split; 0 takes all.
+  batch_size: PositiveInt
+  max_text: PositiveInt  # Text tokens of an answer.
+  max_masks: PositiveInt
   start_with_mask: bool  # Force `<ge_start>` instead of letting text decide.
 
 
@@ -457,7 +371,7 @@ class RunConfig:
   """
 
   tasks: tuple[Literal["vqvae", "mllm"], ...]
-  seed: int
+  seed: Seed
   init_from: str | None  # Checkpoint of a whole model or an image tokenizer.
   model: ModelChoice
   data: DataConfig
@@ -469,36 +383,5 @@ class RunConfig:
   eval: EvalConfig
 
   def stage(self, task: str) -> StageConfig:
-    return self.vqvae if task == "vqvae" else self.mllm
-
-
-def run_config(
-  values: Mapping[str, Any], *, needs_data: bool = True
-) -> RunConfig:
-  """A `RunConfig` from a config file's values, which write "" and 0 for None.
-
-  Args:
-    values: of the config file.
-    needs_data: whether `data.path` must be set.
-
-  Raises:
-    ConfigError: an unknown or missing key, or no data.
-  """
-  values = to_plain(values)
-  values["init_from"] = values.get("init_from") or None
-  data = values.get("data", {})
-  for key in ("root", "text_tokenizer", "mask_intermediate_side"):
-    data[key] = data.get(key) or None
-  config = from_mapping(RunConfig, values)
-  if needs_data and not config.data.path:
-    raise ConfigError(
-      "config key 'data.path' is empty; give --config.data.path."
-    )
-  return config
-
-
-def to_plain(values: Any) -> Any:
-  """`ConfigDict`s as dictionaries, all the way down."""
-  if hasattr(values, "items"):
-    return {key: to_plain(value) for key, value in values.items()}
-  return values
+    """The settings of one of `tasks`."""
+    return getattr(self, task)

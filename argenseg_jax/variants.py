@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from argenseg_jax import config as config_lib
+from argenseg_jax import config_parsing
 from argenseg_jax.config import (
   LLMConfig,
   ModelConfig,
@@ -194,7 +195,7 @@ def _variants() -> dict[str, ModelConfig]:
       ),
     ),
     "argenseg_8b": eight,
-    "argenseg_8b_512": config_lib.replace(
+    "argenseg_8b_512": config_parsing.replace(
       eight,
       {
         "name": "argenseg_8b_512",
@@ -218,4 +219,4 @@ def get(name: str, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
     raise config_lib.ConfigError(
       f"unknown model variant {name!r}; use one of {', '.join(VARIANTS)}"
     )
-  return config_lib.replace(VARIANTS[name], overrides or {})
+  return config_parsing.replace(VARIANTS[name], overrides or {})

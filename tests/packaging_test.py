@@ -3,6 +3,7 @@
 import configparser
 import importlib
 import pathlib
+import re
 
 ROOT = pathlib.Path(__file__).parent.parent
 MAPPED = ("configs", "kernels", "tools")
@@ -43,3 +44,22 @@ def test_commands_have_modules():
   for name in COMMANDS:
     module = importlib.import_module(module_of(name))
     assert callable(module.main)
+
+
+def test_tools_have_one_version_each():
+  for tool in ("ruff", "pyright"):
+    pin = re.compile(rf"\b{tool}==([\d.]+)")
+    found = {
+      version
+      for name in ("setup.cfg", ".ci/run", ".pre-commit-config.yaml")
+      for version in pin.findall((ROOT / name).read_text())
+    }
+    assert len(found) == 1, (tool, found)
+
+
+def test_editors_find_mapped_folders_in_a_checkout():
+  """By links beside pyproject.toml, which no package carries."""
+  linked = ROOT / "typings" / "argenseg_jax"
+  assert {link.name for link in linked.iterdir()} == set(MAPPED)
+  for link in linked.iterdir():
+    assert link.resolve() == ROOT / link.name

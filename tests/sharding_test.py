@@ -9,7 +9,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from argenseg_jax import sharding
-from argenseg_jax.config import ConfigError, MeshConfig, replace
+from argenseg_jax.config import ConfigError, MeshConfig
+from argenseg_jax.config_parsing import replace
 from argenseg_jax.models.argenseg import ARGenSeg
 
 

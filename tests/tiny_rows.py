@@ -11,7 +11,7 @@ import tiny_model
 from data import layouts
 from flax import nnx
 
-from argenseg_jax import config as config_lib
+from argenseg_jax import config_parsing
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import text
 from argenseg_jax.data.example_builder import RowMaker
@@ -54,7 +54,7 @@ def model(dtype=jnp.float32, **changes) -> ARGenSeg:
     dtype: of the computation.
     **changes: keys of `ModelConfig`, dotted ones too.
   """
-  config = config_lib.replace(tiny_model.config(), changes)
+  config = config_parsing.replace(tiny_model.config(), changes)
   ids = _TOKENIZER.token_ids
   llm = dataclasses.replace(config.llm, vocab_size=ids.first_code + 11)
   config = dataclasses.replace(config, token_ids=ids, llm=llm)

@@ -5,6 +5,7 @@ import errno
 import importlib
 import os
 import sys
+from typing import TextIO
 
 # Command -> what `argenseg --help` says of it; see `module_of`.
 COMMANDS = {
@@ -14,7 +15,8 @@ COMMANDS = {
   "eval": "measure a checkpoint on a data set",
   "predict": "segment pictures with a checkpoint",
   "warmup": "compile what predict will need, for later processes too",
-  "generate": "draw pictures for texts",
+  "generate": "draw images for texts",
+  "demo": "serve a page in the browser that segments images",
   "plan": "say what a run needs and costs on hardware that is not here",
   "checkpoint": "list, verify, inspect and compare checkpoints",
   "import": "turn PyTorch weights into a checkpoint",
@@ -24,20 +26,61 @@ COMMANDS = {
 }
 # Their programs are kept on disk when they are called from a shell.
 _CACHED = ("eval", "predict", "warmup")
-# What a disk says that takes no more.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+INTERRUPTED = 130  # Exit code after Ctrl-C, as shells have it.
+_RERUN = "what was written before is as it was. {}, then rerun the same command"
+_SPACE = _RERUN.format("Free up space (or fix the disk)")
+# What the system says -> what to do about it.
+_REMEDIES = {
+  errno.ENOSPC: _SPACE,
+  errno.EDQUOT: _SPACE,
+  errno.EROFS: _SPACE,
+  errno.EIO: _SPACE,
+  errno.EFBIG: _RERUN.format("Raise the limit on file sizes (`ulimit -f`)"),
+  errno.EACCES: "change its permissions, or give another path",
+  errno.EPERM: "change its permissions, or give another path",
+  errno.ENOENT: "give a path that exists",
+  errno.ENOTDIR: "give another path: a part of this one is a file",
+  errno.EEXIST: "give another path: a file of that name is there",
+  errno.EISDIR: "give another path: this one is a folder",
+  errno.ENAMETOOLONG: "give a shorter path",
+  errno.ELOOP: "give another path: symbolic links go around in a circle",
+  errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
+  errno.ENFILE: "close what holds so many files open on this machine",
+}
+_MEMORY = (
+  "out of memory ({}); take smaller batches, fewer data.workers or a machine "
+  "with more memory (`ulimit -v` may set a limit), then rerun the same command."
+)
 # Of every command that reads checkpoints.
 SKIP = "--skip_verification"
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command; returns the exit code (2 for bad input)."""
+  """Runs a command; returns the exit code: 2 for bad input and for a machine
+  that lacks something, 130 after Ctrl-C, otherwise the command's own."""
   from_shell = argv is None
   argv = list(sys.argv[1:] if argv is None else argv)
-  if not argv or argv[0] in ("-h", "--help", "help"):
+  name = argv[0] if argv else "help"
+  with _lasting_streams() if from_shell else contextlib.nullcontext():
+    try:
+      code = _main(name, argv[1:], from_shell)
+      if from_shell:
+        sys.stdout.flush()  # What fails here is said, too.
+      return code
+    except KeyboardInterrupt:
+      print(f"argenseg {name}: interrupted.", file=sys.stderr)
+      return INTERRUPTED
+    except Exception as error:
+      if not (said := sentence(error)):
+        raise
+    print(f"argenseg {name}: {said}", file=sys.stderr)
+    return 2
+
+
+def _main(name: str, rest: list[str], from_shell: bool) -> int:
+  if name in ("-h", "--help", "help"):
     print(_help())
     return 0
-  name, rest = argv[0], argv[1:]
   if name == "--version":
     from argenseg_jax.version import __version__
 
@@ -53,33 +96,106 @@ def main(argv: list[str] | None = None) -> int:
   from absl import logging
 
   logging.set_verbosity(logging.ERROR)  # Libraries' warnings are not for users.
-  from argenseg_jax.checkpoint import CheckpointError, manifest
-  from argenseg_jax.config import ConfigError
-  from argenseg_jax.data.errors import DataError
+  from argenseg_jax.checkpoint import manifest
 
   if from_shell and name in _CACHED:
     from argenseg_jax.runtime import compilation_cache
 
     compilation_cache.enable()
-  command = importlib.import_module(module_of(name))
+  rest = [_with_underscores(argument) for argument in rest]
   skips = SKIP in rest
   rest = [argument for argument in rest if argument != SKIP]
+  command = importlib.import_module(module_of(name))
+  with manifest.unverified() if skips else contextlib.nullcontext():
+    return command.main(rest)
+
+
+def sentence(error: BaseException) -> str | None:
+  """What is wrong with the input or this machine and what to do; None for
+  errors that are the program's own."""
+  from argenseg_jax.checkpoint import CheckpointError
+  from argenseg_jax.config import ConfigError
+  from argenseg_jax.data.errors import DataError
+
+  if isinstance(error, (CheckpointError, ConfigError, DataError)):
+    return str(error)
+  if isinstance(error, OSError) and error.errno in _REMEDIES:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}; {_REMEDIES[error.errno]}."
+  text = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+  if isinstance(error, MemoryError) or (
+    isinstance(error, OSError) and error.errno == errno.ENOMEM
+  ):
+    return _MEMORY.format(text or "an allocation failed")
+  # XLA's errors and those of threads are `RuntimeError`s told by their text.
+  if isinstance(error, RuntimeError) and any(
+    sign in text
+    for sign in ("RESOURCE_EXHAUSTED", "can't start new thread", "bad_alloc")
+  ):
+    return _MEMORY.format(text)
+  return None
+
+
+class _Lasting:
+  """A stream that goes silent when nobody reads it any more, so that
+  `argenseg train | head` trains on."""
+
+  def __init__(self, stream: TextIO):
+    self._stream = stream
+
+  def __getattr__(self, name: str):
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    with self._unread():
+      self._stream.write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    with self._unread():
+      self._stream.flush()
+
+  @contextlib.contextmanager
+  def _unread(self):
+    try:
+      yield
+    except BrokenPipeError:
+      self.silence()
+
+  def silence(self) -> None:
+    """Everything that is written from now on is lost, also by libraries."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, self._stream.fileno())
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _lasting_streams():
+  """Standard streams that are there and stay: closed ones read and write
+  nothing, so that no file gets their numbers."""
+  for number, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
+    try:
+      os.fstat(number)
+    except OSError:  # `os.open` takes the lowest free number: this one.
+      os.open(os.devnull, mode)
+  sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+  for number, name in ((1, "stdout"), (2, "stderr")):
+    stream = getattr(sys, name) or open(number, "w", closefd=False)  # noqa: SIM115
+    setattr(sys, name, _Lasting(stream))
   try:
-    with manifest.unverified() if skips else contextlib.nullcontext():
-      return command.main(rest)
-  except (CheckpointError, ConfigError, DataError) as error:
-    print(f"argenseg {name}: {error}", file=sys.stderr)
-    return 2
-  except OSError as error:
-    if error.errno not in _DISK:
-      raise
-    where = f"cannot write {error.filename}" if error.filename else "writing"
-    print(
-      f"argenseg {name}: {where}: {error.strerror}; what was written before is "
-      "as it was. Make room or mend the disk and start again.",
-      file=sys.stderr,
-    )
-    return 2
+    yield
+  finally:
+    for name in ("stdout", "stderr"):
+      with contextlib.suppress(OSError):
+        getattr(sys, name).flush()
+
+
+def _with_underscores(argument: str) -> str:
+  """--a-b=c-d as the flags are spelled, --a_b=c-d."""
+  name, equals, value = argument.partition("=")
+  if not name.startswith("--") or any(c.isspace() for c in name):
+    return argument
+  return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
 def module_of(command: str) -> str:

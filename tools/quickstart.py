@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
     help="about how long training may take; fewer give a worse model",
   )
   args = parser.parse_args(argv)
-  from argenseg_jax.config import ConfigError, run_config
+  from argenseg_jax.config import ConfigError
+  from argenseg_jax.config_parsing import run_config
   from argenseg_jax.runtime import cpu, paths, preemption
   from argenseg_jax.runtime.nan_guard import Diverged
   from argenseg_jax.training import loop, quickstart

@@ -103,6 +103,9 @@ def parse(
     raise ConfigError(f"unknown argument {rest[1]!r}.")
   if values.config is None:
     raise ConfigError("give a config: --config=configs/FILE.py.")
-  from argenseg_jax.config import run_config
+  from argenseg_jax.config_parsing import run_config
+  from argenseg_jax.data.sources import registry
 
-  return run_config(values.config, needs_data=needs_data)
+  config = run_config(values.config, needs_data=needs_data)
+  registry.require_known(config.data.source)
+  return config

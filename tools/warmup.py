@@ -22,9 +22,9 @@ def main(argv: list[str]) -> int:
     "--longest", type=int, default=64, help="tokens of the longest request"
   )
   parser.add_argument(
-    "--one-picture",
+    "--one_image",
     action="store_true",
-    help="the programs of several requests about one picture instead",
+    help="the programs of several requests about one image instead",
   )
   args = parser.parse_args(argv)
   if min(args.batches) < 1 or args.longest < 1:
@@ -36,12 +36,12 @@ def main(argv: list[str]) -> int:
   count = predictor.warm_up(
     batches=args.batches,
     longest=args.longest,
-    about_one_picture=args.one_picture,
+    about_one_picture=args.one_image,
     **answer_options(args),
   )
   print(
     f"{count} programs in {time.perf_counter() - began:.1f} s, kept in "
-    f"{jax.config.jax_compilation_cache_dir or 'this process only'}"
+    f"{jax.config.values['jax_compilation_cache_dir'] or 'this process only'}"
   )
   return 0
 
@@ -50,13 +50,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
   """Options that decide which programs run; `predict` has them too."""
   parser.add_argument("--checkpoint", required=True)
   parser.add_argument(
-    "--answer-prefix",
+    "--answer_prefix",
     metavar="WORDS",
     help="the answer's words, right before its mask; skips generating text "
     '("" for none)',
   )
   parser.add_argument(
-    "--num-scales",
+    "--num_scales",
     type=int,
     metavar="K",
     help="stop after the first K scales of a mask: quicker and coarser",
@@ -81,11 +81,12 @@ def open_predictor(args: argparse.Namespace, *, batch_size: int):
   import dataclasses
 
   from argenseg_jax import config as config_lib
+  from argenseg_jax import config_parsing
   from argenseg_jax.checkpoint import describe
   from argenseg_jax.inference.predictor import Predictor
 
   run = describe(args.checkpoint).meta["run"]
-  settings = config_lib.from_mapping(config_lib.EvalConfig, run["eval"])
+  settings = config_parsing.from_mapping(config_lib.EvalConfig, run["eval"])
   return Predictor.from_checkpoint(
     args.checkpoint,
     dataclasses.replace(settings, batch_size=batch_size),

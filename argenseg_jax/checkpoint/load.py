@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from argenseg_jax import config as config_lib
-from argenseg_jax import sharding
+from argenseg_jax import config_parsing, sharding
 from argenseg_jax.checkpoint.layout import (
   CheckpointError,
   step_directory,
@@ -29,14 +29,33 @@ from argenseg_jax.runtime.paths import Path
 FORMAT = 1
 
 
+# What a checkpoint holds, by the name in its meta data.
+MODELS: dict[str, Callable[..., nnx.Module]] = {
+  "vqvae": lambda config, **kwargs: VQVAE(config.vqvae, **kwargs),
+  "mllm": ARGenSeg,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What a step says of itself; `path` is its directory."""
+  """What a step says of itself.
+
+  Attributes:
+    task: what it holds, a key of `MODELS`.
+    config: sizes of the whole model.
+    meta: everything that it says.
+    path: its directory.
+  """
 
   task: str
   config: ModelConfig
   meta: dict[str, Any]
   path: Path
+
+  @property
+  def is_whole(self) -> bool:
+    """Whether it holds a whole model, not an image tokenizer only."""
+    return self.task != "vqvae"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +94,7 @@ def describe(path: str | Path) -> Description:
   where = step_directory(path)
   meta = read_meta(where)
   try:
-    config = config_lib.from_mapping(ModelConfig, meta["model"])
+    config = config_parsing.from_mapping(ModelConfig, meta["model"])
     task = meta["task"]
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise _unreadable_meta(where, error) from error
@@ -123,7 +142,7 @@ def load(
       decoder for `weights`.
   """
   found = describe(path)
-  if weights is not None and found.task == "vqvae":
+  if weights is not None and not found.is_whole:
     raise CheckpointError(
       f"checkpoint {found.path} holds an image tokenizer only; {weights} "
       "weights are for decoders."
@@ -185,13 +204,13 @@ def model_factory(
   dtype: DTypeLike = jnp.float32,
   param_dtype: DTypeLike = jnp.float32,
 ):
-  """A constructor without arguments for the module that `task` trains."""
+  """A constructor without arguments of a model, `task` being its key in
+  `MODELS`."""
 
   def make():
-    kwargs = dict(rngs=nnx.Rngs(seed), dtype=dtype, param_dtype=param_dtype)
-    if task == "vqvae":
-      return VQVAE(config.vqvae, **kwargs)
-    return ARGenSeg(config, **kwargs)
+    return MODELS[task](
+      config, rngs=nnx.Rngs(seed), dtype=dtype, param_dtype=param_dtype
+    )
 
   return make
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from argenseg_jax.config import SPEED_KEYS, DataConfig, to_dict
-from argenseg_jax.data import text, transforms
+from argenseg_jax.config import SPEED_KEYS, DataConfig
+from argenseg_jax.config_parsing import to_dict
+from argenseg_jax.data import chat, text, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, Source, Turn
 from argenseg_jax.types import Batch
@@ -25,7 +26,7 @@ class Row:
 
   fields: Batch  # Without the batch axis; of weight 0 where nothing is good.
   bad: tuple[tuple[int, str], ...] = ()  # Records, and what is wrong with them.
-  cut: tuple[int, ...] = ()  # Records that lost words to fit sequence_length.
+  cut: tuple[int, ...] = ()  # Records that lost tokens to fit sequence_length.
 
   @property
   def error(self) -> str:
@@ -37,7 +38,7 @@ class Remarks(NamedTuple):
   """What a log should say of the records of a batch."""
 
   bad: list[tuple[int, str]]  # Index, and what is wrong.
-  cut: list[int]  # Indices of those that lost words.
+  cut: list[int]  # Indices of those that lost tokens.
 
 
 class RowMaker:
@@ -46,10 +47,11 @@ class RowMaker:
   Args:
     source: where samples come from.
     config: what a row holds.
-    tokenizer: the text tokenizer.
-    image_tokens: vision embeddings that one picture gives to the model.
+    tokenizer: the text tokenizer; None for rows without text, of
+      sequence_length 0.
+    image_tokens: vision embeddings that one image gives to the model.
     num_codes: image codes of one mask.
-    codes: int32 [records m num_codes], if the masks are tokenised already; the
+    codes: int32 [records m num_codes], if the masks are tokenized already; the
       masks themselves are then left unread.
   """
 
@@ -58,19 +60,19 @@ class RowMaker:
     source: Source,
     config: DataConfig,
     *,
-    tokenizer: text.TextTokenizer,
+    tokenizer: text.TextTokenizer | None,
     image_tokens: int,
     num_codes: int,
     codes: np.ndarray | None = None,
   ):
     self.source = source
     self.config = config
-    self.tokenizer = tokenizer
+    self.text_tokenizer = tokenizer
     self.image_tokens = image_tokens
     self.num_codes = num_codes
     self.codes = codes
     self._cache: dict[Any, np.ndarray] = {}
-    # Samples whose pictures are in the cache, without their encoded bytes.
+    # Samples whose images are in the cache, without their encoded bytes.
     self._cached_samples: dict[int, Sample] = {}
 
   def with_codes(self, codes: np.ndarray) -> "RowMaker":
@@ -78,11 +80,18 @@ class RowMaker:
     return RowMaker(
       self.source,
       self.config,
-      tokenizer=self.tokenizer,
+      tokenizer=self.text_tokenizer,
       image_tokens=self.image_tokens,
       num_codes=self.num_codes,
       codes=codes,
     )
+
+  @property
+  def tokenizer(self) -> text.TextTokenizer:
+    """The text tokenizer of rows that hold text."""
+    if self.text_tokenizer is None:
+      raise ValueError("rows without text have no text tokenizer")
+    return self.text_tokenizer
 
   def __getstate__(self):
     return {**self.__dict__, "_cache": {}, "_cached_samples": {}}
@@ -96,7 +105,7 @@ class RowMaker:
     parts = (
       config,
       self.source.fingerprint,
-      self.tokenizer.fingerprint,
+      self.text_tokenizer and self.text_tokenizer.fingerprint,
       self.image_tokens,
       self.num_codes,
     )
@@ -152,7 +161,7 @@ class RowMaker:
       number = 0 if rng is None else rng.integers(len(chosen))
       chosen = (chosen[number],)
     template = sample.request or self.config.request
-    request = text.request_text(template, chosen, self.config.join)
+    request = chat.request_text(template, chosen, self.config.join)
     return (
       {"from": "human", "value": request},
       {"from": "gpt", "value": self._answer(sample)},
@@ -166,7 +175,8 @@ class RowMaker:
         f"{sample.where} holds no description, which config key 'data.answer' "
         f"puts in place of {DESCRIPTION}."
       )
-    return self.config.answer.replace(DESCRIPTION, sample.description)
+    said = chat.as_text(sample.description)
+    return self.config.answer.replace(DESCRIPTION, said)
 
   def _make(
     self, sample: Sample, rng: np.random.Generator | None, length: int
@@ -175,6 +185,9 @@ class RowMaker:
     row = self._empty(sample.index)
     row.sample_weight[...] = 1
     chosen = bool(sample.options)
+    if chosen and not self.source.has_options:
+      name = type(self.source).__name__
+      raise TypeError(f"{name} gives options; set its has_options.")
     if chosen:
       options = len(sample.options)
       sample = sample.choose(0 if rng is None else rng.integers(options))
@@ -186,12 +199,12 @@ class RowMaker:
     if config.max_images:
       if len(sample.images) > config.max_images:
         raise DataError(
-          f"{sample.where} has {len(sample.images)} pictures; max_images is "
+          f"{sample.where} has {len(sample.images)} images; max_images is "
           f"{config.max_images}."
         )
       for i in range(len(sample.images)):
         row.images[i], size = self._image(sample, i, rng)
-      if len(sample.images) == 1:  # Else: of which picture is the mask?
+      if len(sample.images) == 1:  # Else: of which image is the mask?
         sample = sample.sized(size)
     row.mask_valid[: len(sample.seg_masks)] = True
     if self.codes is not None:
@@ -208,7 +221,7 @@ class RowMaker:
     if config.sequence_length:
       turns = self.conversation(sample, rng)
       try:
-        tokens = text.tokenize_chat(
+        tokens = chat.tokenize_chat(
           self.tokenizer,
           turns,
           image_tokens=(self.image_tokens,) * len(sample.images),
@@ -217,7 +230,7 @@ class RowMaker:
         )
         special = self.tokenizer.token_ids
         fitting = tokens.cut(length, special)
-        packed = text.text_row((fitting,), config.sequence_length, special)
+        packed = chat.text_row((fitting,), config.sequence_length, special)
       except DataError as error:
         raise DataError(f"{sample.where}: {error}") from error
       row = row._replace(**vars(packed))
@@ -231,7 +244,7 @@ class RowMaker:
   def _image(
     self, sample: Sample, number: int, rng: np.random.Generator | None
   ) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """A picture as the model takes it, and its own height and width."""
+    """An image as the model takes it, and its own height and width."""
 
     def make():
       pixels = sample.load_image(number)
@@ -249,14 +262,14 @@ class RowMaker:
     return self._cached(("image", sample.image_keys[number]), make)
 
   def _target(self, sample: Sample, number: int) -> np.ndarray:
-    """A mask as the image tokenizer takes it, [h w 1], or a picture."""
+    """A mask as the image tokenizer takes it, [h w 1], or an image."""
     config = self.config
 
     def make():
       if sample.target == "picture":
         if config.mask_channels != 3:
           raise DataError(
-            f"{sample.where} is a picture to generate; set config key "
+            f"{sample.where} is an image to generate; set config key "
             "'data.mask_channels' to 3."
           )
         return transforms.resize_image(
@@ -266,6 +279,10 @@ class RowMaker:
           pad_square=config.pad_square,
         )
       seg_mask = sample.load_seg_mask(number)
+      if sample.kind == "absent" and seg_mask.any():
+        raise DataError(
+          f'{sample.where} is of kind "absent", but its mask has an object.'
+        )
       if sample.kind != "absent" and not seg_mask.any():
         raise DataError(f"{sample.where} has a mask without a single pixel.")
       return transforms.mask_target(
@@ -288,10 +305,9 @@ class RowMaker:
     return self._cache[key]
 
   @functools.cached_property
-  def _padding(self) -> text.TextRow:
+  def _padding(self) -> chat.TextRow:
     """A row without text, shared: nobody writes into it."""
-    length = self.config.sequence_length
-    return text.text_row((), length, self.tokenizer.token_ids)
+    return chat.padding_row(self.config.sequence_length)
 
   def _empty(self, index: int) -> Batch:
     c = self.config

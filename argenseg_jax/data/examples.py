@@ -1,37 +1,30 @@
-"""Rows for a run: sizes agreed with the model, masks tokenised once."""
+"""Rows for a run: sizes agreed with the model, masks tokenized once."""
 
 import dataclasses
-import math
 
 from argenseg_jax.config import ConfigError, DataConfig, ModelConfig
 from argenseg_jax.data import pipeline, text
 from argenseg_jax.data.sources.registry import open_source
 
-# Of numbers in `DataConfig`: the lowest and the highest.
-_RANGES = {
-  "jpeg_quality": (0, 100),
-  "mask_intermediate_side": (1, math.inf),
-  "max_bad_share": (0, 1),
-  "max_images": (0, math.inf),
-  "max_masks": (0, math.inf),
-  "pack": (1, math.inf),
-  "prefetch": (0, math.inf),
-  "seed": (0, math.inf),
-  "sequence_length": (0, math.inf),
-  "threads": (0, math.inf),
-  "workers": (0, math.inf),
-}
-
 
 def make_rows(
   data: DataConfig,
-  task: str,
   model: ModelConfig,
-  tokenizer: text.TextTokenizer,
+  tokenizer: text.TextTokenizer | None,
 ) -> pipeline.RowMaker:
-  """Rows for a task, with the sizes that the model asks for."""
-  _require_in_range(data)
-  if data.image_side != model.vision.image_side:
+  """Rows with the sizes that the model asks for.
+
+  Args:
+    data: what rows hold and where they come from.
+    model: sizes.
+    tokenizer: the text tokenizer; None for rows without text (see
+      `masks_only`).
+
+  Raises:
+    ConfigError: a setting that does not suit the model, or is out of range.
+  """
+  reads_images = data.max_images > 0
+  if reads_images and data.image_side != model.vision.image_side:
     raise ConfigError(
       f"config key 'data.image_side' is {data.image_side}, but the model's "
       f"vision tower takes {model.vision.image_side}."
@@ -41,35 +34,33 @@ def make_rows(
       f"config key 'data.mask_side' is {data.mask_side}, but the model's image "
       f"tokenizer takes {model.vqvae.image_side}."
     )
-  if data.mask_channels not in (1, 3):
-    raise ConfigError(
-      f"config key 'data.mask_channels' is {data.mask_channels}; use 1 or 3."
-    )
   if data.jpeg_quality and data.cache:
     raise ConfigError(
-      "config key 'data.jpeg_quality' gives another picture at each visit; set "
+      "config key 'data.jpeg_quality' gives another image at each visit; set "
       "'data.cache' to False."
     )
-  if task == "vqvae":
-    data = dataclasses.replace(data, sequence_length=0, max_images=0, pack=1)
-  codes = sum(side * side for side in model.vqvae.scales)
   return pipeline.RowMaker(
     open_source(data),
     data,
     tokenizer=tokenizer,
     image_tokens=model.vision.num_embeddings,
-    num_codes=codes,
+    num_codes=model.vqvae.codes_per_mask,
   )
 
 
-def _require_in_range(data: DataConfig) -> None:
-  for key, (lowest, highest) in _RANGES.items():
-    value = getattr(data, key)
-    if value is not None and not lowest <= value <= highest:
-      end = "or more" if highest == math.inf else f"to {highest}"
-      raise ConfigError(
-        f"config key 'data.{key}' is {value}; use {lowest} {end}."
-      )
+def masks_only(data: DataConfig) -> DataConfig:
+  """The settings of rows that hold seg_masks and nothing else: what an image
+  tokenizer trains on."""
+  return dataclasses.replace(
+    data,
+    sequence_length=0,
+    max_images=0,
+    pack=1,
+    cache_codes=False,
+    codes="",
+    warmup_split="",
+    warmup_steps=0,
+  )
 
 
 def of_split(
@@ -82,7 +73,7 @@ def of_split(
   return pipeline.RowMaker(
     open_source(data, evaluation=evaluation),
     data,
-    tokenizer=rows.tokenizer,
+    tokenizer=rows.text_tokenizer,
     image_tokens=rows.image_tokens,
     num_codes=rows.num_codes,
   )

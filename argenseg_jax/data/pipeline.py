@@ -78,7 +78,7 @@ class TrainIterator:
 
   @property
   def num_cut_records(self) -> int:
-    """Different records that lost words to fit sequence_length."""
+    """Different records that lost tokens to fit sequence_length."""
     return len(self._cut)
 
   def __iter__(self) -> "TrainIterator":
@@ -114,7 +114,7 @@ class TrainIterator:
     }
 
   def set_state(self, state: dict[str, Any], *, force: bool = False) -> None:
-    """Goes on from a saved state, with any number of hosts and workers.
+    """Resumes from a saved state, with any number of hosts and workers.
 
     Args:
       state: from `state`.
@@ -127,7 +127,7 @@ class TrainIterator:
     if state["fingerprint"] != self._fingerprint and not force:
       raise DataError(
         "the saved data state belongs to other data, data settings or "
-        "global_batch_size; go on with those of the run, or accept the change "
+        "global_batch_size; resume with those of the run, or accept the change "
         "with --accept_changed_data."
       )
     self.close()
@@ -192,11 +192,6 @@ def eval_batches(
       yield batch
   finally:
     batches.close()
-
-
-def num_eval_batches(rows: RowMaker, global_batch_size: int) -> int:
-  """How many batches `eval_batches` yields."""
-  return -(-len(rows.source) // global_batch_size)
 
 
 def _host_batch_size(global_batch_size: int, host_count: int) -> int:

@@ -11,8 +11,8 @@ from flax import nnx
 
 from argenseg_jax import checkpoint, sharding
 from argenseg_jax.config import EvalConfig, RunConfig
+from argenseg_jax.data import chat, pipeline
 from argenseg_jax.data import examples as rows_lib
-from argenseg_jax.data import pipeline
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample
 from argenseg_jax.evaluation import records as predictions
@@ -69,6 +69,11 @@ class Evaluator:
     self._answer = answer
     self._codes = CodeMeasurer(graph)
 
+  @property
+  def max_samples(self) -> int:
+    """Of a split, unless a call says otherwise; 0 for all."""
+    return self._config.max_samples
+
   def batch_size(self, state: nnx.State) -> int:
     """The config's, rounded up so that each device gets as many rows."""
     mesh = sharding.mesh_of(state)
@@ -86,7 +91,7 @@ class Evaluator:
     on_batch: OnBatch = lambda: None,
     answered: Sequence[dict[str, Any]] = (),
   ) -> SplitResults:
-    """Scores every sample once, at the pictures' own sizes.
+    """Scores every sample once, at the images' own sizes.
 
     Args:
       state: variables of the model.
@@ -98,7 +103,7 @@ class Evaluator:
       answered: records of the first batches, from an interrupted call.
 
     Raises:
-      DataError: a sample asks for a picture, or has no usable true answer.
+      DataError: a sample asks for an image, or has no usable true answer.
     """
     scorer, records = predictions.Scorer(), list(answered)
     for record in answered:
@@ -175,7 +180,7 @@ class Evaluator:
       sample = rows.source[index]
       if sample.target == "picture":
         raise DataError(
-          f"{sample.where} asks for a picture, which no metric here judges; "
+          f"{sample.where} asks for an image, which no metric here judges; "
           "look at what `argenseg generate` draws."
         )
       if not _is_whole(rows, sample, batch.tokens[i]):
@@ -214,7 +219,7 @@ def evaluate_checkpoint(
     on_batch: called before each batch.
   """
   tokenizer = checkpoint.text_tokenizer(loaded)
-  rows = rows_lib.make_rows(config.data, "mllm", loaded.config, tokenizer)
+  rows = rows_lib.make_rows(config.data, loaded.config, tokenizer)
   graph, state = nnx.split(loaded.model)
   evaluator = evaluator or Evaluator(graph, config.eval)
   main = distributed.is_main()
@@ -236,7 +241,14 @@ def evaluate_checkpoint(
 
 def headline(metrics: dict[str, Any]) -> str:
   """The metrics that fit into a line."""
-  names = ("ciou", "giou", "yes_no_accuracy", "vqa_soft", "choice_accuracy")
+  names = (
+    "ciou",
+    "giou",
+    "psnr",
+    "yes_no_accuracy",
+    "vqa_soft",
+    "choice_accuracy",
+  )
   return " ".join(f"{n} {metrics[n]:.3f}" for n in names if n in metrics)
 
 
@@ -247,12 +259,9 @@ def _asked(rows: pipeline.RowMaker, row) -> tuple[np.ndarray, np.ndarray]:
   used = np.count_nonzero(segment_ids)
   special = rows.tokenizer.token_ids
   turns = np.flatnonzero(tokens[:used] == special.im_start)
-  header = len(rows.tokenizer.encode(_HEADER))
+  header = len(rows.tokenizer.encode(chat.ASSISTANT))
   end = turns[-1] + header if turns.size else 0
   return tokens[:end], ~is_prompt[:end]
-
-
-_HEADER = "<|im_start|>assistant\n"
 
 
 def _is_whole(rows: pipeline.RowMaker, sample: Sample, tokens) -> bool:

@@ -10,7 +10,7 @@ import cv2
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt8
 
 from argenseg_jax import sharding
 from argenseg_jax.data import pipeline
@@ -20,7 +20,7 @@ from argenseg_jax.inference.segment import seg_mask_at_size, to_uint8
 from argenseg_jax.models.argenseg import normalize_seg_masks
 from argenseg_jax.runtime import distributed
 
-_TOLERANCE = 0.008  # Of the picture's diagonal, for boundaries.
+_TOLERANCE = 0.008  # Of the image's diagonal, for boundaries.
 
 
 @dataclasses.dataclass
@@ -32,6 +32,7 @@ class CeilingSums(Sums):
     intersection, union: foreground pixels.
     iou: sum of per-mask IoU.
     boundary: sum of per-mask boundary F.
+    psnr: sum of per-image PSNR, where images are encoded instead of masks.
   """
 
   samples: Any = 0
@@ -39,10 +40,13 @@ class CeilingSums(Sums):
   union: Any = 0
   iou: Any = 0.0
   boundary: Any = 0.0
+  psnr: Any = 0.0
 
   def results(self) -> list[dict[str, float]]:
-    """cIoU, gIoU and boundary F of each prefix."""
+    """cIoU, gIoU and boundary F of each prefix; of images, PSNR."""
     n = np.maximum(self.samples, 1)
+    if np.any(self.psnr):
+      return [{"psnr": float(value)} for value in self.psnr / n]
     ciou = self.intersection / (self.union + 1e-10)
     columns = zip(ciou, self.iou / n, self.boundary / n, strict=True)
     names = ("ciou", "giou", "boundary_f")
@@ -64,13 +68,23 @@ def ceiling_score(
   )
 
 
+def image_score(
+  decoded: UInt8[np.ndarray, "p h w 3"], truth: UInt8[np.ndarray, "h w 3"]
+) -> CeilingSums:
+  """The sums of one image, decoded from each prefix of its scales."""
+  error = (decoded.astype(np.float64) - truth) ** 2
+  error = np.maximum(error.mean((1, 2, 3)), 1e-2)  # At most 68 dB.
+  count = np.ones(len(decoded), np.int64)
+  return CeilingSums(samples=count, psnr=10 * np.log10(255**2 / error))
+
+
 def boundary_f(
   prediction: Bool[np.ndarray, "h w"], truth: Bool[np.ndarray, "h w"]
 ) -> float:
   """F measure of two masks' boundaries, 1 where both have none.
 
   A boundary pixel is right if the other boundary has one within 0.8 % of the
-  picture's diagonal (at least one pixel).
+  image's diagonal (at least one pixel).
   """
   edges = [_edge(prediction), _edge(truth)]
   if not edges[0].any() or not edges[1].any():
@@ -84,7 +98,7 @@ def boundary_f(
 
 
 def _edge(mask: np.ndarray) -> np.ndarray:
-  """Foreground pixels with background, or the picture's end, beside them."""
+  """Foreground pixels with background, or the image's end, beside them."""
   padded = np.pad(mask.astype(np.uint8), 1)
   cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
   return mask & ~(cv2.erode(padded, cross)[1:-1, 1:-1] > 0)
@@ -94,6 +108,25 @@ def _distance_to(edge: np.ndarray) -> np.ndarray:
   return cv2.distanceTransform(
     (~edge).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE
   )
+
+
+def _round_trip(graph: nnx.GraphDef, every_prefix: bool):
+  """(state, seg_masks) -> codes and uint8 images, of each prefix of scales."""
+
+  @jax.jit
+  def round_trip(state, seg_masks):
+    model = nnx.merge(graph, state)
+    b, m = seg_masks.shape[:2]
+    pixels = normalize_seg_masks(seg_masks)
+    codes = model.encode(pixels.reshape(b * m, *pixels.shape[2:]))
+    if every_prefix:
+      decoded = model.decode_prefixes(codes)
+    else:
+      decoded = model.decode(codes)[:, None]
+    found = (codes, to_uint8(decoded))
+    return jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), found)
+
+  return round_trip
 
 
 def tokenizer_ceiling(
@@ -116,25 +149,13 @@ def tokenizer_ceiling(
     every_prefix: also decode the first scale alone, the first two, ...
 
   Returns:
-    ciou, giou, boundary_f, samples (masks), codes_used, perplexity (of the
+    ciou, giou, boundary_f (of images instead psnr, in dB at the tokenizer's
+    size), samples (masks), codes_used, perplexity (of the
     codes, all scales together), and with `every_prefix` "prefixes": a list by
     number of scales of {"side", "ciou", "giou", "boundary_f", "codes_used",
     "perplexity"}, the last two of that scale alone.
   """
-
-  @jax.jit
-  def round_trip(state, seg_masks):
-    model = nnx.merge(graph, state)
-    b, m = seg_masks.shape[:2]
-    pixels = normalize_seg_masks(seg_masks)
-    codes = model.encode(pixels.reshape(b * m, *pixels.shape[2:]))
-    if every_prefix:
-      decoded = model.decode_prefixes(codes)
-    else:
-      decoded = model.decode(codes)[:, None]
-    found = (codes, to_uint8(decoded))
-    return jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), found)
-
+  round_trip = _round_trip(graph, every_prefix)
   mesh = sharding.mesh_of(state)
   shards = 1 if mesh is None else sharding.num_shards(mesh)
   size = -(-batch_size // shards) * shards
@@ -142,7 +163,7 @@ def tokenizer_ceiling(
   model = nnx.merge(graph, state)
   scales, num_codes = model.quantizer.scales, model.quantizer.codebook.shape[0]
   prefixes = len(scales) if every_prefix else 1
-  sums = CeilingSums(*(np.zeros(prefixes) for _ in range(5)))
+  sums = CeilingSums(*(np.zeros(prefixes) for _ in range(6)))
   counts = np.zeros((len(scales), num_codes), np.int64)
   for batch in batches(rows, size, total):
     found = round_trip(state, sharding.put_rows(batch.seg_masks, state))
@@ -151,12 +172,15 @@ def tokenizer_ceiling(
       sample = rows.source[int(batch.sample_id[i])]
       if j < sample.num_past_masks:  # An earlier sample's.
         continue
-      truth = sample.load_seg_mask(j) > 0
-      drawn = [
-        seg_mask_at_size(x, truth.shape, pad_square=rows.config.pad_square)
-        for x in decoded[i, j]
-      ]
-      sums += ceiling_score(drawn, truth)
+      if sample.target == "picture":
+        sums += image_score(decoded[i, j], batch.seg_masks[i, j])
+      else:
+        truth = sample.load_seg_mask(j)
+        drawn = [
+          seg_mask_at_size(x, truth.shape, pad_square=rows.config.pad_square)
+          for x in decoded[i, j]
+        ]
+        sums += ceiling_score(drawn, truth)
       np.add.at(counts, (scales.scale_of_code, codes[i, j]), 1)
   own = [[np.asarray(v).tolist() for v in (*vars(sums).values(), counts)]]
   parts = zip(*distributed.gathered(own), strict=True)

@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Int
 from argenseg_jax.config import VQVAEConfig
 from argenseg_jax.kernels.nearest_code import nearest_code
 from argenseg_jax.models import layers
-from argenseg_jax.scales import Scales
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -51,7 +50,7 @@ class Quantizer(nnx.Module):
     param_dtype: DTypeLike = jnp.float32,
   ):
     c, phis = config.latent_channels, config.num_phis
-    self.scales = Scales(config.scales, config.num_phis)
+    self.scales = config.pyramid
     self.phi_ratio = config.phi_ratio
     self.commitment = config.commitment
     self.codebook = layers.param(

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -39,14 +40,15 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: one of `KINDS`.
-    shape: of the whole array that it makes, reduces or scatters.
-    size: bytes of that array (of all arrays of a combined operation).
+    shapes: of the whole arrays that it makes, reduces or scatters; several
+      where operations were combined.
+    size: bytes of these arrays.
     group: ids of the devices of one group, positions in the mesh.
     runs: how often a step runs it.
   """
 
   kind: str
-  shape: tuple[int, ...]
+  shapes: tuple[tuple[int, ...], ...]
   size: int
   group: tuple[int, ...]
   runs: int
@@ -95,17 +97,51 @@ def collectives(text: str) -> list[Collective]:
       elif starts and opcode == "collective-permute":
         shapes = shapes[:1]
       size = sum(s for _, s in shapes)
-      shape = max(shapes, key=lambda s: s[1])[0]
+      whole = tuple(shape for shape, _ in shapes)
       if opcode == "reduce-scatter":
         size *= len(group)
         dimension = re.search(r"dimensions=\{(\d+)\}", line)
         axis = int(dimension[1]) if dimension else 0
-        shape = tuple(
-          s * (len(group) if i == axis else 1) for i, s in enumerate(shape)
-        )
+        whole = tuple(_scaled(shape, axis, len(group)) for shape in whole)
       kind = "reduce-scatter" if scatters else opcode
-      found.append(Collective(kind, shape, size, group, runs[name]))
+      found.append(Collective(kind, whole, size, group, runs[name]))
   return found
+
+
+def _scaled(shape: tuple[int, ...], axis: int, by: int) -> tuple[int, ...]:
+  return tuple(s * (by if i == axis else 1) for i, s in enumerate(shape))
+
+
+def reduced_whole(
+  found: list[Collective],
+  split: Collection[tuple[int, ...]],
+  *,
+  parts: int,
+  smallest: int = 0,
+) -> list[tuple[int, ...]]:
+  """Gradients of split parameters that are all-reduced, not reduce-scattered.
+
+  Args:
+    found: of a program.
+    split: sorted shapes of the parameters that fsdp splits.
+    parts: into how many. A scatter along a dimension after the first gives
+      each part a place in a new first dimension (`kernels.collectives`).
+    smallest: elements below which a gradient does not count.
+  """
+
+  def is_split(shape):
+    forms = [shape]
+    if len(shape) > 1 and shape[0] == parts:
+      forms += [_scaled(shape[1:], i, parts) for i in range(len(shape) - 1)]
+    return any(tuple(sorted(s for s in f if s > 1)) in split for f in forms)
+
+  return [
+    shape
+    for collective in found
+    if collective.kind == "all-reduce"
+    for shape in collective.shapes
+    if math.prod(shape) >= smallest and is_split(shape)
+  ]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

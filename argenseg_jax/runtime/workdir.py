@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from argenseg_jax import config as config_lib
+from argenseg_jax import config_parsing
 from argenseg_jax.config import ConfigError, RunConfig
 from argenseg_jax.runtime import distributed, lock, paths
 from argenseg_jax.runtime.paths import Path, is_local
@@ -36,7 +37,7 @@ def claim(
     accept_changed_data: let data settings and the global batch size differ.
   """
   path = workdir / "config.json"
-  mine = config_lib.to_dict(config)
+  mine = config_parsing.to_dict(config)
   if path.exists():
     theirs = _read(path)
     if theirs == mine:

@@ -57,9 +57,9 @@ def export_weights(
   """
   target = disk_path(target)
   loaded = checkpoint.load(source_path, mesh=mesh)
-  if part == "all" and loaded.task == "vqvae":
+  if part == "all" and not loaded.is_whole:
     part = "vqvae"
-  if part == "llm" and loaded.task == "vqvae":
+  if part == "llm" and not loaded.is_whole:
     raise WeightsError(f"{source_path} is an image tokenizer, without llm.")
   refuse_variants(loaded.config, part)
   with fetched(checkpoint.kept_files(loaded.path)) as kept:
@@ -88,7 +88,7 @@ def _write(
     table = writable(rules.argenseg(config), leaves)
   else:
     table = getattr(rules, part)(getattr(config, part))
-    if loaded.task != "vqvae":
+    if loaded.is_whole:
       ours, prefix = f"{part}.", _INNER[part][1] or "image_tokenizer."
       leaves = {
         path.removeprefix(ours): leaf
@@ -208,8 +208,21 @@ class _Cast:
     }
 
   def read(self, name: str) -> np.ndarray:
-    value = self._source.read(name)
-    return value.astype(self.tensors[name].dtype, copy=False)
+    value, dtype = self._source.read(name), self.tensors[name].dtype
+    if dtype == np.float16 and dtype != value.dtype:
+      self._require_range(name, value)
+    return value.astype(dtype, copy=False)
+
+  def _require_range(self, name: str, value: np.ndarray) -> None:
+    """Refuses finite values that float16 would make infinite."""
+    size = np.abs(value.astype(np.float32))
+    # Above this, rounding gives infinity.
+    over = np.isfinite(size) & (size >= 65520)
+    if count := np.count_nonzero(over):
+      raise WeightsError(
+        f"float16 cannot hold {count} values of {name!r} (up to "
+        f"{size[over].max():.4g}, its largest is 65504); use --dtype bfloat16."
+      )
 
 
 class _Unprefixed:

@@ -47,6 +47,7 @@ def maintain(
     step == last
     or (
       step >= max(settings.entropy_from, 1)
+      and settings.entropy_every
       and step % settings.entropy_every == 0
     )
   )

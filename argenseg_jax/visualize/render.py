@@ -29,10 +29,40 @@ class Shown(NamedTuple):
   answer: str
 
 
-def overlay(image: np.ndarray, seg_mask: np.ndarray) -> np.ndarray:
-  """The picture with the mask tinted red and its outline drawn."""
+# Tints of overlays, RGB; the one farthest from the object is taken.
+_TINTS = np.array(
+  [(255, 20, 80), (0, 200, 255), (60, 230, 60), (255, 160, 0), (170, 60, 255)]
+)
+
+
+def standout_color(image: np.ndarray, seg_mask: np.ndarray) -> np.ndarray:
+  """The tint (uint8 RGB [3]) that differs most from what is under a mask.
+
+  Args:
+    image: uint8 RGB [h w 3].
+    seg_mask: bool [h w]; where it is empty, the first tint is returned.
+  """
+  if not seg_mask.any():
+    return _TINTS[0].astype(np.uint8)
+  mean = image[seg_mask].mean(0)
+  # The eye sees differences in green best, in blue least.
+  distances = ((_TINTS - mean) ** 2 * (2, 4, 3)).sum(1)
+  return _TINTS[distances.argmax()].astype(np.uint8)
+
+
+def overlay(
+  image: np.ndarray, seg_mask: np.ndarray, *, opacity: float = 0.65
+) -> np.ndarray:
+  """The image with the mask tinted in a color unlike the object, and outlined.
+
+  Args:
+    image: uint8 RGB [h w 3].
+    seg_mask: bool [h w].
+    opacity: of the tint, 0 to 1.
+  """
+  tint = standout_color(image, seg_mask).astype(np.float32)
   tinted = image.astype(np.float32)
-  tinted[seg_mask] = 0.35 * tinted[seg_mask] + 0.65 * np.array([255, 20, 80])
+  tinted[seg_mask] = (1 - opacity) * tinted[seg_mask] + opacity * tint
   padded = np.pad(seg_mask, 1)
   inside = padded[1:-1, 1:-1]
   for shift in ((0, 1), (2, 1), (1, 0), (1, 2)):
@@ -42,13 +72,39 @@ def overlay(image: np.ndarray, seg_mask: np.ndarray) -> np.ndarray:
   return tinted.astype(np.uint8)
 
 
+def write_animation(
+  strip: np.ndarray, path: pathlib.Path, *, side: int = 256
+) -> None:
+  """Writes a looping WebP of the mask image after each scale.
+
+  Args:
+    strip: uint8 [scales side side 3], coarse to fine.
+    path: of the file, `.webp`.
+    side: of a frame, in pixels.
+  """
+  frames = [
+    Image.fromarray(tile).resize((side, side), Image.Resampling.NEAREST)
+    for tile in strip
+  ]
+  frames[0].save(
+    path,
+    save_all=True,
+    append_images=frames[1:],
+    duration=[400] * (len(frames) - 1) + [1200],
+    loop=0,
+    lossless=True,
+  )
+
+
 def join_strip(strip: np.ndarray, height: int) -> np.ndarray:
   """Mask images after each scale, side by side, `height` pixels high; a grey
   tile where there are none."""
   if not len(strip):
     return np.full((height, height, 3), 235, np.uint8)
   tiles = [
-    np.asarray(Image.fromarray(tile).resize((height, height), Image.BILINEAR))
+    np.asarray(
+      Image.fromarray(tile).resize((height, height), Image.Resampling.BILINEAR)
+    )
     for tile in strip
   ]
   gap = np.full((height, max(height // 32, 1), 3), 128, np.uint8)

@@ -10,10 +10,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from argenseg_jax import checkpoint, sharding
-from argenseg_jax import config as config_lib
+from argenseg_jax import checkpoint, config_parsing, sharding
 from argenseg_jax.checkpoint import CheckpointError, Checkpoints, manifest
-from argenseg_jax.config import MeshConfig, run_config
+from argenseg_jax.config import MeshConfig
+from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.tools import cli
 from argenseg_jax.training.initialize import model_config
@@ -222,7 +222,7 @@ def test_inspect_shows_the_tree_with_shapes_and_shardings(tmp_path, capsys):
   }
   meta = {
     "task": "mllm",
-    "model": config_lib.to_dict(model_config(config, None)),
+    "model": config_parsing.to_dict(model_config(config, None)),
   }
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(3, nnx.State(values), None, meta)

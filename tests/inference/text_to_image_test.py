@@ -9,7 +9,8 @@ import tiny_rows
 from PIL import Image
 
 from argenseg_jax import checkpoint
-from argenseg_jax.config import ConfigError, DataConfig, to_dict
+from argenseg_jax.config import ConfigError, DataConfig
+from argenseg_jax.config_parsing import to_dict
 from argenseg_jax.data import text
 from argenseg_jax.inference import text_to_image
 from argenseg_jax.tools import cli, generate

@@ -9,7 +9,7 @@ import pytest
 import tiny_model
 from flax import nnx
 
-from argenseg_jax.config import replace, run_config
+from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import base
 from argenseg_jax.models import flops
 
@@ -103,7 +103,9 @@ def step(**changes):
   values.data.path = "unused"
   stage = run_config(values).mllm
   stage = replace(stage, changes)
-  return flops.train_step(CONFIG, stage, "mllm", length=32)
+  return flops.train_step(
+    flops.mllm(CONFIG, 32, 1, 1), stage, constant=("vqvae",)
+  )
 
 
 def test_frozen_parts_cost_one_pass_and_remat_one_more():
@@ -140,14 +142,34 @@ def test_traffic_grows_with_turns_and_shrinks_with_parts():
   def traffic(parts=8, fsdp=8, **changes):
     train = dataclasses.replace(stage.train, **changes)
     return flops.hbm_bytes(
-      CONFIG,
+      flops.mllm(CONFIG, 32, 1, 1),
       dataclasses.replace(stage, train=train),
-      "mllm",
       parts=parts,
       fsdp=fsdp,
-      length=32,
     )
 
   assert traffic(parts=16) < traffic()
   assert traffic(fsdp=16) < traffic()
   assert traffic(accumulate_steps=2) > traffic()
+
+
+def test_the_optimizer_reads_and_writes_what_trains():
+  """Seven numbers of a weight: it, both moments, read and written; and the
+  gradient read."""
+  values = base.get_config()
+  values.data.path = "unused"
+  stage = run_config(values).mllm
+  product = flops.Product("llm.layers", 16, 8, 4)
+
+  def traffic(fsdp, frozen=()):
+    optimizer = dataclasses.replace(stage.optimizer, frozen=frozen)
+    return flops.hbm_bytes(
+      [product],
+      dataclasses.replace(stage, optimizer=optimizer),
+      parts=1,
+      fsdp=fsdp,
+    )
+
+  assert traffic(fsdp=1) - traffic(fsdp=2) == 7 * 4 * (8 * 4) / 2
+  frozen = ("llm.layers",)
+  assert traffic(1, frozen) == traffic(2, frozen)

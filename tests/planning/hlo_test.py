@@ -1,6 +1,6 @@
 """Collectives read from HLO text: groups, loops, fused reduce-scatters."""
 
-from argenseg_jax.planning.hlo import Collective, collectives
+from argenseg_jax.planning.hlo import Collective, collectives, reduced_whole
 
 TEXT = """HloModule jit_step, is_scheduled=true
 
@@ -39,10 +39,10 @@ def test_collectives_of_a_program():
   everyone = tuple(range(8))
   found = sorted(collectives(TEXT))
   assert found == [
-    Collective("all-gather", (64, 16), 2048, (0, 2, 4, 6), 8),
-    Collective("all-reduce", (4,), 24, (0, 4), 1),
-    Collective("reduce-scatter", (8, 16), 512, (0, 1, 2, 3), 1),
-    Collective("reduce-scatter", (64, 16), 2048, everyone, 8),
+    Collective("all-gather", ((64, 16),), 2048, (0, 2, 4, 6), 8),
+    Collective("all-reduce", ((4,), (2,)), 24, (0, 4), 1),
+    Collective("reduce-scatter", ((8, 16),), 512, (0, 1, 2, 3), 1),
+    Collective("reduce-scatter", ((64, 16),), 2048, everyone, 8),
   ]
   gather, reduce, scatter, _ = found
   assert gather.sent == 2048 * 3 / 4 * 8
@@ -76,7 +76,7 @@ ENTRY %main (p: bf16[8,16]) -> bf16[64,16] {
 def test_a_gather_that_overlaps_with_several_fusions_counts_once():
   gathers = [c for c in collectives(OVERLAPPED) if c.kind == "all-gather"]
   assert gathers == 2 * [
-    Collective("all-gather", (64, 16), 2048, (0, 1, 2, 3), 1)
+    Collective("all-gather", ((64, 16),), 2048, (0, 1, 2, 3), 1)
   ]
 
 
@@ -98,4 +98,24 @@ def test_a_started_scatter_is_as_large_as_what_it_scatters():
   (found,) = collectives(STARTED)
   size = 64 * 16 * 2 + 16 * 4
   everyone = tuple(range(8))
-  assert found == Collective("reduce-scatter", (64, 16), size, everyone, 1)
+  assert found == Collective(
+    "reduce-scatter", ((64, 16), (16,)), size, everyone, 1
+  )
+
+
+COMBINED = """HloModule jit_step
+
+ENTRY %main (p: f32[64,16]) -> f32[64,16] {
+  ROOT %sums = (f32[16]{0}, f32[8,32,2]{1,2,0}, f32[64,16]{1,0}, f32[8,6,2]{2,1,0}) all-reduce(%a, %b, %c, %d), replica_groups=[1,8]<=[8], to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_each_array_of_a_combined_sum_is_told():
+  """A [32, 16] scattered along its second dimension is [8, 32, 2]."""
+  found = collectives(COMBINED)
+  split = {(16, 32), (16, 64)}
+  whole = reduced_whole(found, split, parts=8)
+  assert whole == [(8, 32, 2), (64, 16)]
+  assert reduced_whole(found, split, parts=4) == [(64, 16)]
+  assert reduced_whole(found, split, parts=8, smallest=1024) == [(64, 16)]

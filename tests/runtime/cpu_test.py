@@ -3,7 +3,7 @@ import os
 import jax
 import pytest
 
-from argenseg_jax.config import run_config
+from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.runtime import cpu
 

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from argenseg_jax import config as config_lib
-from argenseg_jax.config import ConfigError, run_config
+from argenseg_jax import config_parsing
+from argenseg_jax.config import ConfigError
+from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.runtime import workdir
 
@@ -43,9 +44,9 @@ def test_data_may_change_if_that_is_accepted(config, tmp_path):
   ):
     with pytest.raises(ConfigError, match=f"{key}.*--accept_changed_data"):
       workdir.claim(other, tmp_path)
-    assert _kept(tmp_path) == config_lib.to_dict(config)
+    assert _kept(tmp_path) == config_parsing.to_dict(config)
     workdir.claim(other, tmp_path, accept_changed_data=True)
-    assert _kept(tmp_path) == config_lib.to_dict(other)
+    assert _kept(tmp_path) == config_parsing.to_dict(other)
     workdir.claim(config, tmp_path, accept_changed_data=True)
 
 
@@ -64,4 +65,4 @@ def test_nothing_else_may_change(config, tmp_path):
 def test_speed_may_change(config, tmp_path):
   faster = _data(config, workers=2, threads=3, prefetch=9, max_bad_share=0.2)
   workdir.claim(faster, tmp_path)
-  assert _kept(tmp_path) == config_lib.to_dict(faster)
+  assert _kept(tmp_path) == config_parsing.to_dict(faster)

@@ -5,8 +5,7 @@ import re
 import pytest
 import tiny_model
 
-from argenseg_jax import config as config_lib
-from argenseg_jax import variants
+from argenseg_jax import config_parsing, variants
 from argenseg_jax.tools import cli
 from argenseg_jax.tools.bench import generate
 from argenseg_jax.tools.bench import stages as bench_stages
@@ -19,7 +18,7 @@ def rows_of(printed: str) -> dict[tuple[str, int], float]:
 
 
 def test_every_stage_is_timed(monkeypatch, capsys):
-  config = config_lib.replace(tiny_model.config(), {"llm.num_layers": 1})
+  config = config_parsing.replace(tiny_model.config(), {"llm.num_layers": 1})
   monkeypatch.setitem(variants.VARIANTS, "test", config)
   arguments = ["--variant=test", "--batches=1,2", "--repeats=1"]
   assert generate.main(arguments) == 0
@@ -58,11 +57,11 @@ def test_the_peer_draws_a_mask_of_the_same_size():
   pytest.importorskip("transformers")
   from argenseg_jax.tools.bench import peer
 
-  config = config_lib.replace(
+  config = config_parsing.replace(
     tiny_model.config(), {"vqvae.width": 32, "vqvae.patch_side": 1}
   )
   side = config.vqvae.scales[-1] * 2
-  config = config_lib.replace(config, {"vqvae.image_side": side})
+  config = config_parsing.replace(config, {"vqvae.image_side": side})
   # It raises where a drawn mask has not the size of the config's.
   assert len(dict(peer.stages(config, 1))) == 4
 

@@ -10,15 +10,14 @@ import pytest
 import tiny_model
 from flax import nnx
 
-from argenseg_jax import config as config_lib
-from argenseg_jax import variants
+from argenseg_jax import config_parsing, variants
 from argenseg_jax.tools import cli
 from argenseg_jax.tools.bench import train
 from argenseg_jax.types import IGNORE_TARGET
 
 
 def make_config(**changes):
-  return config_lib.replace(
+  return config_parsing.replace(
     tiny_model.config(), {"llm.num_layers": 1, **changes}
   )
 

@@ -172,7 +172,7 @@ def waiting(folder: pathlib.Path, steps: int) -> tuple[float, float]:
 
   The first interval of the log, which holds the compilation, is left out.
   """
-  from argenseg_jax import config as config_lib
+  from argenseg_jax import config_parsing
   from argenseg_jax.configs import tiny
   from argenseg_jax.data.ref_shapes import builder
   from argenseg_jax.training import loop
@@ -183,7 +183,7 @@ def waiting(folder: pathlib.Path, steps: int) -> tuple[float, float]:
   values.mllm.train.steps = steps
   values.mllm.train.log_every = max(steps // 6, 1)
   workdir = folder / "run"
-  loop.train(config_lib.run_config(values), "mllm", workdir)
+  loop.train(config_parsing.run_config(values), "mllm", workdir)
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   found = [r for r in map(json.loads, lines) if "seconds/data" in r]
   first, last = found[0], found[-1]

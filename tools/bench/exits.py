@@ -17,25 +17,26 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--checkpoint", required=True)
   parser.add_argument("--split", default="val")
   parser.add_argument("--max_samples", type=int, default=256)
-  parser.add_argument("--batch-size", type=int, default=1)
+  parser.add_argument("--batch_size", type=int, default=1)
   args = parser.parse_args(argv)
   if args.max_samples < 1 or args.batch_size < 1:
-    parser.error("--max_samples and --batch-size must be positive")
+    parser.error("--max_samples and --batch_size must be positive")
   import jax
   import numpy as np
 
   from argenseg_jax.data import examples as rows_lib
-  from argenseg_jax.evaluation.evaluator import true_seg_mask
+  from argenseg_jax.evaluation.records import true_seg_masks
   from argenseg_jax.evaluation.segmentation_metrics import (
     SegmentationSums,
     score,
   )
+  from argenseg_jax.scales import Scales
   from argenseg_jax.tools import warmup
 
   args.bfloat16 = False
   predictor = warmup.open_predictor(args, batch_size=args.batch_size)
   rows = rows_lib.make_rows(
-    predictor.data, "mllm", predictor.config, predictor.tokenizer
+    predictor.data, predictor.config, predictor.tokenizer
   )
   source = rows_lib.of_split(rows, args.split).source
   scales = predictor.config.vqvae.scales
@@ -63,7 +64,10 @@ def main(argv: list[str]) -> int:
         equal += int(np.array_equal(answers[0].codes, before[0].codes))
         continue
       for sample, answer in zip(samples, answers, strict=True):
-        truth = true_seg_mask(sample)
+        truths = true_seg_masks(sample)
+        if not truths:
+          continue  # A request that words alone answer.
+        truth = np.any(truths, axis=0)
         sums[k] += score(answer.seg_mask, truth, has_mask=answer.has_mask)
   print(
     f"{args.split}, {total} samples, batch {size}, "
@@ -76,7 +80,7 @@ def main(argv: list[str]) -> int:
       continue
     wall, cpu = (1e3 * statistics.median(times) for times in spent[k])
     name = "all, words forced" if k is None else ",".join(map(str, scales[:k]))
-    codes = sum(side * side for side in scales[:k])
+    codes = Scales(scales[:k]).num_codes
     quality = "| |"
     if k is not None:
       found = sums[k].results()

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from argenseg_jax import config as config_lib
-from argenseg_jax import sharding
+from argenseg_jax import config_parsing, sharding
 from argenseg_jax.config import MeshConfig, ModelConfig
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.planning import topology
@@ -56,7 +55,7 @@ def _layers(config: ModelConfig, stage: Stage) -> int:
 
 def _compiled(config, layers: int, batch: int, dtype: str, mesh):
   """What the compiler counts for each stage of a model of `layers` layers."""
-  config = config_lib.replace(
+  config = config_parsing.replace(
     config,
     {
       "llm.num_layers": layers,

@@ -204,7 +204,7 @@ def _ours(config, args: argparse.Namespace, batch: int, rates):
 
   graph = nnx.graphdef(nnx.eval_shape(make))
   state = jax.jit(lambda: nnx.state(make()))()
-  ids, n = config.token_ids, sum(s * s for s in config.vqvae.scales)
+  ids, n = config.token_ids, config.vqvae.codes_per_mask
   seen, ahead = config.vision.num_embeddings, bench_stages.AHEAD
   rng = np.random.default_rng(0)
   words = seen + bench_stages.PROMPT_TEXT

@@ -17,7 +17,6 @@ from argenseg_jax.models import flops
 from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
 from argenseg_jax.models.flops import Product
 from argenseg_jax.models.llm import KVCache
-from argenseg_jax.scales import Scales
 
 PROMPT_TEXT = 40  # Text tokens around the picture.
 AHEAD = 5  # Of them, before the picture.
@@ -56,7 +55,7 @@ def stages(config: ModelConfig, batch: int, dtype: str) -> Iterator[Stage]:
   """Vision tower, prefill, a word, each scale, VQ decode."""
   size = jnp.dtype(dtype).itemsize
   llm, vqvae = config.llm, config.vqvae
-  scales = Scales(vqvae.scales, vqvae.num_phis)
+  scales = vqvae.pyramid
   seen = config.vision.num_embeddings
   t = seen + PROMPT_TEXT
   side = config.vision.image_side

@@ -116,7 +116,7 @@ def make_batch(config: ModelConfig, rows: int) -> Batch:
   from argenseg_jax.tools.bench.stages import AHEAD, PROMPT_TEXT
 
   ids, seen = config.token_ids, config.vision.num_embeddings
-  n = sum(side * side for side in config.vqvae.scales)
+  n = config.vqvae.codes_per_mask
   start = seen + PROMPT_TEXT
   t, answer = start + n, slice(start - _ANSWER, start)
   rng = np.random.default_rng(0)
@@ -157,11 +157,11 @@ def ours(
   import jax.numpy as jnp
   from flax import nnx
 
-  from argenseg_jax.config import run_config
+  from argenseg_jax.config_parsing import run_config
   from argenseg_jax.configs import base
   from argenseg_jax.models.argenseg import ARGenSeg
+  from argenseg_jax.training.objectives import mllm_loss
   from argenseg_jax.training.optimizer import trainable_filter
-  from argenseg_jax.training.step import mllm_loss
 
   run = run_config(base.get_config(), needs_data=False)
 

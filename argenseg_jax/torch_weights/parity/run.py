@@ -59,7 +59,9 @@ def parity(
     WeightsError: the folder or its weights cannot be used.
   """
   golden = Golden.open(path)
-  module = importlib.import_module("argenseg_jax.torch_weights.parity.")
+  module = importlib.import_module(
+    f"argenseg_jax.torch_weights.parity.{kind_of(golden)}"
+  )
   try:
     checks = module.checks(golden)
   except (WeightsError, ConfigError):

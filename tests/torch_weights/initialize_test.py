@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from argenseg_jax import checkpoint, sharding
-from argenseg_jax.config import ConfigError, run_config
+from argenseg_jax.config import ConfigError
+from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import base
 from argenseg_jax.torch_weights import importing
 from argenseg_jax.training import initialize
