@@ -143,6 +143,9 @@ def ceilings(tiny: bool) -> Iterator[Result]:
 def correct(tiny: bool) -> Iterator[Result]:
   """Relative errors, on fresh random numbers, against the references."""
   from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
+  from argenseg_jax.kernels.linear_cross_entropy.three_products import (
+    total_cross_entropy,
+  )
   from argenseg_jax.kernels.nearest_code import nearest_code
   from argenseg_jax.kernels.scale_prediction import scale_prediction
 
@@ -172,6 +175,17 @@ def correct(tiny: bool) -> Iterator[Result]:
       return jax.jit(grad, static_argnums=3)(hidden, head, weights, kind)
 
     expected = both("reference")
+    three = functools.partial(total_cross_entropy, z_loss=1e-3, chunk=64)
+
+    def in_three(_, inputs=(hidden, head, targets, weights), three=three):
+      return jax.jit(jax.value_and_grad(three, argnums=(0, 1)))(*inputs)
+
+    yield from _error(
+      f"loss in three products {t} x {vocab} x {d}",
+      in_three,
+      "",
+      (expected[0], expected[1][:2]),
+    )
     for kind in kernels:
       yield from _error(
         f"loss {kind} {t} x {vocab} x {d}", both, kind, expected
@@ -212,6 +226,9 @@ def _error(name, function, kind, expected) -> Iterator[Result]:
 
 def loss(tiny: bool) -> Iterator[Result]:
   from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
+  from argenseg_jax.kernels.linear_cross_entropy.three_products import (
+    total_cross_entropy,
+  )
 
   shapes = (
     ((64, 64, 300),)
@@ -238,6 +255,10 @@ def loss(tiny: bool) -> Iterator[Result]:
       grad = jax.value_and_grad(total, argnums=(0, 1))
       name = f"loss and gradients, {t} x {words} x {d}, {kind}"
       programs[name] = grad, inputs
+    for chunk in (32,) if tiny else (512, 1024, 2048):
+      three = functools.partial(total_cross_entropy, z_loss=0.0, chunk=chunk)
+      name = f"loss and gradients, {t} x {words} x {d}, three products {chunk}"
+      programs[name] = jax.value_and_grad(three, argnums=(0, 1)), inputs
     yield from time_all(programs, bound=bound_ms(6 * t * d * words, 0))
 
 
@@ -299,6 +320,9 @@ def _attention(what, b, t, heads, kv, hd) -> Iterator[Result]:
     mask = attention_lib.attention_mask(*visible) if causal else None
     return attention_lib.attend(q, k, v, mask)
 
+  def library(q, k, v):
+    return attention_lib.attend_by_library(q, k, v, visible if causal else None)
+
   def cudnn(q, k, v):
     return jax.nn.dot_product_attention(
       q, k, v, is_causal=causal, implementation="cudnn"
@@ -315,7 +339,9 @@ def _attention(what, b, t, heads, kv, hd) -> Iterator[Result]:
 
   forms = {"plain": plain}
   if jax.default_backend() == "gpu":
-    forms["cudnn"] = cudnn
+    forms["by library"] = library
+    if not t % 2:
+      forms["cudnn"] = cudnn
   scores = 4 * b * t * t * heads * hd / (2 if causal else 1)
   yield from time_all(
     {f"{what}, value, {n}": (f, inputs) for n, f in forms.items()},
@@ -387,9 +413,6 @@ def mask(tiny: bool, *, weights: str = "", batch: int = 1) -> Iterator[Result]:
   yield result("weights made", seconds, "s")
   decoder_bytes = _bytes(nnx.state(nnx.merge(graph, state).llm.layers))
   inputs = mask_programs.inputs(config, batch)
-  embeddings = random(
-    (batch, config.vision.num_embeddings, config.llm.width), scale=1
-  )
   programs = {
     mask_programs.ONE_PASS: (
       functools.partial(mask_programs.one_pass, graph),
@@ -398,10 +421,6 @@ def mask(tiny: bool, *, weights: str = "", batch: int = 1) -> Iterator[Result]:
     mask_programs.WHOLE: (
       functools.partial(mask_programs.image_to_mask, graph),
       (state, inputs.tokens, inputs.images),
-    ),
-    mask_programs.CODES: (
-      functools.partial(mask_programs.prefill_and_codes, graph),
-      (state, inputs.tokens, embeddings),
     ),
     mask_programs.VISION: (
       functools.partial(mask_programs.vision, graph),
@@ -444,15 +463,33 @@ def _bytes(state: Any) -> int:
 
 def train(tiny: bool, variant: str, batch: int) -> Iterator[Result]:
   """A whole step of `argenseg train` with codes that are known before."""
+  from argenseg_jax.models import attention as attention_lib
   from argenseg_jax.tools.bench import train_programs
 
   config: ModelConfig = variants.get("tiny" if tiny else variant)
-  for remat in ("none", "dots"):
-    found = train_programs.step(config, 2 if tiny else batch, remat=remat)
+  on_gpu = jax.default_backend() == "gpu"
+  forms = [("none", "auto", True), ("none", "auto", False)]
+  if on_gpu:
+    forms = [("none", "gpu", True), *forms, ("dots", "gpu", True)]
+  library = attention_lib.MIN_LIBRARY_SCORES
+  for remat, kind, by_library in forms[: 1 if tiny else None]:
+    attention_lib.MIN_LIBRARY_SCORES = library if by_library else 1 << 60
+    try:
+      found = train_programs.step(
+        config,
+        2 if tiny else batch,
+        remat=remat,
+        implementation=kind,
+        fill=filled,
+      )
+    except Exception as error:
+      yield {"failed": f"{remat} {kind}", "why": str(error)[:300]}
+      continue
     rates = chip()
     peak = rates.flops / rates.devices if rates else None
     yield result(
-      f"training step, batch {found.rows}, remat {remat}",
+      f"training step, batch {found.rows}, remat {remat}, loss {kind}, "
+      f"attention {'by library' if by_library else 'plain'}",
       1e3 * found.seconds,
       "ms",
       mfu=found.flops / found.seconds / peak if peak else None,

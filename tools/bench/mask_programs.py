@@ -15,7 +15,6 @@ from argenseg_jax.models.llm import KVCache
 from argenseg_jax.tools.bench.stages import AHEAD, PROMPT_TEXT, stages
 
 WHOLE = "image to mask"
-CODES = "prefill and all scales"
 VISION = "vision tower"
 ONE_PASS = "one token through the decoder"
 _SIZE = (480, 640)  # Of the image that a mask is resized to.
@@ -53,10 +52,6 @@ def _codes(model, tokens, vision):
 
 def vision(graph, state, images):
   return nnx.merge(graph, state).vision_embeddings(normalize_images(images))
-
-
-def prefill_and_codes(graph, state, tokens, embeddings):
-  return _codes(nnx.merge(graph, state), tokens, embeddings)
 
 
 def image_to_mask(graph, state, tokens, images):
@@ -114,7 +109,6 @@ def bounds(
   tower, decode = tuple(parts["vision tower"]), tuple(parts["VQ decode"])
   return {
     WHOLE: [tower, *decoder, decode],
-    CODES: decoder,
     VISION: [tower],
     ONE_PASS: [(parts["text, a word"].flops, decoder_bytes)],
   }

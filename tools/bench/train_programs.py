@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,13 +11,15 @@ import numpy as np
 from flax import nnx
 
 from argenseg_jax import checkpoint, sharding
-from argenseg_jax.config import ModelConfig, RunConfig, run_config
+from argenseg_jax.config import ModelConfig, RunConfig
+from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import base
 from argenseg_jax.models import flops
 from argenseg_jax.tools.bench.timing import median_seconds
 from argenseg_jax.tools.bench.train import make_batch
 from argenseg_jax.training import state as train_state
 from argenseg_jax.training.step import make_train_step
+from argenseg_jax.training.tasks import DECODER
 
 
 class Step(NamedTuple):
@@ -32,9 +35,21 @@ class Step(NamedTuple):
   loss: float
 
 
-def step(config: ModelConfig, rows: int, *, remat: str) -> Step:
-  """One step of `argenseg train`: bfloat16, AdamW, the codes known before."""
-  run = _run(rows, remat)
+def step(
+  config: ModelConfig,
+  rows: int,
+  *,
+  remat: str,
+  implementation: str,
+  fill: Callable[[nnx.State], nnx.State],
+) -> Step:
+  """One step of `argenseg train`: bfloat16, AdamW, the codes known before.
+
+  Args:
+    implementation: of the loss.
+    fill: makes arrays of shapes.
+  """
+  run = _run(rows, remat, implementation)
   mesh = sharding.make_mesh(run.mesh)
   train = run.mllm.train
   make = checkpoint.model_factory(
@@ -61,7 +76,7 @@ def step(config: ModelConfig, rows: int, *, remat: str) -> Step:
     )
     program = jax.jit(
       make_train_step(
-        described.graph, described.optimizer, run, "mllm", mesh=mesh
+        described.graph, described.optimizer, run, DECODER, mesh=mesh
       ),
       donate_argnums=0,
       out_shardings=(described.shardings, None),
@@ -71,9 +86,7 @@ def step(config: ModelConfig, rows: int, *, remat: str) -> Step:
     traced = time.perf_counter()
     compiled = lowered.compile()
     finished = time.perf_counter()
-    _, variables = sharding.create_sharded(make, mesh)
-    state = described.begin(variables)
-    del variables
+    state = described.begin(fill(described.state.variables))
     metrics = {}
 
     def once():
@@ -83,15 +96,14 @@ def step(config: ModelConfig, rows: int, *, remat: str) -> Step:
 
     once()
     seconds = median_seconds(once, 10)
-  count = flops.train_step(
+  products = flops.mllm(
     config,
-    run.mllm,
-    "mllm",
     length=batch.tokens.shape[1],
     images=1,
     seg_masks=1,
     tokenized=True,
   )
+  count = flops.train_step(products, run.mllm, constant=DECODER.constant)
   return Step(
     rows=rows,
     tokens=batch.tokens.size,
@@ -104,7 +116,7 @@ def step(config: ModelConfig, rows: int, *, remat: str) -> Step:
   )
 
 
-def _run(rows: int, remat: str) -> RunConfig:
+def _run(rows: int, remat: str, implementation: str) -> RunConfig:
   values = base.get_config()
   run = run_config(values, needs_data=False)
   train = dataclasses.replace(
@@ -115,5 +127,7 @@ def _run(rows: int, remat: str) -> RunConfig:
     remat=remat,
   )
   return dataclasses.replace(
-    run, mllm=dataclasses.replace(run.mllm, train=train)
+    run,
+    mllm=dataclasses.replace(run.mllm, train=train),
+    loss=dataclasses.replace(run.loss, implementation=implementation),
   )
