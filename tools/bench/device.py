@@ -38,6 +38,7 @@ class Part(NamedTuple):
   environment: dict[str, str] = {}
 
 
+_COMMAND = ["-m", "argenseg_jax.tools.bench.device_parts"]
 _ENVIRONMENT = {"PYTHONUNBUFFERED": "1"}
 # JAX would keep three quarters of a GPU's memory from PyTorch.
 _FREE_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -119,20 +120,22 @@ def run_parts(
 def _run_part(name: str, out: pathlib.Path, seconds: float, size: str) -> bool:
   """Whether the part finished; its lines are in `out` either way."""
   began = time.monotonic()
-  command = [sys.executable, "-m", "argenseg_jax.tools.bench.device_parts"]
+  command = [sys.executable, *_COMMAND]
   log_path = out.with_suffix(f".{name}.log")
-  with open(log_path, "w", encoding="utf-8") as log:
-    child = subprocess.Popen(
+  with (
+    open(log_path, "w", encoding="utf-8") as log,
+    subprocess.Popen(
       [*command, name, size],
       stdout=subprocess.PIPE,
       stderr=log,
       text=True,
       env={**os.environ, **_ENVIRONMENT, **PARTS[name].environment},
-    )
+    ) as child,
+  ):
     timer = threading.Timer(seconds, child.kill)
     timer.start()
     try:
-      for line in child.stdout:
+      for line in child.stdout or ():
         if line.startswith("{"):
           _append(out, {"part": name, **json.loads(line)})
       code = child.wait()
