@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     )
   except preemption.Interrupted as stopped:
     print(f"argenseg quickstart: {stopped}", file=sys.stderr)
-    return preemption.INTERRUPTED
+    return stopped.code
   except Diverged as error:
     print(f"argenseg quickstart: {error}", file=sys.stderr)
     return loop.DIVERGED

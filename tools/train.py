@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     )
   except preemption.Interrupted as stopped:
     print(f"argenseg train: {stopped}", file=sys.stderr)
-    return preemption.INTERRUPTED
+    return stopped.code
   except Diverged as error:
     print(f"argenseg train: {error}", file=sys.stderr)
     return loop.DIVERGED
