@@ -269,12 +269,12 @@ class ModelChoice:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW with a schedule, clipping and freezing; Muon for matrices."""
+  """Which optimizer, its schedule, clipping and freezing."""
 
+  name: Literal["adamw", "muon"]  # Keys of training/optimizer.OPTIMIZERS.
   learning_rate: Positive
-  # Peak learning rate of the hidden matrices under Muon, in AdamW's scale;
-  # 0 leaves them to AdamW.
-  muon_learning_rate: NonNegative
+  # Peak learning rate of the hidden matrices under Muon, in AdamW's scale.
+  muon_learning_rate: Positive
   schedule: Literal["cosine", "linear", "constant"]
   warmup_steps: Count
   end_fraction: Share  # Last learning rate as a share of the peak.
@@ -395,4 +395,5 @@ class RunConfig:
   eval: EvalConfig
 
   def stage(self, task: str) -> StageConfig:
-    return self.vqvae if task == "vqvae" else self.mllm
+    """The settings of one of `tasks`."""
+    return getattr(self, task)

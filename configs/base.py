@@ -117,8 +117,11 @@ def get_config() -> ConfigDict:
 def _stage(*, learning_rate: float, steps: int, batch: int) -> ConfigDict:
   s = ConfigDict()
   s.optimizer = ConfigDict()
-  s.optimizer.learning_rate = learning_rate  # The highest; above 0.
-  s.optimizer.muon_learning_rate = 0.0  # Above 0: Muon for hidden matrices.
+  # "adamw", or "muon": Muon for hidden matrices and AdamW for the rest.
+  s.optimizer.name = "adamw"
+  s.optimizer.learning_rate = learning_rate  # AdamW's highest; above 0.
+  # Muon's highest, in AdamW's scale; above 0.
+  s.optimizer.muon_learning_rate = 6e-3
   s.optimizer.schedule = "cosine"  # Or "linear", "constant".
   s.optimizer.warmup_steps = 100  # Of a linear rise; 0: none.
   s.optimizer.end_fraction = 0.0  # Last rate as a share of the peak, 0 to 1.

@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
   c.tokenizer_training.entropy_from = 240
 
   c.mllm.optimizer.learning_rate = 2e-3
-  c.mllm.optimizer.muon_learning_rate = 6e-3
+  c.mllm.optimizer.name = "muon"
   c.mllm.optimizer.warmup_steps = 100
   c.mllm.optimizer.weight_decay = 0.05
   c.mllm.optimizer.frozen = ("vqvae",)

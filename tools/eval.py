@@ -262,7 +262,7 @@ def _measure_model(
   from argenseg_jax.data import examples
   from argenseg_jax.evaluation.evaluator import Evaluator
 
-  if loaded.task != "mllm":
+  if not loaded.is_whole:
     raise ConfigError(
       f"checkpoint {loaded.path} holds an image tokenizer only; measure it "
       "with --what=tokenizer, or give one of a whole model."
@@ -272,7 +272,7 @@ def _measure_model(
   evaluator = Evaluator(graph, settings.eval)
   results = {}
   for name, data in asked.items():
-    made = examples.make_rows(data, "mllm", loaded.config, tokenizer)
+    made = examples.make_rows(data, loaded.config, tokenizer)
     made = examples.of_split(made, data.split)
     folder = None if out is None else out / name
     results[name] = _answer_all(evaluator, state, made, name, args, folder)
@@ -337,15 +337,13 @@ def _measure_tokenizer(
   from flax import nnx
 
   from argenseg_jax.data import examples
-  from argenseg_jax.data.text import TextTokenizer
   from argenseg_jax.evaluation.tokenizer import tokenizer_ceiling
 
-  whole = loaded.task == "mllm"
-  graph, state = nnx.split(loaded.model.vqvae if whole else loaded.model)
+  model = loaded.model.vqvae if loaded.is_whole else loaded.model
+  graph, state = nnx.split(model)
   results = {}
   for name, data in asked.items():
-    # No text is read.
-    made = examples.make_rows(data, "vqvae", loaded.config, TextTokenizer())
+    made = examples.make_rows(examples.masks_only(data), loaded.config, None)
     results[name] = tokenizer_ceiling(
       graph,
       state,

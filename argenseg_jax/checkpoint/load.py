@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,14 +29,33 @@ from argenseg_jax.runtime.paths import Path
 FORMAT = 1
 
 
+# What a checkpoint holds, by the name in its meta data.
+MODELS: dict[str, Callable[..., nnx.Module]] = {
+  "vqvae": lambda config, **kwargs: VQVAE(config.vqvae, **kwargs),
+  "mllm": ARGenSeg,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What a step says of itself; `path` is its directory."""
+  """What a step says of itself.
+
+  Attributes:
+    task: what it holds, a key of `MODELS`.
+    config: sizes of the whole model.
+    meta: everything that it says.
+    path: its directory.
+  """
 
   task: str
   config: ModelConfig
   meta: dict[str, Any]
   path: Path
+
+  @property
+  def is_whole(self) -> bool:
+    """Whether it holds a whole model, not an image tokenizer only."""
+    return self.task != "vqvae"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +142,7 @@ def load(
       decoder for `weights`.
   """
   found = describe(path)
-  if weights is not None and found.task == "vqvae":
+  if weights is not None and not found.is_whole:
     raise CheckpointError(
       f"checkpoint {found.path} holds an image tokenizer only; {weights} "
       "weights are for decoders."
@@ -184,13 +204,13 @@ def model_factory(
   dtype: DTypeLike = jnp.float32,
   param_dtype: DTypeLike = jnp.float32,
 ):
-  """A constructor without arguments for the module that `task` trains."""
+  """A constructor without arguments of a model, `task` being its key in
+  `MODELS`."""
 
   def make():
-    kwargs = dict(rngs=nnx.Rngs(seed), dtype=dtype, param_dtype=param_dtype)
-    if task == "vqvae":
-      return VQVAE(config.vqvae, **kwargs)
-    return ARGenSeg(config, **kwargs)
+    return MODELS[task](
+      config, rngs=nnx.Rngs(seed), dtype=dtype, param_dtype=param_dtype
+    )
 
   return make
 

@@ -47,7 +47,8 @@ class RowMaker:
   Args:
     source: where samples come from.
     config: what a row holds.
-    tokenizer: the text tokenizer.
+    tokenizer: the text tokenizer; None for rows without text, of
+      sequence_length 0.
     image_tokens: vision embeddings that one picture gives to the model.
     num_codes: image codes of one mask.
     codes: int32 [records m num_codes], if the masks are tokenised already; the
@@ -59,14 +60,14 @@ class RowMaker:
     source: Source,
     config: DataConfig,
     *,
-    tokenizer: text.TextTokenizer,
+    tokenizer: text.TextTokenizer | None,
     image_tokens: int,
     num_codes: int,
     codes: np.ndarray | None = None,
   ):
     self.source = source
     self.config = config
-    self.tokenizer = tokenizer
+    self.text_tokenizer = tokenizer
     self.image_tokens = image_tokens
     self.num_codes = num_codes
     self.codes = codes
@@ -79,11 +80,18 @@ class RowMaker:
     return RowMaker(
       self.source,
       self.config,
-      tokenizer=self.tokenizer,
+      tokenizer=self.text_tokenizer,
       image_tokens=self.image_tokens,
       num_codes=self.num_codes,
       codes=codes,
     )
+
+  @property
+  def tokenizer(self) -> text.TextTokenizer:
+    """The text tokenizer of rows that hold text."""
+    if self.text_tokenizer is None:
+      raise ValueError("rows without text have no text tokenizer")
+    return self.text_tokenizer
 
   def __getstate__(self):
     return {**self.__dict__, "_cache": {}, "_cached_samples": {}}
@@ -97,7 +105,7 @@ class RowMaker:
     parts = (
       config,
       self.source.fingerprint,
-      self.tokenizer.fingerprint,
+      self.text_tokenizer and self.text_tokenizer.fingerprint,
       self.image_tokens,
       self.num_codes,
     )
@@ -291,8 +299,7 @@ class RowMaker:
   @functools.cached_property
   def _padding(self) -> text.TextRow:
     """A row without text, shared: nobody writes into it."""
-    length = self.config.sequence_length
-    return text.text_row((), length, self.tokenizer.token_ids)
+    return text.padding_row(self.config.sequence_length)
 
   def _empty(self, index: int) -> Batch:
     c = self.config

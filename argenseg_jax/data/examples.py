@@ -9,12 +9,22 @@ from argenseg_jax.data.sources.registry import open_source
 
 def make_rows(
   data: DataConfig,
-  task: str,
   model: ModelConfig,
-  tokenizer: text.TextTokenizer,
+  tokenizer: text.TextTokenizer | None,
 ) -> pipeline.RowMaker:
-  """Rows for a task, with the sizes that the model asks for."""
-  if data.image_side != model.vision.image_side:
+  """Rows with the sizes that the model asks for.
+
+  Args:
+    data: what rows hold and where they come from.
+    model: sizes.
+    tokenizer: the text tokenizer; None for rows without text (see
+      `masks_only`).
+
+  Raises:
+    ConfigError: a setting that does not suit the model, or is out of range.
+  """
+  reads_images = data.max_images > 0
+  if reads_images and data.image_side != model.vision.image_side:
     raise ConfigError(
       f"config key 'data.image_side' is {data.image_side}, but the model's "
       f"vision tower takes {model.vision.image_side}."
@@ -29,14 +39,27 @@ def make_rows(
       "config key 'data.jpeg_quality' gives another picture at each visit; set "
       "'data.cache' to False."
     )
-  if task == "vqvae":
-    data = dataclasses.replace(data, sequence_length=0, max_images=0, pack=1)
   return pipeline.RowMaker(
     open_source(data),
     data,
     tokenizer=tokenizer,
     image_tokens=model.vision.num_embeddings,
     num_codes=model.vqvae.codes_per_mask,
+  )
+
+
+def masks_only(data: DataConfig) -> DataConfig:
+  """The settings of rows that hold seg_masks and nothing else: what an image
+  tokenizer trains on."""
+  return dataclasses.replace(
+    data,
+    sequence_length=0,
+    max_images=0,
+    pack=1,
+    cache_codes=False,
+    codes="",
+    warmup_split="",
+    warmup_steps=0,
   )
 
 
@@ -50,7 +73,7 @@ def of_split(
   return pipeline.RowMaker(
     open_source(data, evaluation=evaluation),
     data,
-    tokenizer=rows.tokenizer,
+    tokenizer=rows.text_tokenizer,
     image_tokens=rows.image_tokens,
     num_codes=rows.num_codes,
   )

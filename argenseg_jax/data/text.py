@@ -452,6 +452,17 @@ class TextRow:
   is_prompt: np.ndarray  # bool [t]
 
 
+def padding_row(length: int) -> TextRow:
+  """A row of `length` positions that holds no conversation."""
+  return TextRow(
+    tokens=np.zeros(length, np.int32),
+    targets=np.full(length, IGNORE_TARGET, np.int32),
+    positions=np.zeros(length, np.int32),
+    segment_ids=np.zeros(length, np.int32),
+    is_prompt=np.zeros(length, np.bool_),
+  )
+
+
 def text_row(
   samples: Sequence[Tokenized], length: int, token_ids: TokenIds
 ) -> TextRow:
@@ -467,13 +478,7 @@ def text_row(
     raise DataError(
       f"a conversation of {total} tokens does not fit sequence_length {length}."
     )
-  row = TextRow(
-    tokens=np.zeros(length, np.int32),
-    targets=np.full(length, IGNORE_TARGET, np.int32),
-    positions=np.zeros(length, np.int32),
-    segment_ids=np.zeros(length, np.int32),
-    is_prompt=np.zeros(length, np.bool_),
-  )
+  row = padding_row(length)
   start = 0
   for segment, sample in enumerate(samples, 1):
     stop = start + len(sample)

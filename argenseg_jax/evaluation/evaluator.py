@@ -214,7 +214,7 @@ def evaluate_checkpoint(
     on_batch: called before each batch.
   """
   tokenizer = checkpoint.text_tokenizer(loaded)
-  rows = rows_lib.make_rows(config.data, "mllm", loaded.config, tokenizer)
+  rows = rows_lib.make_rows(config.data, loaded.config, tokenizer)
   graph, state = nnx.split(loaded.model)
   evaluator = evaluator or Evaluator(graph, config.eval)
   main = distributed.is_main()

@@ -7,7 +7,7 @@ is no model FLOP: it is counted apart. Left out, each below a thousandth of the
 8B model's step: norms, softmax, resizing, phi convolutions, nearest codes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from argenseg_jax.config import (
@@ -65,25 +65,22 @@ class Pass(NamedTuple):
 
 
 def training_passes(
-  model: ModelConfig,
+  products: Iterable[Product],
   stage: StageConfig,
-  task: str,
   *,
-  length: int,
-  images: int = 1,
-  seg_masks: int = 1,
-  tokenized: bool = False,
+  constant: tuple[str, ...] = (),
 ) -> Iterator[Pass]:
-  """Every product of one row's training, see `training/step`."""
-  if task == "vqvae":
-    products = image_tokenizer(model.vqvae, seg_masks, decode=True)
-  else:
-    products = mllm(model, length, images, seg_masks, tokenized=tokenized)
+  """How often each product of one row is run in a training step.
+
+  Args:
+    products: of the forward pass, in the order that gradients come from.
+    stage: frozen parts and remat.
+    constant: parts that pass no gradient and get none, whatever is frozen.
+  """
+  frozen = (*stage.optimizer.frozen, *constant)
   gradient = False  # Whether something before this product trains.
   for product in products:
-    trains = product.weights and not _is_frozen(product, stage, task)
-    if product.part.startswith("vqvae") and task == "mllm":
-      trains = False  # Codes pass no gradient, whatever is frozen.
+    trains = product.weights and not _is_under(product.part, frozen)
     passes = 1 + gradient + (trains if product.weights else gradient)
     gradient = gradient or trains
     kept = stage.train.remat == "none" or (
@@ -96,18 +93,13 @@ def training_passes(
 
 
 def train_step(
-  model: ModelConfig, stage: StageConfig, task: str, **row
+  products: Iterable[Product],
+  stage: StageConfig,
+  *,
+  constant: tuple[str, ...] = (),
 ) -> Step:
-  """FLOPs of a step over the global batch.
-
-  Args:
-    model: sizes.
-    stage: batch size, frozen parts, remat.
-    task: "vqvae" or "mllm".
-    **row: length (positions), images and seg_masks of a row; tokenized: rows
-      hold codes, nothing is encoded.
-  """
-  passes = list(training_passes(model, stage, task, **row))
+  """FLOPs of a step over the global batch; arguments as `training_passes`."""
+  passes = list(training_passes(products, stage, constant=constant))
   rows = stage.train.global_batch_size
   return Step(
     rows * sum(p.product.flops * p.model for p in passes),
@@ -116,13 +108,12 @@ def train_step(
 
 
 def hbm_bytes(
-  model: ModelConfig,
+  products: Iterable[Product],
   stage: StageConfig,
-  task: str,
   *,
   parts: int,
   fsdp: int,
-  **row,
+  constant: tuple[str, ...] = (),
 ) -> Number:
   """Bytes that one device reads and writes in a step, at least.
 
@@ -131,7 +122,7 @@ def hbm_bytes(
   weights and moments, and reads gradients, in float32.
 
   Args:
-    model, stage, task, **row: as in `training/step`.
+    products, stage, constant: as in `training_passes`.
     parts: into how many the batch is split.
     fsdp: into how many the parameters are split.
   """
@@ -140,7 +131,7 @@ def hbm_bytes(
   rows = stage.train.global_batch_size / parts
   total = 0.0
   for product, passes, again, trains in training_passes(
-    model, stage, task, **row
+    products, stage, constant=constant
   ):
     times = passes + again
     operands = product.m * product.k * product.count * rows
@@ -156,14 +147,8 @@ def hbm_bytes(
   return total
 
 
-def _is_frozen(product: Product, stage: StageConfig, task: str) -> bool:
-  part = product.part.split(".")
-  if task == "vqvae":
-    part = part[1:]
-  return any(
-    part[: len(prefix.split("."))] == prefix.split(".")
-    for prefix in stage.optimizer.frozen
-  )
+def _is_under(part: str, prefixes: tuple[str, ...]) -> bool:
+  return any(f"{part}.".startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def mllm(
@@ -231,16 +216,16 @@ def vision(config: VisionConfig, width: int, images: int) -> Iterator[Product]:
 
 
 def image_tokenizer(
-  config: VQVAEConfig, images: int, *, decode: bool
+  config: VQVAEConfig, images: int, *, decode: bool, part: str = "vqvae"
 ) -> Iterator[Product]:
-  """Encoder; the decoder too, if asked for."""
+  """Encoder; the decoder too, if asked for. `part` is where it stands."""
   c = config.latent_channels
   side = config.image_side // config.patch_side
   widths = [config.width * m for m in config.width_multipliers]
   pixels = 3 * config.patch_side**2
 
   def conv(at, i, o, taps=9):
-    return Product("vqvae", images * at * at, taps * i, o)
+    return Product(part, images * at * at, taps * i, o)
 
   def block(at, i, o):
     yield conv(at, i, o)
@@ -250,7 +235,7 @@ def image_tokenizer(
 
   def attention(at, w):
     yield conv(at, w, 4 * w, 1)  # Queries, keys, values and output.
-    yield Product("vqvae", at * at, w, at * at, 2 * images, weights=False)
+    yield Product(part, at * at, w, at * at, 2 * images, weights=False)
 
   def middle(at, w):
     yield from block(at, w, w)

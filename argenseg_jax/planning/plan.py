@@ -17,16 +17,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint, sharding
-from argenseg_jax.config import ModelConfig, RunConfig
+from argenseg_jax.config import ModelConfig, RunConfig, TrainConfig
 from argenseg_jax.inference.segment import answer_batch
 from argenseg_jax.kernels import chips
 from argenseg_jax.models import flops
 from argenseg_jax.planning import hlo
 from argenseg_jax.planning.topology import Topology
-from argenseg_jax.runtime import throughput
 from argenseg_jax.training import initialize
 from argenseg_jax.training import state as train_state
 from argenseg_jax.training.step import make_train_step
+from argenseg_jax.training.tasks import TASKS, Task
 from argenseg_jax.types import Batch
 
 # Elements. XLA for TPUs reduces smaller arrays whole on purpose: one phase is
@@ -52,13 +52,12 @@ class Program:
   split_shapes: tuple[tuple[int, ...], ...]
 
 
-def abstract_batch(config: RunConfig, model: ModelConfig, task: str) -> Batch:
+def abstract_batch(config: RunConfig, model: ModelConfig, task: Task) -> Batch:
   """Shapes and dtypes of a global batch."""
-  data, b = config.data, config.stage(task).train.global_batch_size
-  mllm = task == "mllm"
-  pack = data.pack if mllm else 1
-  t, i = (data.sequence_length, data.max_images * pack) if mllm else (0, 0)
-  m = data.max_masks * pack
+  data = task.data(config.data)
+  b = config.stage(task.name).train.global_batch_size
+  t, i = data.sequence_length, data.max_images * data.pack
+  m = data.max_masks * data.pack
   codes = model.vqvae.codes_per_mask
 
   def make(dtype, *shape):
@@ -76,23 +75,29 @@ def abstract_batch(config: RunConfig, model: ModelConfig, task: str) -> Batch:
       "uint8", m, data.mask_side, data.mask_side, data.mask_channels
     ),
     mask_valid=make("bool", m),
-    codes=make("int32", m, codes * (mllm and data.tokenized)),
+    codes=make("int32", m, codes * data.tokenized),
     sample_weight=make("float32"),
     sample_id=make("int32"),
   )
 
 
-def compile_training(config: RunConfig, task: str, mesh: Mesh) -> Program:
+def compile_training(config: RunConfig, name: str, mesh: Mesh) -> Program:
   """The step of `argenseg train`, for devices that need not exist.
+
+  Args:
+    config: of the run.
+    name: of the task, a key of `TASKS`.
+    mesh: of those devices.
 
   Raises:
     config.ConfigError: mesh, batch or a parameter's dimension do not fit.
   """
-  stage = config.stage(task)
+  task, stage = TASKS[name], config.stage(name)
+  task.check(config)
   sharding.check_hosts(mesh, stage.train.global_batch_size)
   model = initialize.model_config(config, config.init_from)
   described = train_state.describe(
-    *_abstract_model(config, task, model),
+    *_abstract_model(task.model, stage.train, model),
     stage,
     num_codes=model.vqvae.num_codes,
     mesh=mesh,
@@ -125,7 +130,7 @@ def compile_training(config: RunConfig, task: str, mesh: Mesh) -> Program:
 def compile_generation(config: RunConfig, mesh: Mesh) -> Program:
   """The program of `argenseg predict` and `eval`: prompt, text, masks."""
   model = initialize.model_config(config, config.init_from)
-  graph, variables = _abstract_model(config, "mllm", model)
+  graph, variables = _abstract_model("mllm", config.mllm.train, model)
   variables = sharding.placed(
     variables, sharding.state_shardings(variables, mesh)
   )
@@ -157,10 +162,9 @@ def compile_generation(config: RunConfig, mesh: Mesh) -> Program:
   )
 
 
-def _abstract_model(config: RunConfig, task: str, model: ModelConfig):
-  train = config.stage(task).train
+def _abstract_model(kind: str, train: TrainConfig, model: ModelConfig):
   make = checkpoint.model_factory(
-    task,
+    kind,
     model,
     dtype=jnp.dtype(train.compute_dtype),
     param_dtype=jnp.dtype(train.param_dtype),
@@ -221,7 +225,7 @@ def report(
   Args:
     program: from `compile_training` or `compile_generation`.
     config: of the run.
-    what: "vqvae", "mllm" (training these) or "generate".
+    what: a key of `TASKS` (training it) or "generate".
     topology: that `mesh` stands for.
     mesh: compiled for.
   """
@@ -243,8 +247,9 @@ def report(
     return result
   memory = program.compiled.memory_analysis()
   result["bytes"]["temporary"] = memory.temp_size_in_bytes
-  if what == "mllm":
-    kept = kept_activations(config, model, mesh)
+  task = TASKS.get(what)
+  if task:
+    kept = kept_activations(config, task, model, mesh)
     if kept is not None:
       result["bytes"]["of it layer inputs"] = kept
   result["peak"] = _peak(memory)
@@ -263,8 +268,8 @@ def report(
       smallest=_SMALLEST_SCATTER if topology.name in chips.TPUS else 0,
     )
   ]
-  if what != "generate":
-    result |= _times(found, config, what, model, topology, mesh)
+  if task:
+    result |= _times(found, config, task, model, topology, mesh)
   return result
 
 
@@ -296,12 +301,12 @@ def _summary(found: list[hlo.Collective], mesh: Mesh) -> dict[str, Any]:
 
 
 def kept_activations(
-  config: RunConfig, model: ModelConfig, mesh: Mesh
+  config: RunConfig, task: Task, model: ModelConfig, mesh: Mesh
 ) -> int | None:
   """Bytes of layer inputs that wait for the backward pass, on one device; None
-  where the remat policy keeps more than those."""
-  train = config.mllm.train
-  if train.remat != "full":
+  where there are no such layers, or the remat policy keeps more."""
+  train = config.stage(task.name).train
+  if train.remat != "full" or not task.reads_text:
     return None
   parts = train.accumulate_steps * sharding.num_shards(mesh)
   rows = train.global_batch_size // parts
@@ -312,14 +317,16 @@ def kept_activations(
 def _times(
   found: list[hlo.Collective],
   config: RunConfig,
-  task: str,
+  task: Task,
   model: ModelConfig,
   topology: Topology,
   mesh: Mesh,
 ) -> dict[str, Any]:
   """FLOPs and, for a known chip, lower bounds of a step's time."""
-  train = config.stage(task).train
-  count = throughput.model_flops(config, task, model)
+  stage, data = config.stage(task.name), task.data(config.data)
+  train = stage.train
+  products = tuple(task.products(model, data))
+  count = flops.train_step(products, stage, constant=task.constant)
   result: dict[str, Any] = {
     "model_flops": count.model,
     "recomputed_flops": count.recomputed,
@@ -333,12 +340,11 @@ def _times(
   seconds = {
     "compute": count.total / peak,
     "hbm": flops.hbm_bytes(
-      model,
-      config.stage(task),
-      task,
+      products,
+      stage,
       parts=sharding.num_shards(mesh),
       fsdp=mesh.shape["fsdp"],
-      **throughput.row_sizes(config, task),
+      constant=task.constant,
     )
     / (chip.bandwidth / chip.devices),
     # A chip's links carry half of their rate in each direction.
@@ -352,7 +358,7 @@ def _times(
   traffic = seconds["links"] + seconds.get("dcn", 0.0)
   result["seconds"] = seconds
   step = work + traffic
-  tokens = train.global_batch_size * config.data.sequence_length
+  tokens = train.global_batch_size * data.sequence_length
   result |= {
     "step_seconds": step,
     "mfu": count.model / peak / step,
@@ -360,7 +366,7 @@ def _times(
     "hours": step * train.steps / 3600,
     "chip_hours": step * train.steps / 3600 * topology.num_chips,
   }
-  if task == "mllm":
+  if tokens:
     result["tokens_per_second"] = tokens / step
   return result
 

@@ -4,48 +4,24 @@ import time
 
 from jax.sharding import Mesh
 
-from argenseg_jax.config import ModelConfig, RunConfig
 from argenseg_jax.kernels.chips import CHIPS, name_of
-from argenseg_jax.models import flops
-
-
-def model_flops(config: RunConfig, task: str, model: ModelConfig) -> flops.Step:
-  """FLOPs of a step as the config's rows are."""
-  sizes = row_sizes(config, task)
-  return flops.train_step(model, config.stage(task), task, **sizes)
-
-
-def row_sizes(config: RunConfig, task: str) -> dict[str, int | bool]:
-  """What `flops` wants to know of a row."""
-  pack = config.data.pack if task == "mllm" else 1
-  return {
-    "length": config.data.sequence_length,
-    "images": config.data.max_images * pack,
-    "seg_masks": config.data.max_masks * pack,
-    "tokenized": config.data.tokenized,
-  }
 
 
 class Pace:
   """Speed between one fetch of metrics and the next.
 
   Args:
-    config: of the run.
-    task: "vqvae" or "mllm".
-    model: sizes.
+    flops: the model's own FLOPs of a step.
+    tokens: positions of a step's sequences; 0: it reads no text.
     mesh: its devices' published peak makes FLOP/s an MFU (share of the peak
       that the model's own FLOPs take); devices without one get no MFU.
     start: step that training starts from; the first interval, which holds the
       compilation, is not reported.
   """
 
-  def __init__(
-    self, config: RunConfig, task: str, model: ModelConfig, mesh: Mesh, start
-  ):
-    train = config.stage(task).train
-    self._tokens = train.global_batch_size * config.data.sequence_length
-    self._tokens *= task == "mllm"
-    self._flops = model_flops(config, task, model).model
+  def __init__(self, *, flops: float, tokens: int, mesh: Mesh, start: int):
+    self._tokens = tokens
+    self._flops = flops
     chip = CHIPS.get(name_of(mesh.devices.flat[0].device_kind) or "")
     self._peak = chip and chip.flops / chip.devices * mesh.size
     self._step, self._time = start, None

@@ -57,9 +57,9 @@ def export_weights(
   """
   target = disk_path(target)
   loaded = checkpoint.load(source_path, mesh=mesh)
-  if part == "all" and loaded.task == "vqvae":
+  if part == "all" and not loaded.is_whole:
     part = "vqvae"
-  if part == "llm" and loaded.task == "vqvae":
+  if part == "llm" and not loaded.is_whole:
     raise WeightsError(f"{source_path} is an image tokenizer, without llm.")
   refuse_variants(loaded.config, part)
   with fetched(checkpoint.kept_files(loaded.path)) as kept:
@@ -88,7 +88,7 @@ def _write(
     table = writable(rules.argenseg(config), leaves)
   else:
     table = getattr(rules, part)(getattr(config, part))
-    if loaded.task != "vqvae":
+    if loaded.is_whole:
       ours, prefix = f"{part}.", _INNER[part][1] or "image_tokenizer."
       leaves = {
         path.removeprefix(ours): leaf

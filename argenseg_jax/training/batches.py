@@ -20,17 +20,25 @@ def open_batches(
   vqvae: VQVAE | None,
   workdir: Path,
   *,
+  global_batch_size: int,
   logs: pathlib.Path | None = None,
   accept_changed_data: bool = False,
 ) -> pipeline.TrainIterator | Curriculum:
   """Training batches of this host.
 
-  The decoder's (those with a `vqvae`) may hold codes instead of masks and begin
-  with an easier split. `workdir` gets kept codes; those of other data are made
-  again if `accept_changed_data`, else refused. `logs` gets `bad_records.jsonl`;
-  it is `workdir` by default.
+  Args:
+    config: of the run.
+    rows: that batches are made of.
+    vqvae: of a whole model, whose batches may hold codes instead of masks and
+      begin with an easier split; None: neither.
+    workdir: gets kept codes.
+    global_batch_size: rows of a step over all hosts.
+    logs: gets `bad_records.jsonl`; `workdir` by default.
+    accept_changed_data: codes of other data are made again, not refused.
+
+  Raises:
+    ConfigError: kept codes of other data, or of one split where two are read.
   """
-  task = "mllm" if vqvae else "vqvae"
   tail = ""
   if not is_local(workdir) and jax.process_index():
     tail = f"-{jax.process_index()}"  # Each copies its own to the bucket.
@@ -56,7 +64,7 @@ def open_batches(
       rows = code_cache.cached(rows, vqvae, path, renew=accept_changed_data)
     return pipeline.TrainIterator(
       rows,
-      config.stage(task).train.global_batch_size,
+      global_batch_size,
       host_index=jax.process_index(),
       host_count=jax.process_count(),
       on_bad_record=note_bad,

@@ -157,7 +157,7 @@ def tokenize(
   reader = pipeline.RowMaker(
     rows.source,
     masks_only,
-    tokenizer=rows.tokenizer,
+    tokenizer=None,
     image_tokens=rows.image_tokens,
     num_codes=rows.num_codes,
   )

@@ -42,24 +42,33 @@ def text_tokenizer(
   path = config.data.text_tokenizer
   if path is None and init_from is not None:
     found = checkpoint.describe(init_from)
-    if found.task == "mllm":
+    if found.is_whole:
       return checkpoint.text_tokenizer(found)
   tokenizer = TextTokenizer(path, first_code=model.token_ids.first_code)
   tokenizer.require(model.token_ids)
   return tokenizer
 
 
-def fill(variables: nnx.State, path: str, task: str, mesh: Mesh) -> nnx.State:
-  """Puts a checkpoint's variables in: a whole model's, or an image tokenizer's
-  into its part. They take the dtypes of `variables`.
+def fill(variables: nnx.State, path: str, model: str, mesh: Mesh) -> nnx.State:
+  """Puts a checkpoint's variables in, in the dtypes of `variables`.
+
+  An image tokenizer fills its part of a whole model, and takes its part of one.
+
+  Args:
+    variables: of the model; they are replaced.
+    path: of the checkpoint.
+    model: what `variables` are of, a key of `checkpoint.MODELS`.
+    mesh: that they live on.
 
   Raises:
     CheckpointError: a variable does not fit.
   """
   loaded = checkpoint.load(path, mesh=mesh)
   values = nnx.to_pure_dict(nnx.state(loaded.model))
-  if loaded.task == "vqvae" and task == "mllm":
-    values = {"vqvae": values}
+  if model in values:
+    values = values[model]
+  elif model != loaded.task:
+    values = {loaded.task: values}
   target = nnx.to_pure_dict(variables)
   checkpoint.compare(
     {k: target[k] for k in values if k in target}, values, loaded.path
@@ -77,5 +86,5 @@ def keep_files(init_from: str, workdir: Path) -> None:
   found = checkpoint.describe(init_from)
   kept = checkpoint.kept_files(found.path)
   mine = workdir / kept.name
-  if found.task == "mllm" and kept.is_dir() and not mine.exists():
+  if found.is_whole and kept.is_dir() and not mine.exists():
     paths.copy_tree(kept, mine)

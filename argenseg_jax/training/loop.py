@@ -1,23 +1,22 @@
-"""The training loop: image tokenizer and decoder are two tasks of it."""
+"""The training loop: it trains every task of `training/tasks`."""
 
 import contextlib
+import dataclasses
 import json
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint, config_parsing, sharding
-from argenseg_jax.config import ConfigError, RunConfig
-from argenseg_jax.data import examples as rows_lib
-from argenseg_jax.evaluation.evaluator import (
-  Evaluator,
-  evaluate_checkpoint,
-  headline,
-)
-from argenseg_jax.evaluation.tokenizer import tokenizer_ceiling
+from argenseg_jax.config import ModelConfig, RunConfig
+from argenseg_jax.data import examples, pipeline
+from argenseg_jax.data.curriculum import Curriculum
+from argenseg_jax.evaluation.evaluator import evaluate_checkpoint, headline
+from argenseg_jax.models import flops
 from argenseg_jax.runtime import (
   distributed,
   log_sync,
@@ -27,15 +26,16 @@ from argenseg_jax.runtime import (
 )
 from argenseg_jax.runtime import workdir as workdir_lib
 from argenseg_jax.runtime.goodput import Goodput
-from argenseg_jax.runtime.metric_writer import MetricsWriter, Progress
-from argenseg_jax.runtime.nan_guard import NonFinite
+from argenseg_jax.runtime.nan_guard import Diverged
 from argenseg_jax.runtime.paths import Path
 from argenseg_jax.runtime.watchdog import Watchdog
-from argenseg_jax.training import codebook_schedule, initialize
+from argenseg_jax.training import initialize
 from argenseg_jax.training import state as train_state
 from argenseg_jax.training.batches import open_batches
 from argenseg_jax.training.best_checkpoint import Scores
 from argenseg_jax.training.step import make_train_step
+from argenseg_jax.training.step_log import StepLog
+from argenseg_jax.training.tasks import TASKS, Task
 
 LOGS = ("*.jsonl", "stacks*.txt")  # A later call goes on with them.
 DIVERGED = 4  # Exit code of a run whose loss stayed NaN or infinite.
@@ -47,14 +47,14 @@ def run(
   *,
   accept_changed_data: bool = False,
 ) -> dict[str, Any]:
-  """Runs every task of a config, going on where an earlier call stopped.
+  """Runs every task of a config, resuming where an earlier call stopped.
 
   Args:
     config: the run.
-    workdir: gets `config.json`, a folder for each task and, once the decoder
-      has trained, `results.json` with its metrics on every split. On a disk
-      or in a gs:// bucket.
-    accept_changed_data: go on although the data are not those of before.
+    workdir: gets `config.json`, a folder for each task and, if the last one
+      trains a whole model, `results.json` with its metrics on every split. On
+      a disk or in a gs:// bucket.
+    accept_changed_data: resume although the data changed.
 
   Returns:
     The final metrics of each task.
@@ -62,7 +62,7 @@ def run(
   Raises:
     ConfigError: the directory belongs to another config, or a key is wrong.
     DataError: the data changed, or cannot be read.
-    stopping.Interrupted: after SIGTERM, once a checkpoint is complete.
+    preemption.Interrupted: after SIGTERM, once a checkpoint is complete.
     Diverged: too many steps in a row had no finite loss.
   """
   workdir = paths.as_path(workdir)
@@ -79,19 +79,20 @@ def _run(
 ) -> dict[str, Any]:
   workdir_lib.claim(config, workdir, accept_changed_data=accept_changed_data)
   results, init_from = {}, config.init_from
-  for task in config.tasks:
-    results[task] = train(
+  for name in config.tasks:
+    results[name] = train(
       config,
-      task,
-      workdir / task,
+      name,
+      workdir / name,
       init_from=init_from,
       accept_changed_data=accept_changed_data,
     )
-    init_from = str(workdir / task)
+    init_from = str(workdir / name)
   scores = workdir / "results.json"
   scored = distributed.agree(scores.exists())
-  if "mllm" in config.tasks and not scored:
-    loaded = checkpoint.load(workdir / "mllm")
+  last = TASKS[config.tasks[-1]]
+  if last.reads_text and not scored:
+    loaded = checkpoint.load(workdir / last.name)
     splits = evaluate_checkpoint(config, loaded, on_batch=stop.check)
     metrics = {split: result.metrics for split, result in splits.items()}
     if distributed.is_main():
@@ -104,7 +105,7 @@ def _run(
 
 def train(
   config: RunConfig,
-  task: str,
+  name: str,
   workdir: Path,
   *,
   init_from: str | None = None,
@@ -114,7 +115,7 @@ def train(
 
   Args:
     config: the run.
-    task: "vqvae" or "mllm".
+    name: of the task, a key of `TASKS`.
     workdir: of this task: checkpoints, metrics, `results.json`.
     init_from: a checkpoint to start from; an image tokenizer's fills that part
       of a whole model.
@@ -126,9 +127,9 @@ def train(
   done = workdir / "results.json"
   if distributed.agree(done.exists()):
     return json.loads(done.read_text())
-  stage = config.stage(task)
+  task, train = TASKS[name], config.stage(name).train
   with (
-    preemption.listening(stage.train.grace_seconds) as stop,
+    preemption.listening(train.grace_seconds) as stop,
     log_sync.on_disk(workdir, LOGS) as logs,
   ):
     return _train(
@@ -136,215 +137,274 @@ def train(
     )
 
 
-def _train(config, task, workdir, logs, init_from, accept_changed_data, stop):
+def _train(
+  config: RunConfig,
+  task: Task,
+  workdir: Path,
+  logs: pathlib.Path,
+  init_from: str | None,
+  accept_changed_data: bool,
+  stop: preemption.Stopping,
+) -> dict[str, float]:
   """`train`, once it is known that there is something to do."""
   goodput = Goodput()
   workdir.mkdir(parents=True, exist_ok=True)
-  main = distributed.is_main()
-  stage = config.stage(task)
-  model_config = initialize.model_config(config, init_from)
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check_hosts(mesh, stage.train.global_batch_size)
+  run = _open(config, task, workdir, init_from)
+  state, data_state = _restore_or_begin(run, config, workdir, init_from)
 
-  tokenizer = initialize.text_tokenizer(config, model_config, init_from)
-  if main:
-    paths.copy(paths.as_path(tokenizer.name), workdir / "tokenizer.json")
-  rows = rows_lib.make_rows(config.data, task, model_config, tokenizer)
-  make = checkpoint.model_factory(
-    task,
-    model_config,
-    seed=config.seed,
-    dtype=jnp.dtype(stage.train.compute_dtype),
-    param_dtype=jnp.dtype(stage.train.param_dtype),
-  )
-  described = train_state.describe(
-    *nnx.split(nnx.eval_shape(make)),
-    stage,
-    num_codes=model_config.vqvae.num_codes,
-    mesh=mesh,
-  )
-  thaws = task == "mllm" and "vqvae" not in stage.optimizer.frozen
-  if config.data.tokenized and thaws:
-    raise ConfigError(
-      "config keys 'data.cache_codes' and 'data.codes' need a frozen image "
-      "tokenizer; add 'vqvae' to mllm.optimizer.frozen."
-    )
-  checkpoints = checkpoint.Checkpoints(
-    workdir,
-    keep=stage.train.keep,
-    keep_every=stage.train.keep_every,
-    keep_best=stage.train.keep_best,
-  )
-  data_state = None
-  if (latest := checkpoints.newest_good()) is not None:
-    state, data_state = described.restore(checkpoints, latest)
-  else:
-    _, variables = sharding.create_sharded(make, mesh)
-    if init_from is not None:
-      variables = initialize.fill(variables, init_from, task, mesh)
-      if main:
-        initialize.keep_files(init_from, workdir)
-    state = described.begin(variables)
-  graph, optimizer = described.graph, described.optimizer
+  graph, train = run.described.graph, config.stage(task.name).train
   model = nnx.merge(graph, state.params, state.fixed)
   batches = open_batches(
     config,
-    rows,
-    model.vqvae if task == "mllm" else None,
+    run.rows,
+    model.vqvae if task.reads_text else None,
     workdir,
+    global_batch_size=train.global_batch_size,
     logs=logs,
     accept_changed_data=accept_changed_data,
   )
+  del model
   if data_state is not None:
     batches.set_state(data_state, force=accept_changed_data)
-  meta = {
-    "task": task,
-    "model": config_parsing.to_dict(model_config),
-    "run": config_parsing.to_dict(config),
+  log = StepLog(
+    f"train {task.name}",
+    train,
+    logs,
+    pace=_pace(run, config, start=int(state.step)),
+    goodput=goodput,
+    start=int(state.step),
+    active=distributed.is_main(),
+  )
+  watchdog = Watchdog(
+    logs, factor=train.stall_factor, process=jax.process_index()
+  )
+  with (
+    contextlib.closing(batches),
+    contextlib.closing(watchdog),
+    contextlib.closing(run.checkpoints),  # Waits for a save, whatever happens.
+  ):
+    state = _take_steps(
+      run, config, state, batches, log, goodput, watchdog, stop
+    )
+
+  results = task.finish(graph, state.variables, run.rows, config)
+  results["bad_records"] = batches.num_bad_records
+  results["cut_records"] = batches.num_cut_records
+  log.results(train.steps, results)
+  if distributed.is_main():
+    text = json.dumps(results, indent=1)
+    paths.write_whole(workdir / "results.json", text)
+  distributed.wait_for_all(f"{task.name} results")
+  return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What a task's run works with, whatever step it is at."""
+
+  task: Task
+  model: ModelConfig
+  mesh: Mesh
+  rows: pipeline.RowMaker
+  described: train_state.Described
+  checkpoints: checkpoint.Checkpoints
+
+
+def _open(
+  config: RunConfig, task: Task, workdir: Path, init_from: str | None
+) -> _Run:
+  """Checks that config, model and data suit each other, and opens them."""
+  task.check(config)
+  stage = config.stage(task.name)
+  model = initialize.model_config(config, init_from)
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_hosts(mesh, stage.train.global_batch_size)
+
+  tokenizer = None
+  if task.reads_text:
+    tokenizer = initialize.text_tokenizer(config, model, init_from)
+    if distributed.is_main():
+      paths.copy(paths.as_path(tokenizer.name), workdir / "tokenizer.json")
+  return _Run(
+    task=task,
+    model=model,
+    mesh=mesh,
+    rows=examples.make_rows(task.data(config.data), model, tokenizer),
+    described=train_state.describe(
+      *nnx.split(nnx.eval_shape(_constructor(config, task, model))),
+      stage,
+      num_codes=model.vqvae.num_codes,
+      mesh=mesh,
+    ),
+    checkpoints=checkpoint.Checkpoints(
+      workdir,
+      keep=stage.train.keep,
+      keep_every=stage.train.keep_every,
+      keep_best=stage.train.keep_best,
+    ),
+  )
+
+
+def _constructor(config: RunConfig, task: Task, model: ModelConfig):
+  """Makes what the task trains, as it is before the first step."""
+  train = config.stage(task.name).train
+  return checkpoint.model_factory(
+    task.model,
+    model,
+    seed=config.seed,
+    dtype=jnp.dtype(train.compute_dtype),
+    param_dtype=jnp.dtype(train.param_dtype),
+  )
+
+
+def _restore_or_begin(
+  run: _Run, config: RunConfig, workdir: Path, init_from: str | None
+) -> tuple[train_state.TrainState, dict[str, Any] | None]:
+  """The newest good checkpoint and its data state, else the first state."""
+  if (latest := run.checkpoints.newest_good()) is not None:
+    return run.described.restore(run.checkpoints, latest)
+  make = _constructor(config, run.task, run.model)
+  _, variables = sharding.create_sharded(make, run.mesh)
+  if init_from is not None:
+    variables = initialize.fill(variables, init_from, run.task.model, run.mesh)
+    if distributed.is_main():
+      initialize.keep_files(init_from, workdir)
+  return run.described.begin(variables), None
+
+
+def _pace(run: _Run, config: RunConfig, *, start: int) -> throughput.Pace:
+  data, stage = run.rows.config, config.stage(run.task.name)
+  count = flops.train_step(
+    run.task.products(run.model, data), stage, constant=run.task.constant
+  )
+  return throughput.Pace(
+    flops=count.model,
+    tokens=stage.train.global_batch_size * data.sequence_length,
+    mesh=run.mesh,
+    start=start,
+  )
+
+
+def _compiled_steps(run: _Run, config: RunConfig) -> dict[bool, Any]:
+  """The step while the task is warm, and after that; compiled when called."""
+  return {
+    warm: jax.jit(
+      make_train_step(
+        run.described.graph,
+        run.described.optimizer,
+        config,
+        run.task,
+        mesh=run.mesh,
+        warm=warm,
+      ),
+      donate_argnums=0,
+      out_shardings=(run.described.shardings, None),
+      compiler_options=sharding.compiler_options(run.mesh),
+    )
+    for warm in (True, False)
   }
 
-  def save(step):
+
+def _take_steps(
+  run: _Run,
+  config: RunConfig,
+  state: train_state.TrainState,
+  batches: pipeline.TrainIterator | Curriculum,
+  log: StepLog,
+  goodput: Goodput,
+  watchdog: Watchdog,
+  stop: preemption.Stopping,
+) -> train_state.TrainState:
+  """Trains to the last step, and saves it.
+
+  Raises:
+    Interrupted: after SIGTERM, once a checkpoint is complete.
+    Diverged: likewise, after too many steps in a row that changed nothing.
+  """
+  task, graph = run.task, run.described.graph
+  train = config.stage(task.name).train
+  take, evaluate = _compiled_steps(run, config), None
+  if train.eval_every:
+    evaluate = task.evaluation(graph, config, run.rows)
+  meta = _meta(run, config)
+  step, compiled, scores = int(state.step), set(), Scores()
+  data_state = batches.state()  # After `step` steps.
+
+  def save(*, wait: bool = False) -> None:
     with goodput.spent("save"), watchdog.paused():
-      checkpoints.save(
+      run.checkpoints.save(
         step,
         state.variables,
         state.counters,
         meta | {"data": data_state},
-        score=scores(stage.train.best_by),
+        score=scores(train.best_by),
       )
+      if wait:
+        run.checkpoints.wait()
 
-  make_step = {
-    quantize: jax.jit(
-      make_train_step(
-        graph, optimizer, config, task, mesh=mesh, quantize=quantize
-      ),
-      donate_argnums=0,
-      out_shardings=(described.shardings, None),
-      compiler_options=sharding.compiler_options(mesh),
-    )
-    for quantize in (True, False)
-  }
-  if task == "mllm":
-    evaluator = Evaluator(graph, config.eval)
-  warm = config.tokenizer_training.warm_start_steps if task == "vqvae" else 0
-  writer = MetricsWriter(logs, active=main)
-  bar = Progress(
-    f"train {task}",
-    stage.train.steps,
-    start=int(state.step),
-    active=main,
-  )
-  pending = None  # Metrics on their way from the device.
-  step = int(state.step)
-  data_state = batches.state()  # After `step` steps.
-  scores = Scores()
-  pace = throughput.Pace(config, task, model_config, mesh, start=step)
-  non_finite = NonFinite(
-    logs / "non_finite.jsonl", stage.train.max_skipped, active=main
-  )
-  watchdog = Watchdog(
-    logs, factor=stage.train.stall_factor, process=jax.process_index()
-  )
-  compiled = set()
   goodput.started()
-  with (
-    contextlib.closing(batches),
-    contextlib.closing(watchdog),
-    contextlib.closing(checkpoints),  # Waits for a save, whatever happens.
-  ):
-    while step < stage.train.steps:
-      try:
-        with goodput.spent("data"), stop.interruptible():
-          batch = next(batches)
-      except preemption.Interrupted:  # While it waited for data.
-        save(step)
-        checkpoints.wait()
-        raise preemption.Interrupted(_stopped_at(step)) from None
-      first = (step >= warm) not in compiled
-      with goodput.spent("compile") if first else contextlib.nullcontext():
-        state, metrics = make_step[step >= warm](
-          state, sharding.put_batch(batch, mesh)
-        )
-      compiled.add(step >= warm)
-      step += 1
-      data_state = batches.state()
-      scores.add_loss(metrics["loss"])
-      non_finite.note(step, metrics.pop("skipped"), batch.sample_id)
-      if task == "vqvae":
-        state = codebook_schedule.maintain(
-          config, graph, state, step, rows, mesh
-        )
-      if pending is not None:
-        non_finite.check(step - 1)
-        values = _as_floats(jax.device_get(pending))
-        values["skipped"] = non_finite.skipped
-        writer.write(step - 1, values | pace(step - 1) | goodput())
-        bar.update(step - 1, f"loss {values['loss']:.3f}")
-        pending = None
-      if step % stage.train.log_every == 0:
-        pending = metrics
-      watchdog.beat(step)
-      last = step == stage.train.steps
-      every = stage.train.eval_every
-      if task == "mllm" and every and step % every == 0 and not last:
-        split = config.eval.splits[0]
-        with (
-          goodput.spent("evaluation"),
-          watchdog.paused(),
-          contextlib.suppress(preemption.Interrupted),  # It saves below.
-        ):
-          values = evaluator(
-            state.variables,
-            rows_lib.of_split(rows, split),
-            max_samples=200,
-            on_batch=stop.check,
-          ).metrics
-          scores.ciou = values["ciou"]
-          writer.write(step, {f"{split}/{k}": v for k, v in values.items()})
-          bar.update(step, f"{split} {headline(values)}")
-        pace.pause()
-      stops = stop.requested()
-      if step % stage.train.save_every == 0 or last or stops:
-        save(step)
-      if stops and not last:
-        checkpoints.wait()
-        raise preemption.Interrupted(_stopped_at(step))
-    non_finite.check(step)
-    checkpoints.wait()
-  bar.update(step)
-  bar.close()
+  while step < train.steps:
+    # A batch.
+    try:
+      with goodput.spent("data"), stop.interruptible():
+        batch = next(batches)
+    except preemption.Interrupted:  # While it waited for data.
+      save(wait=True)
+      raise preemption.Interrupted(_stopped_at(step)) from None
+    data_state = batches.state()
 
-  if task == "vqvae":
-    results = tokenizer_ceiling(
-      graph,
-      state.variables,
-      rows_lib.of_split(rows, config.eval.splits[0]),
-      batch_size=64,
-      max_samples=config.eval.max_samples,
-    )
-    if main:
-      print(f"image tokenizer ceiling: cIoU {results['ciou']:.3f}", flush=True)
-  else:
-    results = {"steps": step}
-  results["bad_records"] = batches.num_bad_records
-  results["cut_records"] = batches.num_cut_records
-  writer.write(step, {f"final/{k}": v for k, v in results.items()})
-  if main:
-    text = json.dumps(results, indent=1)
-    paths.write_whole(workdir / "results.json", text)
-  distributed.wait_for_all(f"{task} results")
-  return results
+    # A step.
+    warm = step < task.warm_steps(config)
+    first = warm not in compiled
+    with goodput.spent("compile") if first else contextlib.nullcontext():
+      state, metrics = take[warm](state, sharding.put_batch(batch, run.mesh))
+    compiled.add(warm)
+    step += 1
+    scores.add_loss(metrics["loss"])
+    state = task.between_steps(config, graph, state, step, run.rows, run.mesh)
+    try:
+      log.dispatched(step, metrics, batch)
+    except Diverged:
+      save(wait=True)
+      raise
+    watchdog.beat(step)
+
+    # An evaluation.
+    last = step == train.steps
+    if evaluate and _is_due(step, train.eval_every) and not last:
+      with (
+        goodput.spent("evaluation"),
+        watchdog.paused(),
+        contextlib.suppress(preemption.Interrupted),  # It saves below.
+      ):
+        values = evaluate(state.variables, stop.check)
+        scores.ciou = values["ciou"]
+        log.evaluated(step, config.eval.splits[0], values)
+
+    # A checkpoint.
+    stops = stop.requested()
+    if _is_due(step, train.save_every) or last or stops:
+      save()
+    if stops and not last:
+      run.checkpoints.wait()
+      raise preemption.Interrupted(_stopped_at(step))
+  log.finish(step)
+  run.checkpoints.wait()
+  return state
+
+
+def _is_due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+def _meta(run: _Run, config: RunConfig) -> dict[str, Any]:
+  """What checkpoints say of themselves."""
+  return {
+    "task": run.task.model,
+    "model": config_parsing.to_dict(run.model),
+    "run": config_parsing.to_dict(config),
+  }
 
 
 def _stopped_at(step: int) -> str:
-  return f"stopped at step {step}; a later call goes on."
-
-
-def _as_floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
-  values = {}
-  for name, value in metrics.items():
-    if np.ndim(value):
-      values |= {f"{name}/{i}": float(v) for i, v in enumerate(value)}
-    else:
-      values[name] = float(value)
-  return values
+  return f"stopped at step {step}; the same command resumes."

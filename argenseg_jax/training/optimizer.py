@@ -1,5 +1,6 @@
 """AdamW, Muon, schedules, clipping, freezing, built from `OptimizerConfig`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,25 +56,51 @@ def decay_mask(params: nnx.State):
 def make_optimizer(
   config: OptimizerConfig, steps: int, params: nnx.State
 ) -> optax.GradientTransformation:
-  """Clip the global norm, then AdamW with decay on matrices only.
+  """Clips the global norm, then updates as `config.name` says.
 
-  With `muon_learning_rate`, Muon updates the hidden matrices instead: its steps
-  are orthogonal, scaled to the size that AdamW's would have.
+  Args:
+    config: of the optimizer.
+    steps: of the whole run.
+    params: that train; abstract ones suffice.
   """
-  clip = optax.clip_by_global_norm(config.clip_norm)
+  clip = optax.identity()  # Keeps the places of states in checkpoints.
+  if config.clip_norm:
+    clip = optax.clip_by_global_norm(config.clip_norm)
+  return optax.chain(
+    clip,
+    *OPTIMIZERS[config.name](config, steps, params),
+  )
 
-  def adamw(mask):
-    return optax.adamw(
-      schedule(config, steps),
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-      mask=mask,
-    )
 
-  if not config.muon_learning_rate:
-    return optax.chain(clip, adamw(decay_mask(params)))
+def _adamw(
+  config: OptimizerConfig, steps: int, mask: Any
+) -> optax.GradientTransformation:
+  """AdamW that decays what `mask` says, or a function of parameters that
+  returns such a mask."""
+  return optax.adamw(
+    schedule(config, steps),
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+    mask=mask,
+  )
+
+
+def _adamw_on_all(
+  config: OptimizerConfig, steps: int, params: nnx.State
+) -> tuple[optax.GradientTransformation, ...]:
+  """AdamW with decay on matrices only."""
+  return (_adamw(config, steps, decay_mask(params)),)
+
+
+def _muon_on_matrices(
+  config: OptimizerConfig, steps: int, params: nnx.State
+) -> tuple[optax.GradientTransformation, ...]:
+  """Muon for hidden matrices, AdamW for the rest.
+
+  Muon's steps are orthogonal, scaled to the size that AdamW's would have.
+  """
   muon = optax.contrib.muon(
     schedule(config, steps, peak=config.muon_learning_rate),
     weight_decay=config.weight_decay,
@@ -81,13 +108,25 @@ def make_optimizer(
     consistent_rms=0.2,
   )
   hidden = hidden_matrices(params)
-  return optax.chain(
-    clip,
+  others = jax.tree.map(lambda is_hidden: not is_hidden, hidden)
+  return (
     optax.masked(muon, hidden),
-    optax.masked(
-      adamw(decay_mask), jax.tree.map(lambda is_hidden: not is_hidden, hidden)
-    ),
+    optax.masked(_adamw(config, steps, decay_mask), others),
   )
+
+
+# By `OptimizerConfig.name`: (config, steps of the run, parameters) -> what
+# follows the clipping of gradients, one after the other.
+OPTIMIZERS: dict[
+  str,
+  Callable[
+    [OptimizerConfig, int, nnx.State],
+    tuple[optax.GradientTransformation, ...],
+  ],
+] = {
+  "adamw": _adamw_on_all,
+  "muon": _muon_on_matrices,
+}
 
 
 def hidden_matrices(params: nnx.State):

@@ -22,4 +22,4 @@ def test_settings_that_no_run_can_have_are_named(changes, message):
   data = DataConfig("nowhere", image_side=16, mask_side=16)
   data = dataclasses.replace(data, **changes)
   with pytest.raises(ConfigError, match=message):
-    make_rows(data, "mllm", tiny_model.config(), TextTokenizer())
+    make_rows(data, tiny_model.config(), TextTokenizer())

@@ -94,14 +94,13 @@ def test_faulty_records_have_no_weight_and_are_logged_once(
 ):
   values = tiny.get_config()
   values.data.path = str(faulty)
-  values.mllm.train.global_batch_size = 11
   values.data.warmup_steps = 0
   values.data.cache_codes = False
   run = run_config(values)
   rows = _rows(_config(path=str(faulty), source="jsonl"))
   log = tmp_path / "bad_records.jsonl"
   for _ in range(2):  # The second run says nothing again.
-    batches = open_batches(run, rows, "an image tokenizer", tmp_path)
+    batches = open_batches(run, rows, None, tmp_path, global_batch_size=11)
     seen = [next(batches) for _ in range(2)]
     assert batches.num_bad_records == len(FAULTS)
     assert batches.num_cut_records == 1

@@ -11,7 +11,7 @@ from flax import nnx
 from argenseg_jax.config import LossConfig
 from argenseg_jax.data.packing import Packer
 from argenseg_jax.data.pipeline import TrainIterator
-from argenseg_jax.training.step import mllm_loss
+from argenseg_jax.training.objectives import mllm_loss
 from argenseg_jax.types import CODE_TARGET, Batch
 
 

@@ -141,7 +141,7 @@ def test_one_device_gives_the_same_numbers(run, whole):
   mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
   loaded = checkpoint.load(workdir, mesh=mesh)
   made = examples.make_rows(
-    config.data, "mllm", loaded.config, checkpoint.text_tokenizer(loaded)
+    config.data, loaded.config, checkpoint.text_tokenizer(loaded)
   )
   graph, state = nnx.split(loaded.model)
   found = evaluator.Evaluator(graph, config.eval)(

@@ -103,7 +103,9 @@ def step(**changes):
   values.data.path = "unused"
   stage = run_config(values).mllm
   stage = replace(stage, changes)
-  return flops.train_step(CONFIG, stage, "mllm", length=32)
+  return flops.train_step(
+    flops.mllm(CONFIG, 32, 1, 1), stage, constant=("vqvae",)
+  )
 
 
 def test_frozen_parts_cost_one_pass_and_remat_one_more():
@@ -140,12 +142,10 @@ def test_traffic_grows_with_turns_and_shrinks_with_parts():
   def traffic(parts=8, fsdp=8, **changes):
     train = dataclasses.replace(stage.train, **changes)
     return flops.hbm_bytes(
-      CONFIG,
+      flops.mllm(CONFIG, 32, 1, 1),
       dataclasses.replace(stage, train=train),
-      "mllm",
       parts=parts,
       fsdp=fsdp,
-      length=32,
     )
 
   assert traffic(parts=16) < traffic()

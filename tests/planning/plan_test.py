@@ -29,7 +29,7 @@ def arguments(request):
     "--config.mesh.fsdp=-1",
     "--config.mllm.train.remat=full",
     # Muon multiplies whole matrices: AdamW alone shows what gradients cost.
-    "--config.mllm.optimizer.muon_learning_rate=0.0",
+    "--config.mllm.optimizer.name=adamw",
     "--config.eval.batch_size=8",
     "--config.eval.max_text=2",
   ]

@@ -13,7 +13,7 @@ from argenseg_jax.data import array_record_writer
 from argenseg_jax.data.pipeline import TrainIterator
 from argenseg_jax.data.sources.registry import open_source
 from argenseg_jax.training import code_cache
-from argenseg_jax.training.step import mllm_loss
+from argenseg_jax.training.objectives import mllm_loss
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from argenseg_jax.planning import hlo
 from argenseg_jax.training.optimizer import init_moments, trainable_filter
 from argenseg_jax.training.state import TrainState
 from argenseg_jax.training.step import make_train_step, update_average
+from argenseg_jax.training.tasks import TASKS
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, Batch
 
 ROWS, LENGTH = 8, 32
@@ -116,7 +117,9 @@ def start(config: RunConfig, sizes, task="mllm", slices=1):
     optimizer=optimizer.init(params),
     usage=jax.device_put(jnp.zeros((11,), jnp.int32), everywhere),
   )
-  return jax.jit(make_train_step(graph, optimizer, config, task, mesh=mesh)), (
+  return jax.jit(
+    make_train_step(graph, optimizer, config, TASKS[task], mesh=mesh)
+  ), (
     state,
     sharding.put_batch(make_batch(), mesh),
   )

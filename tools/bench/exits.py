@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
   args.bfloat16 = False
   predictor = warmup.open_predictor(args, batch_size=args.batch_size)
   rows = rows_lib.make_rows(
-    predictor.data, "mllm", predictor.config, predictor.tokenizer
+    predictor.data, predictor.config, predictor.tokenizer
   )
   source = rows_lib.of_split(rows, args.split).source
   scales = predictor.config.vqvae.scales

@@ -160,8 +160,8 @@ def ours(
   from argenseg_jax.config_parsing import run_config
   from argenseg_jax.configs import base
   from argenseg_jax.models.argenseg import ARGenSeg
+  from argenseg_jax.training.objectives import mllm_loss
   from argenseg_jax.training.optimizer import trainable_filter
-  from argenseg_jax.training.step import mllm_loss
 
   run = run_config(base.get_config(), needs_data=False)
 

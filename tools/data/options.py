@@ -110,7 +110,7 @@ def of_checkpoint(path: str) -> tuple[Settings, typing.Any]:
   from argenseg_jax.training import initialize
 
   loaded = checkpoint.load(path)
-  if loaded.task == "mllm":
+  if loaded.is_whole:
     data = from_mapping(DataConfig, loaded.meta["run"]["data"])
     tokenizer = checkpoint.text_tokenizer(loaded)
     return Settings(data, loaded.config, tokenizer), loaded.model.vqvae

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
   else:
     settings = options.settings(config_flags)
   source = options.one_source(settings.data, args)
-  made = examples.make_rows(source, "mllm", settings.model, settings.tokenizer)
+  made = examples.make_rows(source, settings.model, settings.tokenizer)
   total = len(made.source)
   indices = range(args.first, min(args.first + args.count, total))
   if not indices or args.first < 0:

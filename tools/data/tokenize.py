@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
   if config_flags:
     data = options.settings(config_flags).data
   source = options.one_source(data, args)
-  made = examples.make_rows(source, "mllm", settings.model, settings.tokenizer)
+  made = examples.make_rows(source, settings.model, settings.tokenizer)
   code_cache.write(made, vqvae, out)
   print(f"wrote {out}: codes of {len(made.source)} records")
   return 0

@@ -1,0 +1,111 @@
+"""What a run says of its steps: metrics files, progress, skipped steps."""
+
+import pathlib
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from argenseg_jax.config import TrainConfig
+from argenseg_jax.evaluation.evaluator import headline
+from argenseg_jax.runtime.goodput import Goodput
+from argenseg_jax.runtime.metric_writer import MetricsWriter, Progress
+from argenseg_jax.runtime.nan_guard import NonFinite
+from argenseg_jax.runtime.throughput import Pace
+from argenseg_jax.types import Batch
+
+
+class StepLog:
+  """Metrics of a step are fetched while the next one runs, so that the device
+  never waits for the log.
+
+  Args:
+    title: of the progress bar.
+    train: how often to log, and how many skipped steps end the run.
+    folder: gets metrics.jsonl, TensorBoard events, non_finite.jsonl.
+    pace: speed between two steps that are logged.
+    goodput: seconds by kind.
+    start: step that training starts from.
+    active: whether this process writes.
+  """
+
+  def __init__(
+    self,
+    title: str,
+    train: TrainConfig,
+    folder: pathlib.Path,
+    *,
+    pace: Pace,
+    goodput: Goodput,
+    start: int,
+    active: bool,
+  ):
+    self._every = train.log_every
+    self._pace = pace
+    self._goodput = goodput
+    self._writer = MetricsWriter(folder, active=active)
+    self._bar = Progress(title, train.steps, start=start, active=active)
+    self._guard = NonFinite(
+      folder / "non_finite.jsonl", train.max_skipped, active=active
+    )
+    self._due: tuple[int, dict[str, Array]] | None = None
+
+  def dispatched(
+    self, step: int, metrics: dict[str, Array], batch: Batch
+  ) -> None:
+    """Notes a step that the device works on; logs the one before if it is due.
+
+    Args:
+      step: counted from 1.
+      metrics: on their way from the device.
+      batch: of this host.
+
+    Raises:
+      Diverged: too many steps in a row were skipped.
+    """
+    self._guard.note(step, metrics.pop("skipped"), batch.sample_id)
+    self._write_due()
+    if self._every and step % self._every == 0:
+      self._due = step, metrics
+
+  def evaluated(self, step: int, split: str, values: dict[str, float]) -> None:
+    """Logs the metrics of a split; the time that they took is no step's."""
+    self._writer.write(step, {f"{split}/{k}": v for k, v in values.items()})
+    self._bar.update(step, f"{split} {headline(values)}")
+    self._pace.pause()
+
+  def finish(self, step: int) -> None:
+    """Waits for the last step.
+
+    Raises:
+      Diverged: as `dispatched`.
+    """
+    self._write_due()
+    self._guard.check(step)
+    self._bar.update(step)
+    self._bar.close()
+
+  def results(self, step: int, values: dict[str, float]) -> None:
+    """Logs what a finished run is worth."""
+    self._writer.write(step, {f"final/{k}": v for k, v in values.items()})
+
+  def _write_due(self) -> None:
+    if self._due is None:
+      return
+    (step, metrics), self._due = self._due, None
+    self._guard.check(step)
+    values = _as_floats(jax.device_get(metrics))
+    values["skipped"] = self._guard.skipped
+    self._writer.write(step, values | self._pace(step) | self._goodput())
+    self._bar.update(step, f"loss {values['loss']:.3f}")
+
+
+def _as_floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+  """Numbers of a line; a vector gets a name for each of its entries."""
+  values = {}
+  for name, value in metrics.items():
+    if np.ndim(value):
+      values |= {f"{name}/{i}": float(v) for i, v in enumerate(value)}
+    else:
+      values[name] = float(value)
+  return values
