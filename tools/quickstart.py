@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 # Minutes that the full recipe takes on two quiet cores; `--minutes` scales the
 # steps of training around it.
 FULL_MINUTES = 14.0
+MOST_MINUTES = 10_000
 
 
 def main(argv: list[str]) -> int:
@@ -16,7 +17,7 @@ def main(argv: list[str]) -> int:
     prog="argenseg quickstart",
     description="Builds ref_shapes, trains the image tokenizer and the "
     "decoder, evaluates, and leaves results.json, checkpoints and reports. "
-    "Interrupted, it goes on where it was.",
+    "Interrupted, the same command resumes.",
     epilog="Example: argenseg quickstart --workdir=runs/quickstart",
   )
   parser.add_argument("--workdir", default="runs/quickstart")
@@ -34,8 +35,10 @@ def main(argv: list[str]) -> int:
   from argenseg_jax.runtime.nan_guard import Diverged
   from argenseg_jax.training import loop, quickstart
 
-  if args.minutes <= 0:
-    raise ConfigError("--minutes must be above 0.")
+  if not 0 < args.minutes <= MOST_MINUTES:
+    raise ConfigError(
+      f"--minutes={args.minutes:g} must be above 0 and at most {MOST_MINUTES}."
+    )
   workdir = paths.disk_path(args.workdir).absolute()
   config = scaled_config(args.seed, args.minutes / FULL_MINUTES)
   config.data.path = str(workdir / "data")

@@ -14,17 +14,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from argenseg_jax import config_parsing, sharding
-from argenseg_jax.checkpoint.layout import (
-  CheckpointError,
-  step_directory,
-  text_tokenizer_path,
-)
-from argenseg_jax.config import MeshConfig, ModelConfig
+from argenseg_jax.checkpoint import layout
+from argenseg_jax.checkpoint.layout import CheckpointError, step_directory
+from argenseg_jax.config import ConfigError, MeshConfig, ModelConfig
 from argenseg_jax.data import text
 from argenseg_jax.models import int8
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.vqvae import VQVAE
-from argenseg_jax.runtime.paths import Path
+from argenseg_jax.runtime.paths import Path, said
 
 FORMAT = 1
 
@@ -72,7 +69,8 @@ def text_tokenizer(found: Description) -> text.TextTokenizer:
     CheckpointError: there is none beside the checkpoint.
     DataError: it is of another model.
   """
-  path = text_tokenizer_path(found.path)
+  path = layout.text_tokenizer_path(found.path)
+  layout.require_unchanged(found.path, path.name)
   if not path.is_file():
     raise CheckpointError(
       f"checkpoint {found.path} has no text tokenizer; import it again with "
@@ -216,9 +214,40 @@ def model_factory(
 
 
 def stored_tree(item: Path) -> Any:
-  """Shapes and dtypes of an item on disk."""
-  with ocp.StandardCheckpointer() as reader:
-    return reader.metadata(item).item_metadata.tree
+  """Shapes and dtypes of an item on disk.
+
+  Raises:
+    CheckpointError: nothing there can be restored.
+  """
+  try:
+    with ocp.StandardCheckpointer() as reader:
+      return reader.metadata(item).item_metadata.tree
+  except (OSError, ValueError, KeyError, AttributeError) as error:
+    raise CheckpointError(
+      f"checkpoint {item.parent} cannot be restored: files of its "
+      f"{item.name!r} are missing or damaged ({said(error)})."
+    ) from error
+
+
+def structure_faults(step: Path) -> tuple[str, ...]:
+  """Why a step cannot be restored, whatever its manifest says; empty if it can.
+
+  Compares names and shapes with the model that its meta data describe, without
+  reading arrays.
+  """
+  try:
+    meta = read_meta(step)
+    config = config_parsing.from_mapping(ModelConfig, meta["model"])
+    abstract = nnx.eval_shape(model_factory(meta["task"], config))
+    wanted = nnx.to_pure_dict(nnx.state(abstract))
+    compare(wanted, stored_tree(step / "model"), step)
+    if (step / "optimizer").exists():
+      stored_tree(step / "optimizer")
+  except (CheckpointError, ConfigError) as error:
+    return (str(error),)
+  except (KeyError, TypeError, ValueError) as error:
+    return (str(_unreadable_meta(step, error)),)
+  return ()
 
 
 def with_values(state: nnx.State, values: dict[str, Any]) -> nnx.State:

@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from argenseg_jax.checkpoint import manifest
+from argenseg_jax.checkpoint import layout, manifest
 from argenseg_jax.checkpoint.layout import (
   DAMAGED,
   CheckpointError,
@@ -66,7 +66,12 @@ class Checkpoints:
     concurrent_gb: float = 96,
   ):
     workdir = paths.absolute(paths.as_path(workdir))
-    self.directory = workdir / "checkpoints"
+    if "\\" in str(workdir):  # TensorStore would write elsewhere.
+      raise CheckpointError(
+        f"checkpoints cannot be kept in {workdir}: give a path without "
+        "backslashes."
+      )
+    self.directory = layout.steps_directory(workdir)
     self._manager = _Manager(
       self.directory,
       item_handlers={
@@ -129,7 +134,7 @@ class Checkpoints:
     the step gets its final name."""
     for directory in self.directory.iterdir():
       if directory.name.split(".")[0] == str(self._saving):
-        manifest.sign(directory)
+        manifest.sign(directory, layout.beside(directory))
 
   def save(
     self,
@@ -222,7 +227,7 @@ class Checkpoints:
       raise CheckpointError(
         f"cannot write checkpoint {self.directory / str(self._saving)}: "
         f"{said.splitlines()[0].rstrip('.')}; earlier ones are as they were. "
-        "Make room or mend the disk and start again."
+        "Free up space (or fix the disk), then rerun the same command."
       ) from error
 
 

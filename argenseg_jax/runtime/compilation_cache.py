@@ -23,7 +23,10 @@ def enable() -> pathlib.Path | None:
     return pathlib.Path(jax.config.jax_compilation_cache_dir)
   if asked.lower() in ("off", "0"):
     return None
-  directory = pathlib.Path(asked) if asked else _usual_directory()
+  try:
+    directory = pathlib.Path(asked) if asked else _usual_directory()
+  except RuntimeError:  # Neither HOME nor an entry for this user: no cache.
+    return None
   # JAX itself makes the directory and warns where it cannot.
   jax.config.update("jax_compilation_cache_dir", str(directory))
   return directory

@@ -1,9 +1,11 @@
 """Several processes, one a host: how they start, agree and write."""
 
+import errno
 import glob
 import importlib.util
 import json
 import os
+import socket
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from argenseg_jax.config import ConfigError
+from argenseg_jax.runtime.paths import said
 
 
 def initialize(
@@ -18,6 +21,7 @@ def initialize(
   num_processes: int = 0,
   process_id: int = -1,
   heartbeat_seconds: int = 100,
+  start_seconds: int = 300,
 ) -> None:
   """Joins the other processes of a run; does nothing for a single one.
 
@@ -30,15 +34,22 @@ def initialize(
     num_processes: of the run.
     process_id: of this one, from 0.
     heartbeat_seconds: the others end when one has been silent for so long.
+    start_seconds: how long to wait for the others.
 
   Raises:
-    config.ConfigError: only some of the arguments are given, or no second is.
+    config.ConfigError: only some of the arguments are given, or no second is;
+      the processes do not find each other.
   """
-  if heartbeat_seconds < 1:
-    raise ConfigError(
-      f"--heartbeat_seconds={heartbeat_seconds} must be 1 or more."
-    )
-  patience = {"heartbeat_timeout_seconds": heartbeat_seconds}
+  for flag, seconds in (
+    ("heartbeat_seconds", heartbeat_seconds),
+    ("start_seconds", start_seconds),
+  ):
+    if seconds < 1:
+      raise ConfigError(f"--{flag}={seconds} must be 1 or more.")
+  patience = {
+    "heartbeat_timeout_seconds": heartbeat_seconds,
+    "initialization_timeout": start_seconds,
+  }
   given = (bool(coordinator), num_processes > 0, process_id >= 0)
   if any(given):
     if not all(given) or process_id >= num_processes or ":" not in coordinator:
@@ -46,11 +57,46 @@ def initialize(
         "give --coordinator=HOST:PORT, --num_processes=N and --process_id=I "
         "with I below N together."
       )
-    jax.distributed.initialize(
-      coordinator, num_processes, process_id, **patience
-    )
-  elif in_cluster():
+    port = coordinator.rpartition(":")[2]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+      raise ConfigError(
+        f"--coordinator={coordinator} needs a port from 1 to 65535 behind the "
+        "colon."
+      )
+    if process_id == 0:
+      _require_free(int(port))
+    patience |= {
+      "coordinator_address": coordinator,
+      "num_processes": num_processes,
+      "process_id": process_id,
+    }
+  elif not in_cluster():
+    return
+  try:
     jax.distributed.initialize(**patience)
+  except Exception as error:  # Each kind of cluster has errors of its own.
+    raise ConfigError(
+      "the processes of this run did not find each other within "
+      f"{start_seconds} s ({type(error).__name__}: {said(error)}); check that "
+      "every host runs the same command with its own number, reaches the "
+      "coordinator's port, and has all of its cluster's variables (such as "
+      "SLURM_*); or give --coordinator, --num_processes and --process_id, or a "
+      "larger --start_seconds."
+    ) from error
+
+
+def _require_free(port: int) -> None:
+  """The coordinator would wait for a port that another program holds."""
+  with socket.socket() as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      probe.bind(("", port))
+    except OSError as error:
+      if error.errno in (errno.EADDRINUSE, errno.EACCES):
+        raise ConfigError(
+          f"port {port} of --coordinator cannot be used on this host "
+          f"({error.strerror}); give another port on every host."
+        ) from error
 
 
 def in_cluster() -> bool:
@@ -58,7 +104,7 @@ def in_cluster() -> bool:
   env = os.environ
   if env.get("JAX_COORDINATOR_ADDRESS"):
     return True
-  if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+  if "SLURM_STEP_NODELIST" in env and env.get("SLURM_NTASKS", "1") != "1":
     return True
   if env.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
     return False

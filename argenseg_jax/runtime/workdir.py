@@ -62,6 +62,7 @@ def claim(
   saved: Mapping[str, int],
   accept_changed_data: bool = False,
   change_settings: bool = False,
+  has_flags: bool = True,
 ) -> list[str]:
   """Writes `config.json`; refuses a directory of another config.
 
@@ -75,6 +76,7 @@ def claim(
     saved: the newest step of each task that has one.
     accept_changed_data: let data settings and the global batch size differ.
     change_settings: let lengths, rates, losses and evaluations differ.
+    has_flags: whether the command knows these two as flags.
 
   Returns:
     The keys that differ.
@@ -104,7 +106,8 @@ def claim(
     key for key, flag in asked.items() if not accepted.get(flag, not flag)
   ]
   if refused:
-    raise ConfigError(_refusal(workdir, refused, asked))
+    flags = sorted({asked[key] for key in refused}) if has_flags else []
+    raise ConfigError(_refusal(workdir, refused, flags))
   if changed:
     values = {k: [_at(theirs, k), _at(mine, k)] for k in changed}
     now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -138,14 +141,14 @@ def _is_any(key: str, patterns: tuple[str, ...]) -> bool:
   )
 
 
-def _refusal(workdir: Path, refused: list[str], asked: dict[str, str]) -> str:
-  flags = sorted({asked[key] for key in refused})
-  remedy = f"give another directory, or the same {', '.join(refused[:5])}"
-  if "never" not in flags:
+def _refusal(workdir: Path, refused: list[str], flags: list[str]) -> str:
+  keys = ", ".join(refused[:5])
+  remedy = f"give another directory, or the same {keys}"
+  if flags and "never" not in flags:
     remedy += f", or accept the change with {' '.join(flags)}"
   return (
     f"work directory {workdir} was created with a different config (it differs "
-    f"in {', '.join(refused[:5])}); {remedy}."
+    f"in {keys}); {remedy}."
   )
 
 

@@ -46,6 +46,7 @@ def run(
   workdir: str | Path,
   *,
   accept_changed_data: bool = False,
+  change_settings: bool = False,
 ) -> dict[str, Any]:
   """Runs every task of a config, resuming where an earlier call stopped.
 
@@ -55,6 +56,7 @@ def run(
       trains a whole model, `results.json` with its metrics on every split. On
       a disk or in a gs:// bucket.
     accept_changed_data: resume although the data changed.
+    change_settings: resume with other lengths, rates, losses or evaluations.
 
   Returns:
     The final metrics of each task.
@@ -68,6 +70,14 @@ def run(
   workdir = paths.as_path(workdir)
   grace = config.stage(config.tasks[-1]).train.grace_seconds
   with workdir_lib.held(workdir), preemption.listening(grace) as stop:
+    changed = workdir_lib.claim(
+      config,
+      workdir,
+      saved=checkpoint.newest_steps(workdir, config.tasks),
+      accept_changed_data=accept_changed_data,
+      change_settings=change_settings,
+    )
+    _forget_results(workdir, changed)
     return _run(config, workdir, accept_changed_data, stop)
 
 
@@ -77,7 +87,6 @@ def _run(
   accept_changed_data: bool,
   stop: preemption.Stopping,
 ) -> dict[str, Any]:
-  workdir_lib.claim(config, workdir, accept_changed_data=accept_changed_data)
   results, init_from = {}, config.init_from
   for name in config.tasks:
     results[name] = train(
@@ -89,7 +98,7 @@ def _run(
     )
     init_from = str(workdir / name)
   scores = workdir / "results.json"
-  scored = distributed.agree(scores.exists())
+  scored = distributed.agree(paths.read_json(scores) is not None)
   last = TASKS[config.tasks[-1]]
   if last.reads_text and not scored:
     loaded = checkpoint.load(workdir / last.name)
@@ -101,6 +110,18 @@ def _run(
         print(f"{split}: {headline(values)}")
     distributed.wait_for_all("results")
   return results
+
+
+def _forget_results(workdir: Path, changed: list[str]) -> None:
+  """A task with another number of steps is not done, nor is the evaluation of
+  what follows or of what is measured otherwise."""
+  longer = [k for k in changed if k.endswith(".train.steps")]
+  stale = [workdir / key.split(".")[0] for key in longer]
+  if longer or any(key.startswith("eval.") for key in changed):
+    stale.append(workdir)
+  for folder in stale if distributed.is_main() else ():
+    (folder / "results.json").unlink(missing_ok=True)
+  distributed.wait_for_all("forget results")
 
 
 def train(
@@ -124,9 +145,9 @@ def train(
   Returns:
     Final metrics; read back when the task is done already.
   """
-  done = workdir / "results.json"
-  if distributed.agree(done.exists()):
-    return json.loads(done.read_text())
+  done = paths.read_json(workdir / "results.json")
+  if distributed.agree(done is not None):
+    return done or paths.read_json(workdir / "results.json") or {}
   task, train = TASKS[name], config.stage(name).train
   with (
     preemption.listening(train.grace_seconds) as stop,
@@ -337,7 +358,7 @@ def _take_steps(
         state.variables,
         state.counters,
         meta | {"data": data_state},
-        score=scores(train.best_by),
+        score=scores(train.best_by, step),
       )
       if wait:
         run.checkpoints.wait()
@@ -378,7 +399,7 @@ def _take_steps(
         contextlib.suppress(preemption.Interrupted),  # It saves below.
       ):
         values = evaluate(state.variables, stop.check)
-        scores.ciou = values["ciou"]
+        scores.add_ciou(step, values["ciou"])
         log.evaluated(step, config.eval.splits[0], values)
 
     # A checkpoint.

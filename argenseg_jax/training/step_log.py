@@ -43,12 +43,13 @@ class StepLog:
     self._every = train.log_every
     self._pace = pace
     self._goodput = goodput
-    self._writer = MetricsWriter(folder, active=active)
+    self._writer = MetricsWriter(folder, active=active, start=start)
     self._bar = Progress(title, train.steps, start=start, active=active)
     self._guard = NonFinite(
       folder / "non_finite.jsonl", train.max_skipped, active=active
     )
     self._due: tuple[int, dict[str, Array]] | None = None
+    self._last = train.steps
 
   def dispatched(
     self, step: int, metrics: dict[str, Array], batch: Batch
@@ -65,7 +66,7 @@ class StepLog:
     """
     self._guard.note(step, metrics.pop("skipped"), batch.sample_id)
     self._write_due()
-    if self._every and step % self._every == 0:
+    if self._every and (step % self._every == 0 or step == self._last):
       self._due = step, metrics
 
   def evaluated(self, step: int, split: str, values: dict[str, float]) -> None:

@@ -162,7 +162,7 @@ def test_a_finished_run_is_not_repeated(config, workdir):
 
 def test_directory_of_another_config_is_refused(config, workdir):
   other = dataclasses.replace(config, seed=1)
-  with pytest.raises(ConfigError, match=r"belongs to another config.*seed"):
+  with pytest.raises(ConfigError, match=r"a different config.*seed"):
     loop.run(other, workdir)
 
 
