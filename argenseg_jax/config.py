@@ -136,6 +136,7 @@ class DataConfig:
     "ade20k",
     "text_to_image",
     "folder",
+    "image_folder",
     "ref_coco",
     "array_record",
   ] = "jsonl"

@@ -153,8 +153,8 @@ def _require_scores(config: RunConfig, task: str) -> None:
   if not train.keep_best or train.best_by != "ciou":
     return
   key = f"config key '{task}.train.best_by' is 'ciou', "
-  if task != "mllm":
-    raise ConfigError(f"{key}which is measured for 'mllm' only; use 'loss'.")
+  if task == "vqvae" and config.data.mask_channels == 3:
+    raise ConfigError(f"{key}which images as targets have not; use 'loss'.")
   both = math.lcm(train.eval_every, train.save_every)
   if not 0 < both < train.steps:
     raise ConfigError(

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 
 Array = Any  # numpy on the host, jax.Array on the device.
 
+# RGB of the vision tower's training images, of values in [0, 1].
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 # `Batch.targets` below zero.
 IGNORE_TARGET = -1  # No loss at this position.
 CODE_TARGET = -2  # The next code of this row's masks, in order.

@@ -1,6 +1,7 @@
-"""VAR's image tokenizer from scratch on pictures of 256 pixels.
+"""VAR's image tokenizer from scratch on images of 256 pixels.
 
-Each jsonl record names a picture as its `mask`.
+It trains on the first image of each record of any layout, or on a folder of
+images (`--config.data.source=image_folder`): docs/image_tokenizer.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""VAR's image tokenizer from scratch on pictures of 512 pixels: 2,240 codes."""
+"""VAR's image tokenizer from scratch on images of 512 pixels: 2,240 codes."""
 
 from ml_collections import ConfigDict
 

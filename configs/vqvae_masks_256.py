@@ -1,5 +1,8 @@
 """VAR's image tokenizer from scratch on masks of 256 pixels.
 
+It trains on the masks of any layout, or on a folder of mask images
+(`--config.data.source=image_folder`): docs/image_tokenizer.md.
+
 The recipe of tiny.py at full size: a few steps without the quantiser, a
 codebook that starts on the data, revival of dead codes.
 """

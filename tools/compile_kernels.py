@@ -141,12 +141,12 @@ def compile_for(
   device = described.devices[0]
   mesh = Mesh(np.asarray([device]), ("device",))
   sharding = NamedSharding(mesh, PartitionSpec())
-  inputs = (
+  placed = [
     jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in inputs
-  )
+  ]
   # Others' kernels look at the default device, ours at the mesh.
   with jax.set_mesh(mesh), jax.default_device(device):
-    return jax.jit(function).lower(*inputs).compile()
+    return jax.jit(function).lower(*placed).compile()
 
 
 def main(argv: list[str] | None = None) -> int:

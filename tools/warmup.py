@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
   )
   print(
     f"{count} programs in {time.perf_counter() - began:.1f} s, kept in "
-    f"{jax.config.jax_compilation_cache_dir or 'this process only'}"
+    f"{jax.config.values['jax_compilation_cache_dir'] or 'this process only'}"
   )
   return 0
 

@@ -198,11 +198,6 @@ def eval_batches(
     batches.close()
 
 
-def num_eval_batches(rows: RowMaker, global_batch_size: int) -> int:
-  """How many batches `eval_batches` yields."""
-  return -(-len(rows.source) // global_batch_size)
-
-
 def _host_batch_size(global_batch_size: int, host_count: int) -> int:
   if global_batch_size % host_count:
     raise DataError(

@@ -1,9 +1,8 @@
-"""Pictures and masks: decoding, resizing, normalising, and the way back.
+"""Images and masks: decoding, resizing, and the way back.
 
 Pillow's fixed-point resize is the definition; OpenCV's is a faster switch that
 comes close. Functions are pure and take their sizes as arguments. The pipeline
-keeps uint8; `normalize_image` and `normalize_seg_mask` state what the device
-does with it.
+keeps uint8: `models.argenseg` normalizes it on the device.
 """
 
 import contextlib
@@ -15,14 +14,13 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.runtime import paths
+from argenseg_jax.types import IMAGENET_MEAN
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # What OpenCV refuses is reported by `DataError`, not on the terminal.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
@@ -43,7 +41,10 @@ _FORMATS = (
   "WEBP",
 )
 
-_PILLOW = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
+_PILLOW = {
+  "bicubic": Image.Resampling.BICUBIC,
+  "bilinear": Image.Resampling.BILINEAR,
+}
 _PPM = re.compile(rb"P6\n([1-9]\d{0,5}) ([1-9]\d{0,5})\n255\n")
 _OPENCV = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}
 
@@ -246,29 +247,6 @@ def mask_target(
     middle = (intermediate_side, intermediate_side)
     seg_mask = resize(seg_mask, middle, backend=backend)
   return resize(seg_mask, (side, side), backend=backend)
-
-
-def normalize_image(
-  pixels: UInt8[np.ndarray, "... 3"],
-) -> Float[np.ndarray, "... 3"]:
-  """ImageNet mean and standard deviation, float32."""
-  mean = np.array(IMAGENET_MEAN, np.float32)
-  std = np.array(IMAGENET_STD, np.float32)
-  return (pixels.astype(np.float32) / np.float32(255) - mean) / std
-
-
-def normalize_seg_mask(
-  pixels: UInt8[np.ndarray, "..."],
-) -> Float[np.ndarray, "..."]:
-  """From 0..255 to [-1, 1], float32."""
-  half = np.float32(0.5)
-  return (pixels.astype(np.float32) / np.float32(255) - half) / half
-
-
-def to_uint8(x: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
-  """From [-1, 1] to 0..255 by truncation, as the authors' pictures leave."""
-  scaled = (np.asarray(x, np.float32) + np.float32(1)) / np.float32(2)
-  return np.clip(scaled * np.float32(255), 0, 255).astype(np.uint8)
 
 
 def grey_at_size(

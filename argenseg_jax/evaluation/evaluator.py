@@ -236,7 +236,14 @@ def evaluate_checkpoint(
 
 def headline(metrics: dict[str, Any]) -> str:
   """The metrics that fit into a line."""
-  names = ("ciou", "giou", "yes_no_accuracy", "vqa_soft", "choice_accuracy")
+  names = (
+    "ciou",
+    "giou",
+    "psnr",
+    "yes_no_accuracy",
+    "vqa_soft",
+    "choice_accuracy",
+  )
   return " ".join(f"{n} {metrics[n]:.3f}" for n in names if n in metrics)
 
 

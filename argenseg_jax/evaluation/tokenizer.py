@@ -10,7 +10,7 @@ import cv2
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt8
 
 from argenseg_jax import sharding
 from argenseg_jax.data import pipeline
@@ -32,6 +32,7 @@ class CeilingSums(Sums):
     intersection, union: foreground pixels.
     iou: sum of per-mask IoU.
     boundary: sum of per-mask boundary F.
+    psnr: sum of per-image PSNR, where images are encoded instead of masks.
   """
 
   samples: Any = 0
@@ -39,10 +40,13 @@ class CeilingSums(Sums):
   union: Any = 0
   iou: Any = 0.0
   boundary: Any = 0.0
+  psnr: Any = 0.0
 
   def results(self) -> list[dict[str, float]]:
-    """cIoU, gIoU and boundary F of each prefix."""
+    """cIoU, gIoU and boundary F of each prefix; of images, PSNR."""
     n = np.maximum(self.samples, 1)
+    if np.any(self.psnr):
+      return [{"psnr": float(value)} for value in self.psnr / n]
     ciou = self.intersection / (self.union + 1e-10)
     columns = zip(ciou, self.iou / n, self.boundary / n, strict=True)
     names = ("ciou", "giou", "boundary_f")
@@ -62,6 +66,16 @@ def ceiling_score(
     iou=np.where(union > 0, shared / np.maximum(union, 1), 1.0),
     boundary=np.array([boundary_f(p, truth) for p in predictions]),
   )
+
+
+def image_score(
+  decoded: UInt8[np.ndarray, "p h w 3"], truth: UInt8[np.ndarray, "h w 3"]
+) -> CeilingSums:
+  """The sums of one image, decoded from each prefix of its scales."""
+  error = (decoded.astype(np.float64) - truth) ** 2
+  error = np.maximum(error.mean((1, 2, 3)), 1e-2)  # At most 68 dB.
+  count = np.ones(len(decoded), np.int64)
+  return CeilingSums(samples=count, psnr=10 * np.log10(255**2 / error))
 
 
 def boundary_f(
@@ -116,7 +130,8 @@ def tokenizer_ceiling(
     every_prefix: also decode the first scale alone, the first two, ...
 
   Returns:
-    ciou, giou, boundary_f, samples (masks), codes_used, perplexity (of the
+    ciou, giou, boundary_f (of images instead psnr, in dB at the tokenizer's
+    size), samples (masks), codes_used, perplexity (of the
     codes, all scales together), and with `every_prefix` "prefixes": a list by
     number of scales of {"side", "ciou", "giou", "boundary_f", "codes_used",
     "perplexity"}, the last two of that scale alone.
@@ -142,7 +157,7 @@ def tokenizer_ceiling(
   model = nnx.merge(graph, state)
   scales, num_codes = model.quantizer.scales, model.quantizer.codebook.shape[0]
   prefixes = len(scales) if every_prefix else 1
-  sums = CeilingSums(*(np.zeros(prefixes) for _ in range(5)))
+  sums = CeilingSums(*(np.zeros(prefixes) for _ in range(6)))
   counts = np.zeros((len(scales), num_codes), np.int64)
   for batch in batches(rows, size, total):
     found = round_trip(state, sharding.put_rows(batch.seg_masks, state))
@@ -150,6 +165,10 @@ def tokenizer_ceiling(
     for i, j in np.argwhere(batch.mask_valid):
       sample = rows.source[int(batch.sample_id[i])]
       if j < sample.num_past_masks:  # An earlier sample's.
+        continue
+      if sample.target == "picture":
+        sums += image_score(decoded[i, j], batch.seg_masks[i, j])
+        np.add.at(counts, (scales.scale_of_code, codes[i, j]), 1)
         continue
       truth = sample.load_seg_mask(j) > 0
       drawn = [

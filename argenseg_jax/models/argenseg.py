@@ -1,6 +1,7 @@
 """ARGenSeg: vision tower, decoder and image tokenizer tied into one model."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +15,21 @@ from argenseg_jax.models import layers
 from argenseg_jax.models.llm import Decoder
 from argenseg_jax.models.vit import VisionEncoder
 from argenseg_jax.models.vqvae import VQVAE
-from argenseg_jax.types import ModelInputs
-
-IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
-IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
+from argenseg_jax.types import IMAGENET_MEAN, IMAGENET_STD, ModelInputs
 
 
 def normalize_images(
   images: UInt8[Array, "*b h w 3"],
 ) -> Float[Array, "*b h w 3"]:
   """RGB bytes to the vision tower's float32 input."""
-  return (images.astype(jnp.float32) / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
+  mean, std = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
+  return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
 def normalize_seg_masks(
   seg_masks: UInt8[Array, "*b h w c"],
 ) -> Float[Array, "*b h w 3"]:
-  """Mask or picture bytes to the image tokenizer's input in [-1, 1]."""
+  """Mask or image bytes to the image tokenizer's input in [-1, 1]."""
   x = seg_masks.astype(jnp.float32) / 255.0 * 2.0 - 1.0
   return jnp.broadcast_to(x, (*x.shape[:-1], 3))
 
@@ -58,7 +57,9 @@ class ARGenSeg(nnx.Module):
   ):
     self.config = config
     self.scales = config.vqvae.pyramid
-    kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    kwargs: dict[str, Any] = dict(
+      rngs=rngs, dtype=dtype, param_dtype=param_dtype
+    )
     width = config.llm.width
     self.vision = VisionEncoder(config.vision, width, **kwargs)
     self.llm = Decoder(config.llm, **kwargs)

@@ -16,7 +16,6 @@ from argenseg_jax.models import layers
 from argenseg_jax.models.llm import Decoder
 
 Weights = Literal["int8", "float8_e4m3fn"]
-WEIGHTS: tuple[Weights, ...] = ("int8", "float8_e4m3fn")
 
 
 class QuantizedLinear(nnx.Module):
@@ -52,7 +51,7 @@ def quantize(llm: Decoder, weights: Weights) -> None:
 
   Args:
     llm: with its layers stacked or apart.
-    weights: one of `WEIGHTS`.
+    weights: one of `Weights`.
 
   Raises:
     ValueError: a decoder that has them already.
@@ -79,12 +78,12 @@ def quantize(llm: Decoder, weights: Weights) -> None:
 def eight_bits(
   matrix: Float[Array, "..."], axis: int, weights: Weights
 ) -> tuple[Array, Array]:
-  """Eight-bit numbers and the float32 scales that they times.
+  """Eight-bit numbers and the float32 scales that they multiply.
 
   Args:
     matrix: any matrix, or a stack of them.
     axis: summed over in products; the scales lack it.
-    weights: one of `WEIGHTS`.
+    weights: one of `Weights`.
   """
   return _eight_bits(matrix, axis, jnp.dtype(weights))
 

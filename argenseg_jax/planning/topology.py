@@ -80,7 +80,7 @@ def prepare(topology: Topology) -> None:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   if topology.name == "cpu":
     jax.config.update("jax_platforms", "cpu")
-    if jax.config.jax_num_cpu_devices != topology.num_chips:
+    if jax.config.values["jax_num_cpu_devices"] != topology.num_chips:
       jax.config.update("jax_num_cpu_devices", topology.num_chips)
     return
   platform = topology.chip.platform

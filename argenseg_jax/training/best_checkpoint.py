@@ -16,9 +16,9 @@ class Scores:
     """Of a step; it is not waited for."""
     self._losses.append(loss)
 
-  def add_ciou(self, step: int, ciou: float) -> None:
-    """Of an evaluation at a step."""
-    self._ciou = step, ciou
+  def add_ciou(self, step: int, ciou: float | None) -> None:
+    """Of an evaluation at a step, if it measured one."""
+    self._ciou = None if ciou is None else (step, ciou)
 
   def __call__(self, by: str, step: int) -> float | None:
     """The score of a checkpoint that is saved now; higher is better.

@@ -399,7 +399,7 @@ def _take_steps(
         contextlib.suppress(preemption.Interrupted),  # It saves below.
       ):
         values = evaluate(state.variables, stop.check)
-        scores.add_ciou(step, values["ciou"])
+        scores.add_ciou(step, values.get("ciou"))
         log.evaluated(step, config.eval.splits[0], values)
 
     # A checkpoint.

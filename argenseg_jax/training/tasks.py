@@ -149,7 +149,11 @@ def _tokenizer_results(
     max_samples=config.eval.max_samples,
   )
   if distributed.is_main():
-    print(f"image tokenizer ceiling: cIoU {results['ciou']:.3f}", flush=True)
+    if "psnr" in results:
+      score = f"PSNR {results['psnr']:.1f} dB"
+    else:
+      score = f"cIoU {results['ciou']:.3f}"
+    print(f"image tokenizer ceiling: {score}", flush=True)
   return results
 
 

@@ -102,7 +102,9 @@ def join_strip(strip: np.ndarray, height: int) -> np.ndarray:
   if not len(strip):
     return np.full((height, height, 3), 235, np.uint8)
   tiles = [
-    np.asarray(Image.fromarray(tile).resize((height, height), Image.BILINEAR))
+    np.asarray(
+      Image.fromarray(tile).resize((height, height), Image.Resampling.BILINEAR)
+    )
     for tile in strip
   ]
   gap = np.full((height, max(height // 32, 1), 3), 128, np.uint8)

@@ -5,7 +5,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from argenseg_jax.kernels import dispatch
-from argenseg_jax.kernels.products import block_elements, product
+from argenseg_jax.kernels.products import block_elements
 from argenseg_jax.kernels.scale_prediction import reference
 
 
@@ -46,18 +46,6 @@ def predict(
 
   rows = jnp.arange(hidden.shape[0], dtype=jnp.int32)
   return lax.map(one_row, (hidden, rows, lowest), batch_size=block)
-
-
-def highest_logits(
-  hidden: Float[Array, "r d"], code_head: Float[Array, "codes d"], k: int
-) -> Float[Array, "r k"]:
-  """The k highest logits of each row, from the highest on."""
-
-  def one_row(hidden):
-    logits = product(hidden[None], code_head, contract=(1, 1))
-    return lax.top_k(logits[0], k)[0]
-
-  return lax.map(one_row, hidden, batch_size=_rows(code_head))
 
 
 def _rows(code_head):

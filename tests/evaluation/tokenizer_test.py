@@ -40,3 +40,13 @@ def test_sums_are_divided_once_for_each_prefix():
 def test_perplexity_is_how_many_equal_codes_would_be():
   assert tokenizer.perplexity(np.array([3, 3, 0, 3])) == pytest.approx(3)
   assert tokenizer.perplexity(np.array([7, 0])) == 1
+
+
+def test_images_are_scored_by_psnr():
+  truth = np.full((4, 4, 3), 100, np.uint8)
+  one = tokenizer.image_score(np.stack((truth + 51, truth + 5)), truth)
+  two = tokenizer.image_score(np.stack((truth + 51, truth)), truth)
+  first, last = (one + two).results()
+  assert first == {"psnr": pytest.approx(20 * np.log10(5))}
+  best = 20 * np.log10(255 / 0.1)  # Equal images: the mean error's floor.
+  assert last["psnr"] == pytest.approx((20 * np.log10(51) + best) / 2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from argenseg_jax.models.llm import Decoder
 ERRORS = {"int8": 0.5 / 127, "float8_e4m3fn": 2**-4}
 
 
-@pytest.mark.parametrize("weights", int8.WEIGHTS)
+@pytest.mark.parametrize("weights", typing.get_args(int8.Weights))
 def test_numbers_times_scales_are_the_matrix(weights):
   matrix = jax.random.normal(jax.random.key(0), (3, 8, 5))
   matrix = matrix.at[0, :, 1].set(0.0)

@@ -14,6 +14,10 @@ from argenseg_jax.data.sources.array_record import (
   require_fitting,
 )
 from argenseg_jax.data.sources.folder import FolderSource
+from argenseg_jax.data.sources.image_folder import (
+  ImageFolderSource,
+  ImageTargets,
+)
 from argenseg_jax.data.sources.interactive import Interactive
 from argenseg_jax.data.sources.jsonl import JsonlSource, TextToImageSource
 from argenseg_jax.data.sources.reason_seg import ReasonSegSource
@@ -42,6 +46,7 @@ _SOURCES: dict[str, Callable[[str, str, str | None], Source]] = {
   "ade20k": lambda path, split, root: Ade20kSource(path, split),
   "text_to_image": lambda path, split, root: TextToImageSource(path, root),
   "folder": lambda path, split, root: FolderSource(path),
+  "image_folder": lambda path, split, root: ImageFolderSource(path),
   "ref_coco": lambda path, split, root: TfdsRefCocoSource(path, split),
   "array_record": lambda path, split, root: ArrayRecordSource(path, split),
 }
@@ -66,6 +71,8 @@ def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
     evaluation: every class or object of a picture, every answer of a
       conversation, and under the per-expression protocol every expression,
       becomes a sample of its own; in training one is drawn at each visit.
+      Rows without text and with targets of three channels (an image
+      tokenizer's) take the images of the records instead of their masks.
 
   Raises:
     DataError: it is missing, faulty or empty.
@@ -78,7 +85,10 @@ def open_source(config: DataConfig, *, evaluation: bool = False) -> Source:
     for part in _parts(source):
       if isinstance(part, ArrayRecordSource):
         require_fitting(part, config)
-  each = config.protocol == "per_expression"
+  if not config.sequence_length and config.mask_channels == 3:
+    return ImageTargets(source)
+  # Without text, a mask is one sample however many expressions it has.
+  each = config.protocol == "per_expression" and config.sequence_length > 0
   if evaluation and (each or has_options(source) or _has_turns(source)):
     source = EachRequest(source, each_expression=each)
   if not config.interactive:

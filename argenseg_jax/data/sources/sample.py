@@ -158,7 +158,6 @@ class EachRequest:
 
   def __init__(self, source: Source, *, each_expression: bool):
     self._source = source
-    self._each_expression = each_expression
     # Record, option, and expression or answer.
     self._places: list[tuple[int, int | None, int | None]] = []
     for index in range(len(source)):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from argenseg_jax.models import losses
-from argenseg_jax.models.argenseg import ARGenSeg
+from argenseg_jax.models.argenseg import ARGenSeg, normalize_seg_masks
 from argenseg_jax.torch_weights import importing, rules
 from argenseg_jax.torch_weights.parity import generation
 from argenseg_jax.torch_weights.parity.compare import (
@@ -20,6 +21,7 @@ from argenseg_jax.torch_weights.parity.compare import (
   torch_gradients,
 )
 from argenseg_jax.torch_weights.parity.vqvae import margins
+from argenseg_jax.torch_weights.rules import Table
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, ModelInputs
 
 _IGNORE_LABEL = -100
@@ -31,7 +33,7 @@ def checks(golden: Golden) -> dict[str, Check]:
   table = rules.argenseg(config)
   graph, state = golden.load(lambda: ARGenSeg(config, rngs=nnx.Rngs(0)), table)
 
-  # One mask or picture at a time: the same two programs serve all cases.
+  # One mask or image at a time: the same two programs serve all cases.
   @jax.jit
   def encode_one(state, seg_mask, codes):
     """The choice of each code given the recorded coarser ones, how narrow it
@@ -53,7 +55,8 @@ def checks(golden: Golden) -> dict[str, Check]:
   for name in golden.arrays:
     match = re.fullmatch(r"in\.(\w+)\.(labels|input_ids)", name)
     if match and match[2] == "labels":
-      found |= _training(golden, match[1], graph, state, table, encode)
+      case = Case(golden, match[1], graph, state, table, encode)
+      found |= _training(case)
     elif match and f"in.{match[1]}.labels" not in golden:
       found |= generation.checks(golden, match[1], graph, state, decode)
   return found
@@ -69,64 +72,125 @@ def per_row(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
   return rows.astype(values.dtype)
 
 
-def _training(golden, case, graph, state, table, encode) -> dict[str, Check]:
-  def given(name):
-    return golden[f"in.{case}.{name}"]
+def as_recorded_from_bytes(pixels: np.ndarray) -> jax.Array:
+  """Masks [... h w 3] in [-1, 1] as the model's own normalization makes them
+  of the bytes they were recorded from; others as they are."""
+  of_bytes = np.rint((pixels + 1) * 127.5)
+  if np.abs(of_bytes / 127.5 - 1 - pixels).max(initial=0.0) > 1e-6:
+    return jnp.asarray(pixels)
+  return normalize_seg_masks(jnp.asarray(of_bytes.astype(np.uint8)))
 
-  # A module that is not run: it knows sizes only.
-  model = nnx.merge(graph, state)
-  ids = model.config.token_ids
-  tokens = given("input_ids").astype(np.int32)
-  labels = given("labels").astype(np.int32)
-  valid = given("attention_mask").astype(np.int32)
-  pixels = np.moveaxis(given("pixel_values"), 1, -1)
-  seg_masks = jnp.asarray(np.moveaxis(given("masks"), 1, -1))
-  slots = model.scales.num_codes - 1
-  num_images = np.sum(tokens == ids.img_context, 1) // (
-    model.config.vision.num_embeddings
-  )
-  if slots:
-    num_masks = np.sum(tokens == ids.mask_context, 1) // slots
-  else:
-    num_masks = np.sum(tokens == ids.ge_start, 1)
-  real_images = per_row(pixels[given("image_flags") > 0], num_images)
-  real_masks = np.flatnonzero(given("mask_flags") > 0)
-  due = np.where(labels == ids.mask_context, CODE_TARGET, labels)
-  due = np.where(due == _IGNORE_LABEL, IGNORE_TARGET, due)
-  targets = np.pad(due[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_TARGET)
 
-  recorded = jnp.asarray(golden[f"out.{case}.mask_token_ids"], jnp.int32)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+  """A teacher-forced batch, and what this code makes of it, each once.
 
-  @functools.cache
-  def encoded():
+  Attributes:
+    golden: the folder.
+    name: of the case.
+    graph: of the model.
+    state: of the model.
+    table: names of its tensors.
+    encode: a mask and its recorded codes -> choices, margins and next-scale
+      inputs.
+  """
+
+  golden: Golden
+  name: str
+  graph: nnx.GraphDef
+  state: nnx.State
+  table: Table
+  encode: Callable
+
+  def given(self, name: str) -> np.ndarray:
+    return self.golden[f"in.{self.name}.{name}"]
+
+  @functools.cached_property
+  def model(self) -> ARGenSeg:
+    """A module that is not run: it knows sizes only."""
+    return nnx.merge(self.graph, self.state)
+
+  @functools.cached_property
+  def tokens(self) -> np.ndarray:
+    return self.given("input_ids").astype(np.int32)
+
+  @functools.cached_property
+  def labels(self) -> np.ndarray:
+    return self.given("labels").astype(np.int32)
+
+  @functools.cached_property
+  def valid(self) -> np.ndarray:
+    return self.given("attention_mask").astype(np.int32)
+
+  @functools.cached_property
+  def pixels(self) -> np.ndarray:
+    """[images h w 3] of all rows, as the recorder normalized them."""
+    return np.moveaxis(self.given("pixel_values"), 1, -1)
+
+  @functools.cached_property
+  def targets(self) -> np.ndarray:
+    """What each position is to predict, as `types.Batch` has it."""
+    ids = self.model.config.token_ids
+    due = np.where(self.labels == ids.mask_context, CODE_TARGET, self.labels)
+    due = np.where(due == _IGNORE_LABEL, IGNORE_TARGET, due)
+    return np.pad(due[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_TARGET)
+
+  @functools.cached_property
+  def row_images(self) -> np.ndarray:
+    """[b i h w 3]: the images that count, dealt out to their rows."""
+    config = self.model.config
+    context = np.sum(self.tokens == config.token_ids.img_context, 1)
+    counts = context // config.vision.num_embeddings
+    return per_row(self.pixels[self.given("image_flags") > 0], counts)
+
+  @functools.cached_property
+  def row_masks(self) -> np.ndarray:
+    """[b m]: each row's places among all masks; rows with fewer masks repeat
+    the first."""
+    ids = self.model.config.token_ids
+    slots = self.model.scales.num_codes - 1
+    if slots:
+      counts = np.sum(self.tokens == ids.mask_context, 1) // slots
+    else:
+      counts = np.sum(self.tokens == ids.ge_start, 1)
+    return per_row(np.flatnonzero(self.given("mask_flags") > 0), counts)
+
+  @functools.cached_property
+  def recorded_codes(self) -> jax.Array:
+    return jnp.asarray(
+      self.golden[f"out.{self.name}.mask_token_ids"], jnp.int32
+    )
+
+  @functools.cached_property
+  def encoded(self) -> tuple[jax.Array, ...]:
     """Choices, margins and next-scale inputs of all masks."""
-    parts = map(encode, seg_masks, recorded)
+    seg_masks = as_recorded_from_bytes(np.moveaxis(self.given("masks"), 1, -1))
+    parts = map(self.encode, seg_masks, self.recorded_codes)
     return tuple(map(jnp.stack, zip(*parts, strict=True)))
 
-  def forward(params, rest, codes, inputs):
+  def _forward(self, params, rest, codes, inputs):
     """Total loss, and what else the recorder kept."""
-    model = nnx.merge(graph, params, rest)
-    # Place of each row's masks among all; rows with fewer repeat the first.
-    places = per_row(real_masks, num_masks)
-    row_inputs, row_codes = inputs[places], codes[places]
+    model = nnx.merge(self.graph, params, rest)
     model_inputs = ModelInputs(
-      tokens=jnp.asarray(tokens),
-      positions=jnp.asarray(given("position_ids"), jnp.int32),
-      segment_ids=jnp.asarray(valid),
-      is_prompt=jnp.zeros(tokens.shape, bool),
-      images=jnp.asarray(real_images),
-      scale_inputs=row_inputs,
+      tokens=jnp.asarray(self.tokens),
+      positions=jnp.asarray(self.given("position_ids"), jnp.int32),
+      segment_ids=jnp.asarray(self.valid),
+      is_prompt=jnp.zeros(self.tokens.shape, bool),
+      images=jnp.asarray(self.row_images),
+      scale_inputs=inputs[self.row_masks],
     )
     hidden = model(model_inputs)
     resolved, code_index = losses.resolve_targets(
-      jnp.asarray(targets), row_codes, ids.first_code
+      jnp.asarray(self.targets),
+      codes[self.row_masks],
+      model.config.token_ids.first_code,
     )
     sums = losses.decoder_loss(
       hidden,
       model.llm.head,
       resolved,
       code_index,
-      jnp.ones(len(tokens)),
+      jnp.ones(len(self.tokens)),
       scales=model.scales,
     )
     text, code = sums.means()
@@ -135,86 +199,96 @@ def _training(golden, case, graph, state, table, encode) -> dict[str, Check]:
       "code": code,
       "resolved": resolved,
       "logits": hidden @ model.llm.head.T,
-      "vision": model.vision(jnp.asarray(pixels)),
+      "vision": model.vision(jnp.asarray(self.pixels)),
     }
 
-  @functools.cache
-  def trained():
+  @functools.cached_property
+  def trained(self):
+    """What the recorder kept, and gradients by PyTorch name."""
     # The image tokenizer is frozen in the recorder's training, too.
     params, rest = nnx.split_state(
-      state, lambda path, leaf: path[0] != "vqvae", ...
+      self.state, lambda path, leaf: path[0] != "vqvae", ...
     )
-    run = jax.jit(jax.value_and_grad(forward, has_aux=True))
-    (loss, values), gradients = run(params, rest, recorded, encoded()[2])
+    run = jax.jit(jax.value_and_grad(self._forward, has_aux=True))
+    (loss, values), gradients = run(
+      params, rest, self.recorded_codes, self.encoded[2]
+    )
     zeros = jax.tree.map(jnp.zeros_like, rest)
     whole = nnx.merge_state(gradients, zeros)
-    found = torch_gradients(table, whole)
+    found = torch_gradients(self.table, whole)
     found = {
       n: g for n, g in found.items() if not n.startswith("image_tokenizer.")
     }
     return values | {"loss": loss}, found
 
-  def value(name):
-    return trained()[0][name]
+  def value(self, name: str) -> jax.Array:
+    return self.trained[0][name]
 
-  def logits():
-    return np.where(valid[:, :, None] > 0, value("logits"), 0.0)
+  @property
+  def logits(self) -> np.ndarray:
+    return np.where(self.valid[:, :, None] > 0, self.value("logits"), 0.0)
 
-  def final_labels():
+  @property
+  def final_labels(self) -> np.ndarray:
     """Codes in place of the marks, before the shift."""
-    final = labels.copy()
-    resolved = np.asarray(value("resolved"))[:, :-1]
+    final = self.labels.copy()
+    resolved = np.asarray(self.value("resolved"))[:, :-1]
     final[:, 1:] = np.where(
-      labels[:, 1:] == _IGNORE_LABEL, _IGNORE_LABEL, resolved
+      self.labels[:, 1:] == _IGNORE_LABEL, _IGNORE_LABEL, resolved
     )
     return final
 
-  def label_logit():
-    index = np.maximum(final_labels()[:, 1:], 0)
+  def label_logit(self) -> np.ndarray:
+    index = np.maximum(self.final_labels[:, 1:], 0)
     return np.take_along_axis(
-      np.asarray(value("logits"))[:, :-1], index[:, :, None], 2
+      np.asarray(self.value("logits"))[:, :-1], index[:, :, None], 2
     )[:, :, 0]
 
-  def argmax_margin():
-    top = jax.lax.top_k(value("logits"), 2)[0]
+  def argmax_margin(self) -> np.ndarray:
+    top = jax.lax.top_k(self.value("logits"), 2)[0]
     return np.asarray(top[..., 0] - top[..., 1])
 
-  prefix = f"out.{case}."
+
+def _training(case: Case) -> dict[str, Check]:
+  prefix = f"out.{case.name}."
 
   def everywhere(name, compute, step=1):
     """A check of an array whose padded positions, which mean nothing and which
     the recorder did not clear, are taken as recorded."""
 
     def filled():
-      recorded = golden[prefix + name]
-      real = valid[:, ::step][:, : recorded.shape[1]] > 0
+      recorded = case.golden[prefix + name]
+      real = case.valid[:, ::step][:, : recorded.shape[1]] > 0
       real = real.reshape(*real.shape, *(1,) * (recorded.ndim - 2))
       return np.where(real, compute(), recorded)
 
     return Check(filled)
 
   found = {
-    "loss": Check(lambda: value("loss")[None]),
-    "text_loss": Check(lambda: value("text")[None]),
-    "gen_loss": Check(lambda: value("code")[None]),
-    "labels_final": Check(final_labels),
-    "logits": Check(logits),
+    "loss": Check(lambda: case.value("loss")[None]),
+    "text_loss": Check(lambda: case.value("text")[None]),
+    "gen_loss": Check(lambda: case.value("code")[None]),
+    "labels_final": Check(lambda: case.final_labels),
+    "logits": Check(lambda: case.logits),
     "logits_every64": everywhere(
-      "logits_every64", lambda: value("logits")[:, ::64], 64
+      "logits_every64", lambda: case.value("logits")[:, ::64], 64
     ),
     "logsumexp": everywhere(
-      "logsumexp", lambda: jax.scipy.special.logsumexp(value("logits"), -1)
+      "logsumexp",
+      lambda: jax.scipy.special.logsumexp(case.value("logits"), -1),
     ),
     "argmax": dataclasses.replace(
-      everywhere("argmax", lambda: jnp.argmax(value("logits"), -1)),
-      margin=argmax_margin,
+      everywhere("argmax", lambda: jnp.argmax(case.value("logits"), -1)),
+      margin=case.argmax_margin,
     ),
-    "label_logit": everywhere("label_logit", label_logit),
-    "mask_token_ids": Check(lambda: encoded()[0], margin=lambda: encoded()[1]),
-    "var_input": Check(lambda: encoded()[2]),
-    "vit_embeds": Check(lambda: value("vision")),
+    "label_logit": everywhere("label_logit", case.label_logit),
+    "mask_token_ids": Check(
+      lambda: case.encoded[0], margin=lambda: case.encoded[1]
+    ),
+    "var_input": Check(lambda: case.encoded[2]),
+    "vit_embeds": Check(lambda: case.value("vision")),
   }
   found = {prefix + name: check for name, check in found.items()}
   return found | gradient_checks(
-    golden, prefix, "out.grad_names", lambda: trained()[1]
+    case.golden, prefix, "out.grad_names", lambda: case.trained[1]
   )

@@ -1,13 +1,16 @@
-"""Parity of what happens to pictures and text before and after the model."""
+"""Parity of what happens to images and text before and after the model."""
 
 import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from argenseg_jax.data import text, transforms
 from argenseg_jax.evaluation import segmentation_metrics
+from argenseg_jax.inference.segment import seg_mask_at_size
+from argenseg_jax.models.argenseg import normalize_images, normalize_seg_masks
 from argenseg_jax.torch_weights.parity.compare import Check, Golden
 
 
@@ -17,32 +20,29 @@ def checks(golden: Golden) -> dict[str, Check]:
   tokenizer = text.TextTokenizer.from_characters(config["toy_vocab"])
   found = _sample_checks(golden)
   for i in range(len(config.get("sizes", ()))):
-    found |= _picture_checks(golden, i)
+    found |= _image_checks(golden, i)
   for i, case in enumerate(config.get("conversations", ())):
     found |= _chat_checks(golden, tokenizer, i, case)
   found |= _prompt_checks(config, tokenizer)
   return found
 
 
-def _first(pixels: np.ndarray) -> np.ndarray:
-  return np.moveaxis(pixels, -1, 0)
-
-
-def _picture_checks(golden: Golden, i: int) -> dict[str, Check]:
+def _image_checks(golden: Golden, i: int) -> dict[str, Check]:
   config = golden.config
 
-  def picture(pad_square):
+  def image(pad_square):
     pixels = transforms.resize_image(
       golden[f"in.image{i}"], config["input_size"], pad_square=pad_square
     )
-    return _first(transforms.normalize_image(pixels))
+    return jnp.moveaxis(normalize_images(jnp.asarray(pixels)), -1, 0)
 
   def target(pad_square, name):
     shape = golden[name].shape
     pixels = transforms.mask_target(
       golden[f"in.mask{i}"], shape[-1], pad_square=pad_square
     )
-    return np.broadcast_to(transforms.normalize_seg_mask(pixels), shape)
+    normalized = normalize_seg_masks(jnp.asarray(pixels)[..., None])
+    return jnp.moveaxis(normalized, -1, 0)[: shape[0]]
 
   def tiles():
     return transforms.image_tiles(
@@ -60,13 +60,16 @@ def _picture_checks(golden: Golden, i: int) -> dict[str, Check]:
   found = {
     f"out.tiles_uint8_{i}": Check(tiles),
     f"out.pred_mask{i}": Check(
-      lambda: transforms.binary_mask(grey(False)), exact=True
+      lambda: seg_mask_at_size(
+        golden[f"in.gen{i}"], golden[f"in.image{i}"].shape[:2]
+      ),
+      exact=True,
     ),
   }
   for pad, flag in (("", False), ("_pad", True)):
     name = f"out.mask_tensor{pad}{i}"
     found[name] = Check(functools.partial(target, flag, name))
-    found[f"out.pixel_values{pad}{i}"] = Check(functools.partial(picture, flag))
+    found[f"out.pixel_values{pad}{i}"] = Check(functools.partial(image, flag))
     found[f"out.pred_L{pad}{i}"] = Check(functools.partial(grey, flag))
   return found
 
@@ -83,11 +86,7 @@ def _sample_checks(golden: Golden) -> dict[str, Check]:
     if "in.gt_empty" in golden:
       pairs.append((golden["in.gen_empty"], golden["in.gt_empty"]))
     return [
-      (
-        transforms.binary_mask(transforms.grey_at_size(made, truth.shape)),
-        truth > 0,
-      )
-      for made, truth in pairs
+      (seg_mask_at_size(made, truth.shape), truth > 0) for made, truth in pairs
     ]
 
   @functools.cache

@@ -73,8 +73,13 @@ def test_tolerances():
   assert _verdict("out.grad:x", ones, off).ok
   assert not _verdict("out.logits", ones, ones * np.nan).ok
   image = np.full(10_000, 100, np.uint8)
-  near = image + np.uint8(1)
+  near = image.copy()
+  near[:900] += 1
   assert _verdict("out.image_uint8", image, near).ok
+  # As if every second pixel were rounded up.
+  assert not _verdict(
+    "out.image_uint8", image, np.arange(10_000) % 2 + image
+  ).ok
   near[:11] += 1
   assert not _verdict("out.image_uint8", image, near).ok
   codes = np.array([3, 4])
