@@ -2,8 +2,11 @@
 
 import contextlib
 import errno
+import functools
+import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +31,31 @@ from argenseg_jax.checkpoint.load import (
 )
 from argenseg_jax.runtime import distributed, paths
 
-_FULL = os.strerror(errno.ENOSPC)
+# What a file system says when it takes no more, wherever that stands in the
+# errors of Orbax and TensorStore.
+_REASONS = tuple(
+  os.strerror(number)
+  for number in (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EIO),
+  )
+)
+
+
+@functools.cache  # Once.
+def _leave_failures_to_us() -> None:
+  """A failed save is one sentence of ours. Orbax logs a traceback for each
+  array, TensorStore prints one for each answer that finds its loop closed."""
+  logging.getLogger("absl").addFilter(
+    lambda record: "orbax" not in record.pathname
+  )
+  before = sys.excepthook
+
+  def hook(kind, error, trace) -> None:
+    if kind is not RuntimeError or str(error) != "Event loop is closed":
+      before(kind, error, trace)
+
+  sys.excepthook = hook
 
 
 class _Manager(ocp.CheckpointManager):
@@ -71,6 +98,7 @@ class Checkpoints:
         f"checkpoints cannot be kept in {workdir}: give a path without "
         "backslashes."
       )
+    _leave_failures_to_us()
     self.directory = layout.steps_directory(workdir)
     self._manager = _Manager(
       self.directory,
@@ -222,8 +250,7 @@ class Checkpoints:
       yield
     except Exception as error:  # Orbax and TensorStore have kinds of their own.
       said = str(error).strip() or type(error).__name__
-      if _FULL in said:
-        said = _FULL
+      said = next((reason for reason in _REASONS if reason in said), said)
       raise CheckpointError(
         f"cannot write checkpoint {self.directory / str(self._saving)}: "
         f"{said.splitlines()[0].rstrip('.')}; earlier ones are as they were. "

@@ -1,11 +1,15 @@
 """Several processes, one a host: how they start, agree and write."""
 
+import contextlib
 import errno
 import glob
 import importlib.util
 import json
 import os
 import socket
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from argenseg_jax.config import ConfigError
-from argenseg_jax.runtime.paths import said
+from argenseg_jax.runtime import paths
 
 
 def initialize(
@@ -48,7 +52,7 @@ def initialize(
       raise ConfigError(f"--{flag}={seconds} must be 1 or more.")
   patience = {
     "heartbeat_timeout_seconds": heartbeat_seconds,
-    "initialization_timeout": start_seconds,
+    "initialization_timeout": start_seconds + _LATER,
   }
   given = (bool(coordinator), num_processes > 0, process_id >= 0)
   if any(given):
@@ -73,16 +77,39 @@ def initialize(
   elif not in_cluster():
     return
   try:
-    jax.distributed.initialize(**patience)
+    with _ended_after(start_seconds):
+      jax.distributed.initialize(**patience)
   except Exception as error:  # Each kind of cluster has errors of its own.
-    raise ConfigError(
-      "the processes of this run did not find each other within "
-      f"{start_seconds} s ({type(error).__name__}: {said(error)}); check that "
-      "every host runs the same command with its own number, reaches the "
-      "coordinator's port, and has all of its cluster's variables (such as "
-      "SLURM_*); or give --coordinator, --num_processes and --process_id, or a "
-      "larger --start_seconds."
-    ) from error
+    reason = f"{type(error).__name__}: {paths.said(error)}"
+    raise ConfigError(_NOT_MET.format(reason)) from error
+
+
+_LATER = 60  # Seconds after which JAX would abort, without a sentence.
+_NOT_MET = (
+  "the processes of this run did not find each other ({}); see that every host "
+  "runs the same command with its own number, reaches the coordinator's port "
+  "and has all variables of its cluster (such as SLURM_*), or give "
+  "--coordinator, --num_processes and --process_id, or more --start_seconds."
+)
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: int) -> Iterator[None]:
+  """Ends the process with a sentence where its body takes longer: JAX waits in
+  C, and ends with a dump of its stack."""
+  met = threading.Event()
+
+  def watch() -> None:
+    if not met.wait(seconds):
+      reason = f"one did not come within {seconds} s"
+      print(f"argenseg: {_NOT_MET.format(reason)}", file=sys.stderr, flush=True)
+      os._exit(2)
+
+  threading.Thread(target=watch, name="start", daemon=True).start()
+  try:
+    yield
+  finally:
+    met.set()
 
 
 def _require_free(port: int) -> None:

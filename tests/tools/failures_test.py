@@ -133,3 +133,36 @@ def test_a_work_directory_that_is_a_file_is_named(tmp_path, request, capsys):
     assert code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "file") in line
+
+
+_SAVES = """
+import resource, sys
+import jax.numpy as jnp
+from flax import nnx
+from argenseg_jax.checkpoint import Checkpoints
+from argenseg_jax.tools import checkpoint, cli
+def main(argv):
+  state = nnx.State({f"k{i}": nnx.Param(jnp.arange(1e5)) for i in range(20)})
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+  checkpoints = Checkpoints(argv[0])
+  try:
+    checkpoints.save(1, state, (jnp.zeros(2),), {})
+    checkpoints.wait()
+  finally:
+    checkpoints.close()
+checkpoint.main = main
+sys.exit(cli.main())
+"""
+
+
+def test_a_save_that_fails_is_one_line(tmp_path):
+  """Orbax and TensorStore printed hundreds of tracebacks behind it."""
+  ran = subprocess.run(
+    [sys.executable, "-c", _SAVES, "checkpoint", str(tmp_path)],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert ran.returncode == 2, ran.stderr
+  (line,) = ran.stderr.splitlines()
+  assert "checkpoints/1: File too large; earlier ones are as they were" in line
