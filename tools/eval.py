@@ -34,9 +34,9 @@ class Settings:
 def main(argv: list[str]) -> int:
   args, config_flags = _parser().parse_known_args(argv)
   if args.rescore:
-    from argenseg_jax.evaluation import records
+    from argenseg_jax.evaluation import metrics_table, records
 
-    _print_table({args.rescore: records.rescore(args.rescore)})
+    print(metrics_table.text({args.rescore: records.rescore(args.rescore)}))
     return 0
   out = _checked(args, config_flags)
   from argenseg_jax.runtime import distributed
@@ -61,6 +61,7 @@ def _evaluate(
   args: argparse.Namespace, config_flags: list[str], out: pathlib.Path | None
 ) -> None:
   from argenseg_jax import checkpoint, sharding
+  from argenseg_jax.evaluation import metrics_table, resume
   from argenseg_jax.runtime import distributed
 
   settings = _settings(checkpoint.describe(args.checkpoint), config_flags)
@@ -81,24 +82,54 @@ def _evaluate(
     "data": {name: to_dict(data) for name, data in asked.items()},
     "versions": {n: importlib.metadata.version(n) for n in _VERSIONS},
   }
-  if out is not None:
-    if distributed.is_main():
-      _claim(out, report, args.out)
+  rows = _open(loaded, asked, args.what)
+  report["fingerprints"] = {name: r.fingerprint for name, r in rows.items()}
+  with contextlib.ExitStack() as held:
+    if out is not None and distributed.is_main():
+      held.enter_context(resume.claimed(out, report, args.out))
     distributed.wait_for_all("claim")
-  if args.what == "tokenizer":
-    metrics = _measure_tokenizer(loaded, settings, asked, args)
+    if args.what == "tokenizer":
+      metrics = _measure_tokenizer(loaded, settings, rows, args)
+    else:
+      metrics = _measure_model(loaded, settings, rows, args, out)
+    if distributed.is_main():
+      shown = {
+        f"{name} ({asked[name].protocol.replace('_', '-')})": values
+        for name, values in metrics.items()
+      }
+      print(metrics_table.text(shown))
+      if out is not None:
+        rules = metrics_table.rules(metrics)
+        text = json.dumps(report | {"metrics": metrics} | rules, indent=1)
+        paths.write_whole(out / RESULTS, text)
+    distributed.wait_for_all("results")
+
+
+def _open(loaded, asked: dict[str, DataConfig], what: str) -> dict[str, Any]:
+  """The rows of each data set, opened for evaluation.
+
+  Raises:
+    ConfigError: the checkpoint cannot be measured so.
+  """
+  from argenseg_jax import checkpoint
+  from argenseg_jax.data import examples
+
+  if what == "tokenizer":
+    tokenizer = None  # No text is read.
+    asked = {name: examples.masks_only(d) for name, d in asked.items()}
+  elif not loaded.is_whole:
+    raise ConfigError(
+      f"checkpoint {loaded.path} holds an image tokenizer only; measure it "
+      "with --what=tokenizer, or give one of a whole model."
+    )
   else:
-    metrics = _measure_model(loaded, settings, asked, args, out)
-  if distributed.is_main():
-    shown = {
-      f"{name} ({_words(asked[name].protocol)})": values
-      for name, values in metrics.items()
-    }
-    _print_table(shown)
-    if out is not None:
-      text = json.dumps(report | {"metrics": metrics}, indent=1)
-      (out / RESULTS).write_text(text)
-  distributed.wait_for_all("results")
+    tokenizer = checkpoint.text_tokenizer(loaded)
+  return {
+    name: examples.of_split(
+      examples.make_rows(data, loaded.config, tokenizer), data.split
+    )
+    for name, data in asked.items()
+  }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     help="data sets instead of the checkpoint's; layouts are those of "
     "docs/data.md",
   )
-  parser.add_argument("--root", default="", help="where their pictures are")
+  parser.add_argument("--root", default="", help="where their images are")
   parser.add_argument(
     "--protocol",
     type=lambda given: given.replace("-", "_"),
@@ -182,6 +213,10 @@ def _checked(args: argparse.Namespace, config_flags: list[str]) -> Path | None:
       raise ConfigError(f"unknown argument {flag!r}.")
   if not args.checkpoint:
     raise ConfigError("give --checkpoint=DIR, or --rescore=FILE.")
+  if args.max_samples < 0:
+    raise ConfigError(
+      f"--max_samples is {args.max_samples}; give 0 for all, or a number above."
+    )
   if args.report and (not args.out or args.what == "tokenizer"):
     raise ConfigError("--report needs --out=DIR, and a whole model.")
   out = paths.as_path(args.out) if args.out else None
@@ -253,27 +288,17 @@ def _data_sets(
 
 
 def _measure_model(
-  loaded, settings, asked, args, out
+  loaded, settings, rows, args, out
 ) -> dict[str, dict[str, Any]]:
   """The metrics of each data set; answers go to its predictions.jsonl."""
   from flax import nnx
 
-  from argenseg_jax import checkpoint
-  from argenseg_jax.data import examples
   from argenseg_jax.evaluation.evaluator import Evaluator
 
-  if not loaded.is_whole:
-    raise ConfigError(
-      f"checkpoint {loaded.path} holds an image tokenizer only; measure it "
-      "with --what=tokenizer, or give one of a whole model."
-    )
-  tokenizer = checkpoint.text_tokenizer(loaded)
   graph, state = nnx.split(loaded.model)
   evaluator = Evaluator(graph, settings.eval)
   results = {}
-  for name, data in asked.items():
-    made = examples.make_rows(data, loaded.config, tokenizer)
-    made = examples.of_split(made, data.split)
+  for name, made in rows.items():
     folder = None if out is None else out / name
     results[name] = _answer_all(evaluator, state, made, name, args, folder)
   if args.report:
@@ -292,11 +317,12 @@ def _measure_model(
 
 def _answer_all(evaluator, state, made, name, args, folder):
   """Answers what is not answered yet, and scores everything."""
-  from argenseg_jax.evaluation import records
+  from argenseg_jax.evaluation import records, resume
   from argenseg_jax.runtime import distributed
   from argenseg_jax.runtime.metric_writer import Progress
 
-  total = min(args.max_samples or len(made.source), len(made.source))
+  most = args.max_samples or evaluator.max_samples or len(made.source)
+  total = min(most, len(made.source))
   main = distributed.is_main()
   answered, file = [], None
   if folder is not None:
@@ -304,7 +330,7 @@ def _answer_all(evaluator, state, made, name, args, folder):
       folder.mkdir(exist_ok=True)
       path = folder / records.FILE
       size = evaluator.batch_size(state)
-      answered = records.keep_whole_batches(path, size)
+      answered = resume.keep_whole_batches(path, size)
       file = path.open("a")
     answered = distributed.gathered(answered)
   start = answered[-1]["sample"] + 1 if answered else 0
@@ -332,42 +358,26 @@ def _answer_all(evaluator, state, made, name, args, folder):
 
 
 def _measure_tokenizer(
-  loaded, settings, asked, args
+  loaded, settings, rows, args
 ) -> dict[str, dict[str, Any]]:
   """What an image tokenizer keeps of the masks of each data set."""
   from flax import nnx
 
-  from argenseg_jax.data import examples
   from argenseg_jax.evaluation.tokenizer import tokenizer_ceiling
 
   model = loaded.model.vqvae if loaded.is_whole else loaded.model
   graph, state = nnx.split(model)
   results = {}
-  for name, data in asked.items():
-    made = examples.make_rows(examples.masks_only(data), loaded.config, None)
+  for name, made in rows.items():
     results[name] = tokenizer_ceiling(
       graph,
       state,
-      examples.of_split(made, data.split),
+      made,
       batch_size=settings.eval.batch_size,
       max_samples=args.max_samples,
       every_prefix=True,
     )
   return results
-
-
-def _claim(out: pathlib.Path, report: dict[str, Any], name: str) -> None:
-  """Refuses a directory where another evaluation began."""
-  path = out / "eval.json"
-  if path.exists():
-    if json.loads(path.read_text()) != json.loads(json.dumps(report)):
-      raise ConfigError(
-        f"{name} holds another evaluation, not finished (see its {path.name}); "
-        "give another --out or the same arguments."
-      )
-    return
-  out.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(report, indent=1))
 
 
 def _hash(step: pathlib.Path) -> str:
@@ -376,23 +386,3 @@ def _hash(step: pathlib.Path) -> str:
 
   path = step / MANIFEST
   return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-
-
-def _print_table(metrics: dict[str, dict[str, Any]]) -> None:
-  for name, values in metrics.items():
-    print(name)
-    for key, value in values.items():
-      if isinstance(value, list):  # Of dictionaries with equal keys.
-        print("  " + " ".join(f"{column:>12}" for column in value[0]))
-        for line in value:
-          print("  " + " ".join(f"{_text(v):>12}" for v in line.values()))
-      else:
-        print(f"  {key:18} {_text(value)}")
-
-
-def _text(value: Any) -> str:
-  return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _words(protocol: str) -> str:
-  return protocol.replace("_", "-")

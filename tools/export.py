@@ -29,12 +29,12 @@ def main(argv: list[str]) -> int:
   )
   add("--part", choices=("all", "llm", "vqvae"), default="all")
   add(
-    "--files-from",
+    "--files_from",
     metavar="DIR",
     help="folder whose config.json, text tokenizer and code go along "
     "(default: what import kept)",
   )
-  add("--max-file-gb", type=float, default=5.0, metavar="GB")
+  add("--max_file_gb", type=float, default=5.0, metavar="GB")
   add("--fsdp", type=int, default=0, metavar="N", help="as in import")
   args = parser.parse_args(argv)
   from argenseg_jax.torch_weights.exporting import export_weights

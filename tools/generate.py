@@ -1,14 +1,15 @@
-"""`argenseg generate`: draws pictures for texts."""
+"""`argenseg generate`: draws images for texts."""
 
 import argparse
+import math
 
 
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
     prog="argenseg generate",
-    description="Writes a picture for each text (NAME_0.png, NAME_1.png, ...) "
-    "and beside it the picture after each scale (NAME_0_strip.png). The model "
-    "must have been trained on pictures (layout text_to_image).",
+    description="Writes an image for each text (NAME_0.png, NAME_1.png, ...) "
+    "and beside it the image after each scale (NAME_0_strip.png). The model "
+    "must have been trained on images (layout text_to_image).",
     epilog="Example: argenseg generate --checkpoint=runs/pictures/mllm "
     '--text "a red circle" "two boats" --guidance=4 --out=drawn.png',
   )
@@ -27,23 +28,24 @@ def main(argv: list[str]) -> int:
 
   from argenseg_jax import checkpoint
   from argenseg_jax.config import ConfigError
+  from argenseg_jax.inference import requests
   from argenseg_jax.inference.text_to_image import draw_images
   from argenseg_jax.runtime.paths import disk_path
   from argenseg_jax.visualize import render
 
-  if args.guidance < 0:
+  if not 0 <= args.guidance < math.inf:
     raise ConfigError(f"--guidance is {args.guidance}; use 0 or more.")
   out = disk_path(args.out)
   if not out.parent.is_dir():
     raise ConfigError(f"folder {out.parent} of --out does not exist.")
+  if out.suffix not in ("", ".png"):
+    raise ConfigError(f"--out ends with {out.suffix}; images are .png files.")
   files = [
     out.with_name(f"{out.stem}_{i}{part}.png")
     for i in range(len(args.text))
     for part in ("", "_strip")
   ]
-  for file in files:
-    if file.exists() and not args.force:
-      raise ConfigError(f"{file} exists; give another --out or --force.")
+  requests.require_writable(files, [], force=args.force)
   pictures, stages = draw_images(
     checkpoint.load(args.checkpoint), args.text, guidance=args.guidance
   )

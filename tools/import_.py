@@ -33,7 +33,8 @@ def main(argv: list[str]) -> int:
   add(
     "--tokenizer",
     metavar="FILE",
-    help="text tokenizer (default: the folder's tokenizer.json)",
+    help="text tokenizer (default: the folder's tokenizer.json); bytes: make "
+    "one that reads any text byte by byte, to try things out",
   )
   add(
     "--scales",
@@ -70,14 +71,15 @@ def main(argv: list[str]) -> int:
   print(f"{args.target}: {imported.num_tensors} tensors ({imported.task}).")
   if imported.fresh_image_tokenizer:
     print(
-      "The image tokenizer is freshly initialised; give --vqvae FILE to take "
+      "The image tokenizer is freshly initialized; give --vqvae FILE to take "
       "VAR's.",
       file=sys.stderr,
     )
   if imported.task == "mllm" and not imported.text_tokenizer:
     print(
       "No text tokenizer: train, eval and predict need a tokenizer.json; give "
-      "--tokenizer FILE (docs/weights.md says how to make one).",
+      "--tokenizer FILE (docs/weights.md says how to make one), or "
+      "--tokenizer bytes to try things out.",
       file=sys.stderr,
     )
   return 0

@@ -1,16 +1,18 @@
-"""`argenseg predict`: segments pictures."""
+"""`argenseg predict`: segments images."""
 
 import argparse
-import collections
-import glob
-import json
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from argenseg_jax.config import ConfigError
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.inference import requests
+from argenseg_jax.inference.requests import Job
 from argenseg_jax.runtime.paths import disk_path
 from argenseg_jax.tools import warmup
 
@@ -24,82 +26,129 @@ examples:
     --write rle < requests.jsonl
 
 A line of --requests is {"image": FILE, "text": REQUEST}, with "id" (names its
-files) and "answer_prefix" where wanted. One picture and one request write
+files) and "answer_prefix" where wanted. One image and one request write
 NAME.png, NAME_overlay.png and NAME_strip.png, where --out is NAME.png. Anything
 else writes into the folder --out: predictions.jsonl (rle: answers, confidences
-and masks as COCO run lengths), pictures of masks, overlays, and strips (the
-mask image after each scale).
+and masks as COCO run lengths), masks, overlays, and strips (the mask image
+after each scale). Inputs are never overwritten.
 """
-KINDS = ("mask", "overlay", "strip", "rle")
-RECORDS = "predictions.jsonl"
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-class Job(NamedTuple):
-  """One picture, one request."""
+class _Plan(NamedTuple):
+  """What will be answered, and where the answers go.
 
-  image: pathlib.Path
-  text: str
-  name: str  # Of its files.
-  answer_prefix: str | None
+  Attributes:
+    jobs: in order; some have a fault.
+    folder: of all files.
+    suffix: of images.
+    kinds: of `requests.KINDS`.
+    alone: one image and one request, which name their own files.
+  """
+
+  jobs: list[Job]
+  folder: pathlib.Path
+  suffix: str
+  kinds: tuple[str, ...]
+  alone: bool
 
 
 def main(argv: list[str]) -> int:
   args = _parser().parse_args(argv)
+  images = _Images()
+  plan = _checked(args, images)
+  from argenseg_jax.inference.answer_files import AnswerFiles
+  from argenseg_jax.runtime.metric_writer import Progress
+
+  predictor = warmup.open_predictor(args, batch_size=args.batch_size)
+  plan.folder.mkdir(parents=True, exist_ok=True)
+  bad, first = 0, ""
+  with AnswerFiles(
+    plan.folder, plan.suffix, plan.kinds, force=args.force
+  ) as write:
+    bar = Progress("predict", len(plan.jobs), active=not plan.alone)
+    answers = _answers(predictor, plan.jobs, images, args)
+    try:
+      for done, (job, image, answer) in enumerate(answers, 1):
+        bar.update(done)
+        if isinstance(answer, DataError):
+          if plan.alone:
+            raise answer
+          bad, first = bad + 1, first or str(answer)
+          print(f"argenseg predict: {answer}", file=sys.stderr)
+          continue
+        files = write(job, image, answer)
+        if plan.alone:
+          print(f"{_found(answer)}: {answer.text!r}")
+          print("wrote " + ", ".join(map(str, files)))
+    finally:
+      bar.close()
+  if not plan.alone:
+    print(f"answered {len(plan.jobs) - bad} requests into {plan.folder}")
+  if bad:
+    raise DataError(
+      f"{bad} of {len(plan.jobs)} requests could not be answered and were left "
+      f"out; the first: {first}"
+    )
+  return 0
+
+
+def _checked(args: argparse.Namespace, images: "_Images") -> _Plan:
+  """Everything that can be decided without a model.
+
+  Raises:
+    ConfigError, DataError: nothing can be answered, or an answer would
+      overwrite a file.
+  """
+  from argenseg_jax.data import chat
+
   if args.batch_size < 1:
-    raise ConfigError(f"--batch-size is {args.batch_size}; give 1 or more.")
-  _place(args)
+    raise ConfigError(f"--batch_size is {args.batch_size}; give 1 or more.")
+  if args.num_scales is not None and args.num_scales < 1:
+    raise ConfigError(f"--num_scales is {args.num_scales}; give 1 or more.")
+  if args.template and args.template not in chat.REQUEST_TEMPLATES:
+    raise ConfigError(
+      f"--template is {args.template!r}; use one of "
+      f"{', '.join(chat.REQUEST_TEMPLATES)}."
+    )
+  _place(args, images)
   jobs = _jobs(args)
   out = disk_path(args.out)
   alone = len(jobs) == 1 and not args.requests and not out.is_dir()
   alone = alone and not args.out.endswith("/")
-  kinds = args.write or (KINDS[:3] if alone else ("mask", "overlay", "rle"))
+  kinds = args.write or (
+    requests.IMAGES if alone else ("mask", "overlay", "rle")
+  )
   if alone:
     if "rle" in kinds:
       raise ConfigError("--write rle needs a folder: give --out=FOLDER/.")
-    jobs = [jobs[0]._replace(name=out.stem)]
+    if not out.parent.is_dir():
+      raise ConfigError(f"folder {out.parent} of --out does not exist.")
     folder, suffix = out.parent, out.suffix or ".png"
-    if not folder.is_dir():
-      raise ConfigError(f"folder {folder} of --out does not exist.")
+    if suffix.lower() not in requests.LOSSLESS:
+      raise ConfigError(
+        f"--out ends with {suffix}, which cannot store a mask without loss; "
+        f"use one of {', '.join(requests.LOSSLESS)}."
+      )
+    jobs = [dataclasses.replace(jobs[0], id=out.stem)]
   else:
     folder, suffix = out, ".png"
     if folder.exists() and not folder.is_dir():
       raise ConfigError(f"{folder} is a file; give a folder as --out.")
-  _refuse_existing(jobs, folder, suffix, kinds, force=args.force)
+  jobs = requests.named(jobs, kinds, suffix)
+  good = [job for job in jobs if not job.fault]
+  if not good:
+    raise DataError(jobs[0].fault)
+  inputs = [job.image for job in jobs]
+  if args.requests and args.requests != "-":
+    inputs.append(pathlib.Path(args.requests))
+  requests.require_writable(
+    requests.outputs(good, folder, suffix, kinds), inputs, force=args.force
+  )
   if alone:
-    _read(jobs[0].image)  # Before the model is.
-  predictor = warmup.open_predictor(args, batch_size=args.batch_size)
-  folder.mkdir(parents=True, exist_ok=True)
-  writer = _Writer(folder, suffix, kinds)
-  bad = 0
-  from argenseg_jax.runtime.metric_writer import Progress
-
-  bar = Progress("predict", len(jobs), active=not alone)
-  try:
-    for done, (job, image, answer) in enumerate(
-      _answers(predictor, jobs, args), 1
-    ):
-      bar.update(done)
-      if isinstance(answer, DataError):
-        if alone:
-          raise answer
-        bad += 1
-        print(f"argenseg predict: {answer}", file=sys.stderr)
-        continue
-      files = writer(job, image, answer)
-      if alone:
-        print(f"{_found(answer)}: {answer.text!r}")
-        print("wrote " + ", ".join(map(str, files)))
-  finally:
-    bar.close()
-    writer.close()
-  if not alone:
-    print(f"answered {len(jobs) - bad} requests into {folder}")
-  if bad:
-    raise DataError(
-      f"{bad} of {len(jobs)} requests have no usable picture and were left out."
-    )
-  return 0
+    images.read([good[0].image])
+    if isinstance(found := images[good[0].image], DataError):
+      raise found
+  return _Plan(jobs, folder, suffix, tuple(kinds), alone)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     nargs="+",
     default=[],
     metavar="FILE",
-    help="pictures, folders of them, or patterns in quotes",
+    help="images, folders of them, or patterns in quotes",
   )
   parser.add_argument(
     "--text", nargs="+", default=[], help="what to segment in each of them"
@@ -125,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     nargs=2,
     type=float,
     metavar=("X", "Y"),
-    help="instead of --text, what is there in the picture (pixels)",
+    help="instead of --text, what is there in the image (pixels)",
   )
   parser.add_argument(
     "--box",
@@ -144,13 +193,15 @@ def _parser() -> argparse.ArgumentParser:
     "--requests", metavar="FILE", help="jsonl instead; - reads it from stdin"
   )
   parser.add_argument("--out", default="mask.png")
-  parser.add_argument("--write", nargs="+", choices=KINDS, default=None)
-  parser.add_argument("--batch-size", type=int, default=8)
+  parser.add_argument(
+    "--write", nargs="+", choices=requests.KINDS, default=None
+  )
+  parser.add_argument("--batch_size", type=int, default=8)
   parser.add_argument("--force", action="store_true", help="overwrite files")
   return parser
 
 
-def _place(args: argparse.Namespace) -> None:
+def _place(args: argparse.Namespace, images: "_Images") -> None:
   """Makes `--point` or `--box` a request in words."""
   if (place := args.point or args.box) is None:
     return
@@ -158,11 +209,15 @@ def _place(args: argparse.Namespace) -> None:
     raise ConfigError("--point and --box need one --image and nothing else.")
   if args.point and args.box:
     raise ConfigError("give --point or --box, not both.")
-  height, width = _read(pathlib.Path(args.image[0])).shape[:2]
+  path = pathlib.Path(args.image[0])
+  images.read([path])
+  if isinstance(image := images[path], DataError):
+    raise image
+  height, width = image.shape[:2]
   shares = [v / (height if i % 2 else width) for i, v in enumerate(place)]
   if not all(0 <= share <= 1 for share in shares):
     raise ConfigError(
-      f"{args.image[0]} has {width} x {height} pixels; {place} lies outside."
+      f"{path} has {width} x {height} pixels; {place} lies outside."
     )
   from argenseg_jax.data.sources import interactive
 
@@ -174,131 +229,99 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
   if bool(args.requests) == bool(args.image or args.text):
     raise ConfigError("give --image and --text, or --requests.")
   if args.requests:
-    asked = list(_from_jsonl(args.requests))
-  elif not args.image or not args.text:
+    return requests.from_jsonl(args.requests, args.answer_prefix)
+  if not args.image or not args.text:
     raise ConfigError("give both --image and --text.")
-  else:
-    asked = [
-      {"image": image, "text": text}
-      for given in args.image
-      for image in _pictures(given)
-      for text in args.text
-    ]
-  jobs, used = [], collections.Counter()
-  for values in asked:
-    image = pathlib.Path(values["image"])
-    name = stem = values.get("id") or image.stem
-    while used[name]:  # The second cup.jpg is cup_2.
-      used[stem] += 1
-      name = f"{stem}_{used[stem]}"
-    used[name] += 1
-    prefix = values.get("answer_prefix", args.answer_prefix)
-    jobs.append(Job(image, values["text"], name, prefix))
-  return jobs
+  return requests.from_options(args.image, args.text, args.answer_prefix)
 
 
-def _pictures(given: str) -> list[str]:
-  """A file, the pictures of a folder or those that a pattern matches."""
-  path = pathlib.Path(given)
-  if path.is_dir():
-    found = [p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES]
-  elif glob.has_magic(given) and not path.exists():
-    found = [p for p in glob.glob(given, recursive=True)]
-  else:
-    return [given]
-  if not found:
-    raise DataError(f"--image {given} holds no picture.")
-  return sorted(map(str, found))
+class _Images:
+  """Decoded images, or what is wrong with them; each is decoded once while
+  requests about it follow one another."""
 
+  def __init__(self) -> None:
+    self._read: dict[pathlib.Path, np.ndarray | DataError] = {}
+    self._seen: tuple[pathlib.Path, Any] | None = None
 
-def _from_jsonl(path: str) -> Iterator[dict[str, Any]]:
-  name = "stdin" if path == "-" else path
-  try:
-    text = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text()
-  except (OSError, UnicodeDecodeError) as error:
-    raise DataError(f"cannot read --requests {path}: {error}.") from error
-  lines = [line for line in text.splitlines() if line.strip()]
-  if not lines:
-    raise DataError(f"{name} holds no requests.")
-  for number, line in enumerate(lines, 1):
-    try:
-      values = json.loads(line)
-      keys = {"image", "text"} | values.keys() & {"id", "answer_prefix"}
-      fits = all(isinstance(values[key], str) for key in keys)
-    except (ValueError, KeyError, AttributeError):
-      fits = False
-    if not fits or "/" in values.get("id", ""):
-      raise DataError(
-        f'{name}, request {number}: write {{"image": FILE, "text": REQUEST}}, '
-        'with "id" and "answer_prefix" as plain text where wanted.'
-      )
-    yield values
+  def __getitem__(self, path: pathlib.Path) -> np.ndarray | DataError:
+    return self._read[path]
 
+  def read(self, paths: Sequence[pathlib.Path]) -> None:
+    """Reads what was not asked for last, and forgets all others."""
+    from argenseg_jax.data import transforms
 
-def _file(folder, name, suffix, kind) -> pathlib.Path:
-  part = "" if kind == "mask" else f"_{kind}"
-  return folder / f"{name}{part}{suffix}"
-
-
-def _refuse_existing(jobs, folder, suffix, kinds, *, force: bool) -> None:
-  files = [
-    _file(folder, job.name, suffix, kind)
-    for job in jobs
-    for kind in kinds
-    if kind != "rle"
-  ]
-  if "rle" in kinds:
-    files.append(folder / RECORDS)
-  for file in files:
-    if file.exists() and not force:
-      raise ConfigError(f"{file} exists; give another --out or --force.")
-
-
-def _read(path: pathlib.Path):
-  from argenseg_jax.data import transforms
-
-  return transforms.decode_image(path)
-
-
-def _answers(predictor, jobs: Sequence[Job], args) -> Iterator[tuple]:
-  """Yields jobs, pictures and answers, or what is wrong with the picture.
-
-  Requests of one picture share what the model saw of it.
-  """
-  for group in _groups(jobs, args.batch_size):
-    read = {}
-    for image in {job.image for job in group}:
+    kept, self._read = self._read, {}
+    for path in dict.fromkeys(paths):
+      if path in kept:
+        self._read[path] = kept[path]
+        continue
       try:
-        read[image] = _read(image)
+        self._read[path] = transforms.decode_image(path)
       except DataError as error:
-        read[image] = error
-    good = [j for j in group if not isinstance(read[j.image], DataError)]
-    options = {"num_scales": args.num_scales, "template": args.template}
-    if good:
-      options["answer_prefix"] = good[0].answer_prefix
-    texts = [job.text for job in good]
-    if len(read) == 1 and len(good) > 1:
-      picture = predictor.set_image(read[good[0].image])
-      found = picture.segment_batch(texts, **options)
-    else:
-      images = [read[job.image] for job in good]
-      found = predictor.segment_batch(images, texts, **options)
+        self._read[path] = error
+
+  def seen(self, path: pathlib.Path, predictor) -> Any:
+    """The image as the model has seen it, once."""
+    if self._seen is None or self._seen[0] != path:
+      self._seen = (path, predictor.set_image(self._read[path]))
+    return self._seen[1]
+
+
+def _answers(
+  predictor, jobs: Sequence[Job], images: _Images, args
+) -> Iterator[tuple[Job, Any, Any]]:
+  """Yields jobs, images and answers, or what is wrong with the request.
+
+  Requests of one image share what the model saw of it.
+  """
+  for job in jobs:
+    if job.fault:
+      yield job, None, DataError(job.fault)
+  asked = [job for job in jobs if not job.fault]
+  for group in _groups(asked, args.batch_size):
+    images.read([job.image for job in group])
+    good = [j for j in group if not isinstance(images[j.image], DataError)]
+    found = _ask(predictor, good, images, args) if good else []
     answers = dict(zip(map(id, good), found, strict=True))
     for job in group:
-      image = read[job.image]
+      image = images[job.image]
       yield job, image, answers.get(id(job), image)
 
 
+def _ask(predictor, group: Sequence[Job], images: _Images, args) -> list[Any]:
+  """Answers, or what is wrong with a request, of jobs with readable images."""
+  options = {
+    "answer_prefix": group[0].answer_prefix,
+    "num_scales": args.num_scales,
+    "template": args.template,
+  }
+  texts = [job.text for job in group]
+  paths = {job.image for job in group}
+  try:
+    if len(paths) == 1 and len(group) > 1:
+      seen = images.seen(group[0].image, predictor)
+      return seen.segment_batch(texts, **options)
+    shown = [images[job.image] for job in group]
+    return predictor.segment_batch(shown, texts, **options)
+  except DataError as error:
+    if len(group) == 1:
+      job = group[0]
+      where = job.where or f"{job.image}, {job.text[:40]!r}"
+      return [DataError(f"{where}: {error}")]
+  # One of them is at fault: the others are answered one by one.
+  return [_ask(predictor, [job], images, args)[0] for job in group]
+
+
 def _groups(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
-  """Neighbours that can be asked together: several requests of a picture, or
-  pictures with a request each, with the same forced words."""
+  """Neighbors that can be asked together: several requests of an image, or
+  images with a request each, with the same forced words."""
   group: list[Job] = []
   for job in jobs:
     if group:
       images = {j.image for j in group}
       fits = job.answer_prefix == group[0].answer_prefix and len(group) < size
       same = job.image in images
-      # Either all of one picture, or no two of one.
+      # Either all of one image, or no two of one.
       fits = fits and (len(group) == 1 or same == (len(images) == 1))
       if not fits:
         yield group
@@ -308,54 +331,10 @@ def _groups(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
     yield group
 
 
-class _Writer:
-  """Writes answers as they come."""
-
-  def __init__(self, folder: pathlib.Path, suffix: str, kinds: Sequence[str]):
-    self._folder, self._suffix, self._kinds = folder, suffix, kinds
-    self._records = None
-    if "rle" in kinds:
-      self._records = (folder / RECORDS).open("w")
-
-  def __call__(self, job: Job, image, answer) -> list[pathlib.Path]:
-    from PIL import Image
-
-    from argenseg_jax.data.masks import run_lengths
-    from argenseg_jax.visualize import render
-
-    draw = {
-      "mask": lambda: answer.seg_mask,
-      "overlay": lambda: render.overlay(image, answer.seg_mask),
-      "strip": lambda: render.join_strip(answer.strip, 128),
-    }
-    files = []
-    for kind in KINDS[:3]:
-      if kind in self._kinds:
-        file = _file(self._folder, job.name, self._suffix, kind)
-        Image.fromarray(draw[kind]()).save(file)
-        files.append(file)
-    if self._records is not None:
-      record = {
-        "id": job.name,
-        "image": str(job.image),
-        "request": job.text,
-        "answer": answer.text,
-        "confidence": answer.confidence if answer.has_mask else None,
-        "masks": [run_lengths(mask) for mask in answer.seg_masks],
-      }
-      self._records.write(json.dumps(record) + "\n")
-      self._records.flush()
-    return files
-
-  def close(self) -> None:
-    if self._records is not None:
-      self._records.close()
-
-
 def _found(answer) -> str:
   if not answer.has_mask:
     return "no mask"
   share = answer.seg_mask.mean()
   return (
-    f"a mask of {share:.1%} of the picture (confidence {answer.confidence:.2f})"
+    f"a mask of {share:.1%} of the image (confidence {answer.confidence:.2f})"
   )

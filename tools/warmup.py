@@ -22,9 +22,9 @@ def main(argv: list[str]) -> int:
     "--longest", type=int, default=64, help="tokens of the longest request"
   )
   parser.add_argument(
-    "--one-picture",
+    "--one_image",
     action="store_true",
-    help="the programs of several requests about one picture instead",
+    help="the programs of several requests about one image instead",
   )
   args = parser.parse_args(argv)
   if min(args.batches) < 1 or args.longest < 1:
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
   count = predictor.warm_up(
     batches=args.batches,
     longest=args.longest,
-    about_one_picture=args.one_picture,
+    about_one_picture=args.one_image,
     **answer_options(args),
   )
   print(
@@ -50,13 +50,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
   """Options that decide which programs run; `predict` has them too."""
   parser.add_argument("--checkpoint", required=True)
   parser.add_argument(
-    "--answer-prefix",
+    "--answer_prefix",
     metavar="WORDS",
     help="the answer's words, right before its mask; skips generating text "
     '("" for none)',
   )
   parser.add_argument(
-    "--num-scales",
+    "--num_scales",
     type=int,
     metavar="K",
     help="stop after the first K scales of a mask: quicker and coarser",

@@ -11,7 +11,7 @@ import numpy as np
 
 from argenseg_jax.config import SPEED_KEYS, DataConfig
 from argenseg_jax.config_parsing import to_dict
-from argenseg_jax.data import text, transforms
+from argenseg_jax.data import chat, text, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, Source, Turn
 from argenseg_jax.types import Batch
@@ -161,7 +161,7 @@ class RowMaker:
       number = 0 if rng is None else rng.integers(len(chosen))
       chosen = (chosen[number],)
     template = sample.request or self.config.request
-    request = text.request_text(template, chosen, self.config.join)
+    request = chat.request_text(template, chosen, self.config.join)
     return (
       {"from": "human", "value": request},
       {"from": "gpt", "value": self._answer(sample)},
@@ -175,7 +175,8 @@ class RowMaker:
         f"{sample.where} holds no description, which config key 'data.answer' "
         f"puts in place of {DESCRIPTION}."
       )
-    return self.config.answer.replace(DESCRIPTION, sample.description)
+    said = chat.as_text(sample.description)
+    return self.config.answer.replace(DESCRIPTION, said)
 
   def _make(
     self, sample: Sample, rng: np.random.Generator | None, length: int
@@ -217,7 +218,7 @@ class RowMaker:
     if config.sequence_length:
       turns = self.conversation(sample, rng)
       try:
-        tokens = text.tokenize_chat(
+        tokens = chat.tokenize_chat(
           self.tokenizer,
           turns,
           image_tokens=(self.image_tokens,) * len(sample.images),
@@ -226,7 +227,7 @@ class RowMaker:
         )
         special = self.tokenizer.token_ids
         fitting = tokens.cut(length, special)
-        packed = text.text_row((fitting,), config.sequence_length, special)
+        packed = chat.text_row((fitting,), config.sequence_length, special)
       except DataError as error:
         raise DataError(f"{sample.where}: {error}") from error
       row = row._replace(**vars(packed))
@@ -297,9 +298,9 @@ class RowMaker:
     return self._cache[key]
 
   @functools.cached_property
-  def _padding(self) -> text.TextRow:
+  def _padding(self) -> chat.TextRow:
     """A row without text, shared: nobody writes into it."""
-    return text.padding_row(self.config.sequence_length)
+    return chat.padding_row(self.config.sequence_length)
 
   def _empty(self, index: int) -> Batch:
     c = self.config

@@ -1,15 +1,17 @@
-"""Text: the text tokenizer, the chat template, request templates, rows.
+"""The text tokenizer and its special tokens.
 
-Equal, id by id and label by label, to what the authors' `internvl2_5`
-preprocessing gives (see tests/golden/preprocess).
+What users type is text: it never becomes a special token. `escape` marks it,
+and `encode` reads such text with a twin of the tokenizer that gives the special
+tokens names which nobody can type.
 """
 
-import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -19,13 +21,9 @@ from tokenizers import models, pre_tokenizers, processors
 from argenseg_jax.config import TokenIds
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.runtime.paths import Path, as_path
-from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
 
 SHIPPED = pathlib.Path(__file__).parent / "tokenizer.json"
-# Of one conversation; longer ones are refused before they are tokenised.
-MAX_CHARACTERS = 1 << 18
 _MAX_CACHED = 2048  # Characters of a text whose ids are remembered.
-IGNORE_LABEL = -100  # The authors' mark for "no loss here".
 
 # Field of `TokenIds` -> the token's text.
 SPECIAL_TOKENS = {
@@ -39,62 +37,55 @@ SPECIAL_TOKENS = {
   "ge_end": "<ge_end>",
   "mask_context": "<MASK_CONTEXT>",
 }
+# Those that ARGenSeg adds to InternVL's vocabulary, in the order of their ids.
+ADDED_TOKENS = tuple(
+  SPECIAL_TOKENS[f] for f in ("mask", "ge_start", "ge_end", "mask_context")
+)
+# InternVL's markup of phrases and boxes: special tokens, but part of what
+# people and models write.
+MARKUP = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+_UNKNOWN = "<unk>"
+_BARRED = re.compile(r"<\|.*\|>", re.DOTALL)
+# In text of users, after the first character of what would otherwise be read as
+# a special token or placeholder. No text has it: it is no character.
+ESCAPE = "\ufdd0"
+_NO_CHARACTERS = re.compile("[\ufdd0-\ufdef]")
 # They stand side by side by the hundred.
 _SLOTS = tuple(SPECIAL_TOKENS[f] for f in ("img_context", "mask_context"))
 _RUN_OF_SLOTS = re.compile("|".join(f"(?:{re.escape(s)})+" for s in _SLOTS))
 # First of these that the vocabulary has: ours, InternLM2's, Qwen2's.
 _PAD_TOKENS = ("<pad>", "</s>", "<|endoftext|>")
 
-INTERNVL_SYSTEM_MESSAGE = (
-  "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
-  "联合开发的多模态大语言模型。"
-)
 
-# What is asked around the expressions: every kind of request, in one place.
-# Free wording takes "free". Those of the first three are the authors'.
-REQUEST_TEMPLATES = {
-  "referring": (
-    "<image>\n Given the following instructions: {}; please perform referring "
-    "segmentation on this image."
-  ),
-  "semantic": "<image>\n Please segment {} in this image.",
-  "reasoning": (
-    "<image>\n Please perform instance segmentation following the instructions "
-    "below: {}."
-  ),
-  "instance": "<image>\n Please segment each {} in this image, one by one.",
-  # "the defect", "the scratch on the metal".
-  "anomaly": "<image>\n Please segment {} in this image, if there is any.",
-  # Interactive: thousandths of the picture, [[x, y]] or [[x1, y1, x2, y2]].
-  "point": "<image>\n Please segment the object at point {} in this image.",
-  "box": "<image>\n Please segment the object in box {} in this image.",
-  "drawn": "<image>\n Please segment the object marked in red in this image.",
-  "generation": "Please generate an image: {}",
-  "question": (
-    "<image>\n{}\nAnswer the question using a single word or phrase."
-  ),
-  "choice": (
-    "<image>\n{}\nAnswer with the option's letter from the given choices "
-    "directly."
-  ),
-  "caption": "<image>\nDescribe this image in one sentence.",
-  "free": "<image>\n{}",
-}
-# How the authors put several expressions of one object side by side: in
-# training "a, b", in evaluation " a. b.".
-EXPRESSION_JOINS = {
-  "training": lambda expressions: ", ".join(expressions),
-  "evaluation": lambda expressions: "".join(f" {e}." for e in expressions),
-}
+def escape(text: str, tokens: re.Pattern[str]) -> str:
+  """The text, marked so that none of `tokens` is found in it."""
+  return tokens.sub(lambda found: _escaped(found[0]), text)
 
 
-def request_text(
-  template: str, expressions: Sequence[str], join: str = "training"
-) -> str:
-  """Puts expressions into a request template; both are named in the tables."""
-  return REQUEST_TEMPLATES[template].replace(
-    "{}", EXPRESSION_JOINS[join](expressions)
-  )
+def unescape(text: str) -> str:
+  """The text as its user typed it."""
+  return text.replace(ESCAPE, "")
+
+
+def _escaped(token: str) -> str:
+  return token[0] + ESCAPE + token[1:]
+
+
+class _Twin(NamedTuple):
+  """A tokenizer whose special tokens have names that nobody can type.
+
+  Attributes:
+    model: the tokenizer.
+    names: text of a special token -> its name here.
+    ids: int32 [v], the id that each of its ids stands for; -1 for the token
+      that stands where a text is broken and is left out.
+    forbidden: bool [v], ids of special tokens that no text may get.
+  """
+
+  model: tokenizers.Tokenizer
+  names: dict[str, str]
+  ids: Int[np.ndarray, "v"]
+  forbidden: np.ndarray
 
 
 class TextTokenizer:
@@ -165,9 +156,23 @@ class TextTokenizer:
     )
     # Requests repeat; a dictionary look-up is quicker than BPE.
     self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
+    # Longest first: the first alternative that fits is taken.
+    controls = sorted(_controls(model), key=len, reverse=True)
+    self._control = re.compile("|".join(map(re.escape, controls)))
+    # What stands for characters that the vocabulary lacks may come from text.
+    control_ids = [model.token_to_id(t) for t in controls if t != _UNKNOWN]
+    self._control_ids = np.array(control_ids, np.int32)
+    self.__dict__.pop("_twin", None)
 
   def require(self, ids: TokenIds) -> None:
     """Raises DataError where a model has other ids for the special tokens."""
+    size = self._model.get_vocab_size()
+    if size > ids.first_code:
+      raise DataError(
+        f"text tokenizer {self.name} has {size} tokens, but the model's image "
+        f"codes begin at id {ids.first_code}; give the tokenizer.json of this "
+        "model."
+      )
     for field, text in SPECIAL_TOKENS.items():
       mine, wanted = getattr(self.token_ids, field), getattr(ids, field)
       if mine != wanted:
@@ -191,14 +196,81 @@ class TextTokenizer:
   def _encode_uncached(self, text: str) -> Int[np.ndarray, "t"]:
     ids = self._model.encode(text, add_special_tokens=False).ids
     array = np.array(ids, np.int32)
+    found = np.count_nonzero(np.isin(array, self._control_ids))
+    if found and found > len(self._control.findall(text)):
+      # Some normalizers make special tokens of other characters.
+      array = self._encode_escaped(text)
     array.flags.writeable = False
     return array
 
-  def encode(self, text: str) -> Int[np.ndarray, "t"]:
-    """Ids of a text, special tokens in it recognised, nothing prepended.
+  def _encode_escaped(self, text: str) -> Int[np.ndarray, "t"]:
+    twin, parts, start = self._twin, [], 0
+    for found in self._control.finditer(text):
+      parts += [_typed(text[start : found.start()]), twin.names[found[0]]]
+      start = found.end()
+    parts.append(_typed(text[start:]))
+    ids = twin.model.encode("".join(parts), add_special_tokens=False).ids
+    if twin.forbidden[ids].any():
+      raise DataError(
+        f"text tokenizer {self.name} reads {unescape(text)[:80]!r} as special "
+        "tokens; leave them out of the text."
+      )
+    array = twin.ids[ids]
+    array = array[array >= 0]
+    array.flags.writeable = False
+    return array
 
-    The array is shared between calls and cannot be written to.
+  @functools.cached_property
+  def _twin(self) -> _Twin:
+    values = json.loads(self._model.to_str())
+    added, values["added_tokens"] = values["added_tokens"], []
+    twin = tokenizers.Tokenizer.from_str(json.dumps(values))
+    size = twin.get_vocab_size()
+    controls = set(_controls(self._model))
+    names, real = {}, {}
+    for number, entry in enumerate(added):
+      name = token = entry["content"]
+      options = {k: entry[k] for k in ("lstrip", "rstrip", "special")}
+      if token in controls:
+        name = names[token] = f"\ufdd1{number}\ufdd2"
+        made = tokenizers.AddedToken(name, normalized=False, **options)
+      else:
+        options |= {k: entry[k] for k in ("single_word", "normalized")}
+        made = tokenizers.AddedToken(token, **options)
+      twin.add_tokens([made])
+      real[name] = self._model.token_to_id(token)
+    twin.add_tokens([tokenizers.AddedToken(_BREAK, normalized=False)])
+    real[_BREAK] = -1
+    ids = np.arange(twin.get_vocab_size(), dtype=np.int32)
+    forbidden = np.zeros(len(ids), np.bool_)
+    own = self._control_ids[self._control_ids < size]
+    forbidden[own] = True
+    for name, to in real.items():
+      ids[twin.token_to_id(name)] = to
+    return _Twin(twin, names, ids, forbidden)
+
+  def escape(self, text: str, *, keep: Collection[str] = ()) -> str:
+    """A user's text, marked so that `encode` finds no special token in it.
+
+    Args:
+      text: as it was typed.
+      keep: special tokens that are meant.
     """
+    return self._control.sub(
+      lambda found: found[0] if found[0] in keep else _escaped(found[0]), text
+    )
+
+  def encode(self, text: str) -> Int[np.ndarray, "t"]:
+    """Ids of a text, nothing prepended.
+
+    Special tokens in it are recognised, but for those that `escape` marked.
+    The array is shared between calls and cannot be written to.
+
+    Raises:
+      DataError: the tokenizer makes special tokens of text that has none.
+    """
+    if ESCAPE in text:
+      return self._encode_escaped(text)
     counts: list[int] = []
 
     def one_for_all(run: re.Match[str]) -> str:
@@ -236,262 +308,23 @@ class TextTokenizer:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokenized:
-  """A conversation as ids, and what is to be learned at each of them.
-
-  Attributes:
-    ids: int32 [t].
-    labels: int32 [t]; the id itself in answers, `IGNORE_LABEL` elsewhere, and
-      the id of `<MASK_CONTEXT>` where an image code is due: on the slots and
-      on `<ge_end>`, whose place carries the last code.
-    requests: int32 [t]; which human turn, from 1 on, the words at a position
-      belong to, 0 for everything that is not such a word.
-  """
-
-  ids: Int[np.ndarray, "t"]
-  labels: Int[np.ndarray, "t"]
-  requests: Int[np.ndarray, "t"]
-
-  def __len__(self) -> int:
-    return len(self.ids)
-
-  def padded(self, length: int, pad_id: int) -> "Tokenized":
-    """Padded on the right, or cut, to `length`."""
-    extra = max(length - len(self), 0)
-    return Tokenized(
-      np.pad(self.ids, (0, extra), constant_values=pad_id)[:length],
-      np.pad(self.labels, (0, extra), constant_values=IGNORE_LABEL)[:length],
-      np.pad(self.requests, (0, extra))[:length],
-    )
-
-  def cut(self, length: int, token_ids: TokenIds) -> "Tokenized":
-    """At most `length` positions, with all pictures and image codes.
-
-    The end goes if that leaves something to learn and takes no picture and no
-    code away; else the longest request loses its last words, but not all.
-
-    Raises:
-      DataError: no such cut is long enough.
-    """
-    excess = len(self) - length
-    if excess <= 0:
-      return self
-    kept = np.ones(len(self), np.bool_)
-    whole = _of_picture(self.ids, token_ids)
-    whole |= self.labels == token_ids.mask_context
-    if (self.labels[:length] != IGNORE_LABEL).any() and not whole[
-      length:
-    ].any():
-      kept[length:] = False
-    else:
-      sizes = np.bincount(self.requests)[1:]
-      if not len(sizes) or sizes.max() <= excess:
-        raise DataError(
-          f"a conversation of {len(self)} tokens does not fit sequence_length "
-          f"{length}, however its longest request is cut."
-        )
-      words = np.flatnonzero(self.requests == sizes.argmax() + 1)
-      kept[words[-excess:]] = False
-    return Tokenized(self.ids[kept], self.labels[kept], self.requests[kept])
-
-  def position_ids(self, pad_id: int) -> Int[np.ndarray, "t"]:
-    """Positions as the authors count them: padding does not, and has 1."""
-    real = self.ids != pad_id
-    return np.where(real, np.cumsum(real) - 1, 1)
+_BREAK = "\ufdd3"
 
 
-def tokenize_chat(
-  tokenizer: TextTokenizer,
-  turns: Sequence[Mapping[str, str]],
-  *,
-  image_tokens: Sequence[int] = (),
-  num_codes: int = 0,
-  system_message: str = "",
-) -> Tokenized:
-  """Training ids and labels of a conversation.
-
-  Args:
-    tokenizer: the text tokenizer.
-    turns: {"from": "system" | "human" | "gpt", "value": text}; a system turn
-      may only come first, and replaces `system_message`.
-    image_tokens: vision embeddings of each image; `<image>` in human turns
-      takes them in order. Images nobody placed go before the first human turn.
-    num_codes: image codes of a mask; each `<mask>` of an answer becomes
-      `<ge_start>`, num_codes - 1 slots, `<ge_end>`.
-    system_message: an empty one leaves the system block out.
-
-  Raises:
-    DataError: roles out of order or `<image>` without an image.
-  """
-  special = tokenizer.token_ids
-  pieces = [_bos(tokenizer)]
-  labels = [np.full(len(pieces[0]), IGNORE_LABEL, np.int32)]
-  requests = [np.zeros(len(pieces[0]), np.int32)]
-  assistant = len(tokenizer.encode("<|im_start|>assistant\n"))
-  user = len(tokenizer.encode("<|im_start|>user\n"))
-  human_turns = 0
-  for role, text in _chat_blocks(turns, image_tokens, system_message):
-    if role == "gpt":
-      slots = SPECIAL_TOKENS["mask_context"] * (num_codes - 1)
-      text = text.replace("<mask>", f"<ge_start>{slots}<ge_end>")
-    ids = tokenizer.encode(text)
-    label = np.full(len(ids), IGNORE_LABEL, np.int32)
-    if role == "gpt":
-      label[assistant:-1] = ids[assistant:-1]  # Not the final newline.
-      label[label == special.ge_end] = special.mask_context
-    request = np.zeros(len(ids), np.int32)
-    if role == "human":
-      human_turns += 1
-      end = np.flatnonzero(ids == special.im_end)[-1]
-      request[user:end] = human_turns
-      request[_of_picture(ids, special)] = 0
-    pieces.append(ids)
-    labels.append(label)
-    requests.append(request)
-  return Tokenized(*map(np.concatenate, (pieces, labels, requests)))
+def _typed(text: str) -> str:
+  """A part between special tokens, as the twin reads it."""
+  parts = text.split(ESCAPE)
+  return _BREAK.join(_NO_CHARACTERS.sub("", part) for part in parts)
 
 
-def _of_picture(ids: np.ndarray, special: TokenIds) -> np.ndarray:
-  """Which tokens stand for a picture, bool."""
-  return (
-    (ids == special.img_context)
-    | (ids == special.img_start)
-    | (ids == special.img_end)
-  )
-
-
-def chat_prompt(
-  turns: Sequence[Mapping[str, str]],
-  *,
-  image_tokens: Sequence[int] = (),
-  system_message: str = "",
-  answer_prefix: str = "",
-) -> str:
-  """The text up to where the model answers; arguments as `tokenize_chat`.
-
-  Args:
-    answer_prefix: the beginning of the answer, to be forced.
-  """
-  blocks = _chat_blocks(turns, image_tokens, system_message)
-  text = "".join(block for _, block in blocks)
-  return f"{text}<|im_start|>assistant\n{answer_prefix}"
-
-
-def encode_prompt(
-  tokenizer: TextTokenizer, prompt: str
-) -> Int[np.ndarray, "t"]:
-  """Ids of a `chat_prompt`, with `<s>` where the text tokenizer wants it."""
-  return np.concatenate((_bos(tokenizer), tokenizer.encode(prompt)))
-
-
-def _bos(tokenizer: TextTokenizer) -> np.ndarray:
-  bos = tokenizer.token_ids.bos
-  return np.array([] if bos is None else [bos], np.int32)
-
-
-def _chat_blocks(
-  turns: Sequence[Mapping[str, str]],
-  image_tokens: Sequence[int],
-  system_message: str,
-) -> list[tuple[str, str]]:
-  """(role, text in the `internvl2_5` template) of each turn, images placed."""
-  turns = [(t["from"], t["value"]) for t in turns]
-  if turns and turns[0][0] == "system":
-    system_message = turns[0][1]
-    turns = turns[1:]
-  length = len(system_message) + sum(len(text) for _, text in turns)
-  if length > MAX_CHARACTERS:
-    raise DataError(
-      f"a conversation of {length} characters is too long; at most "
-      f"{MAX_CHARACTERS} are read."
-    )
-  try:
-    "".join((system_message, *(text for _, text in turns))).encode()
-  except UnicodeEncodeError as error:
-    raise DataError(
-      f"a conversation holds {error.object[error.start]!r}, half a character."
-    ) from error
-  human = [text for role, text in turns if role == "human"]
-  if not turns or turns[0][0] != "human":
-    raise DataError("a conversation must begin with a human turn.")
-  placed = sum(text.count("<image>") for text in human)
-  if image_tokens and placed > len(image_tokens):
-    raise DataError(
-      f"a conversation has {placed} <image> for {len(image_tokens)} pictures."
-    )
-  missing = "<image>\n" * (len(image_tokens) - placed)
-  turns[0] = ("human", missing + turns[0][1])
-  blocks = []
-  if system_message:
-    blocks.append(
-      ("system", f"<|im_start|>system\n{system_message}<|im_end|>\n")
-    )
-  counts = iter(image_tokens)
-  for role, text in turns:
-    if role == "human":
-      for _ in range(text.count("<image>") if image_tokens else 0):
-        context = SPECIAL_TOKENS["img_context"] * next(counts)
-        text = text.replace("<image>", f"<img>{context}</img>", 1)
-      blocks.append((role, f"<|im_start|>user\n{text}<|im_end|>\n"))
-    elif role == "gpt":
-      blocks.append((role, f"<|im_start|>assistant\n{text}<|im_end|>\n"))
-    else:
-      raise DataError(f"a conversation has a turn from {role!r}.")
-  return blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class TextRow:
-  """The text fields of one row of a `types.Batch`."""
-
-  tokens: Int[np.ndarray, "t"]
-  targets: Int[np.ndarray, "t"]
-  positions: Int[np.ndarray, "t"]
-  segment_ids: Int[np.ndarray, "t"]
-  is_prompt: np.ndarray  # bool [t]
-
-
-def padding_row(length: int) -> TextRow:
-  """A row of `length` positions that holds no conversation."""
-  return TextRow(
-    tokens=np.zeros(length, np.int32),
-    targets=np.full(length, IGNORE_TARGET, np.int32),
-    positions=np.zeros(length, np.int32),
-    segment_ids=np.zeros(length, np.int32),
-    is_prompt=np.zeros(length, np.bool_),
-  )
-
-
-def text_row(
-  samples: Sequence[Tokenized], length: int, token_ids: TokenIds
-) -> TextRow:
-  """Packs conversations one after another into a row of `length` positions.
-
-  Each conversation gets its own segment id, from 1 on, and positions from 0.
-
-  Raises:
-    DataError: they do not fit.
-  """
-  total = sum(len(s) for s in samples)
-  if total > length:
-    raise DataError(
-      f"a conversation of {total} tokens does not fit sequence_length {length}."
-    )
-  row = padding_row(length)
-  start = 0
-  for segment, sample in enumerate(samples, 1):
-    stop = start + len(sample)
-    row.tokens[start:stop] = sample.ids
-    row.positions[start:stop] = np.arange(len(sample))
-    row.segment_ids[start:stop] = segment
-    answered = np.flatnonzero(sample.labels != IGNORE_LABEL)
-    first = answered[0] if len(answered) else len(sample)
-    row.is_prompt[start : start + first] = True
-    # One-step shift: a position predicts what the next one is labelled.
-    due = sample.labels[1:]
-    target = np.where(due == IGNORE_LABEL, IGNORE_TARGET, due)
-    target[due == token_ids.mask_context] = CODE_TARGET
-    row.targets[start : stop - 1] = target
-    start = stop
-  return row
+def _controls(model: tokenizers.Tokenizer) -> list[str]:
+  """Special tokens that text must never become."""
+  added = model.get_added_tokens_decoder().values()
+  # Some vocabularies do not mark all of theirs ("<|fim_prefix|>").
+  found = {
+    t.content for t in added if t.special or _BARRED.fullmatch(t.content)
+  }
+  found |= {
+    t for t in SPECIAL_TOKENS.values() if model.token_to_id(t) is not None
+  }
+  return [t for t in found - set(MARKUP) if len(t) > 1]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from argenseg_jax.data import text
+from argenseg_jax.data import chat, text
 from argenseg_jax.data.ref_shapes import requests
 
 _SCENES = 150
@@ -23,7 +23,7 @@ _ANSWERS = (
 
 def corpus() -> Iterator[str]:
   """Texts to train on; the same on every call."""
-  join = text.EXPRESSION_JOINS["training"]
+  join = chat.EXPRESSION_JOINS["training"]
   for split in requests.SPLITS:
     for scene_id in range(_SCENES):
       for record in requests.draw_requests(
@@ -35,7 +35,7 @@ def corpus() -> Iterator[str]:
   for _ in range(_SCENES):
     for role in ("system", "user", "assistant"):
       yield f"<|im_start|>{role}\n<|im_end|>\n"
-    yield from (text.REQUEST_TEMPLATES[name] for name in _TEMPLATES)
+    yield from (chat.REQUEST_TEMPLATES[name] for name in _TEMPLATES)
     yield from _ANSWERS
 
 

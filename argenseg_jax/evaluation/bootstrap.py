@@ -1,4 +1,4 @@
-"""Intervals of metrics: pictures are drawn again, with all their samples."""
+"""Intervals of metrics: images are drawn again, with all their samples."""
 
 import dataclasses
 from collections.abc import Hashable, Sequence
@@ -13,7 +13,7 @@ COUNTS = {
   *("samples", "invalid", "surplus", "questions", "captions"),
   *("yes_no_unclear", "choice_unclear"),
 }
-_CHUNK = 50  # Resamples at once: bounds memory at 50 x pictures numbers.
+_CHUNK = 50  # Resamples at once: bounds memory at 50 x images numbers.
 
 
 def intervals(
@@ -26,12 +26,12 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
   """Percentile bootstrap intervals of every metric of `sums`.
 
-  Samples of one picture are alike, so whole pictures are drawn, with
+  Samples of one image are alike, so whole images are drawn, with
   replacement, as many as there are; each draw's sums are divided once.
 
   Args:
     sums: one for each sample, of one class.
-    images: which picture each of them is about.
+    images: which image each of them is about.
     share: of the resampled values that an interval holds.
     resamples: how often to draw.
     seed: of the drawing; the same seed gives the same intervals.

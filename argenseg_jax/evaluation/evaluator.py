@@ -69,6 +69,11 @@ class Evaluator:
     self._answer = answer
     self._codes = CodeMeasurer(graph)
 
+  @property
+  def max_samples(self) -> int:
+    """Of a split, unless a call says otherwise; 0 for all."""
+    return self._config.max_samples
+
   def batch_size(self, state: nnx.State) -> int:
     """The config's, rounded up so that each device gets as many rows."""
     mesh = sharding.mesh_of(state)
@@ -86,7 +91,7 @@ class Evaluator:
     on_batch: OnBatch = lambda: None,
     answered: Sequence[dict[str, Any]] = (),
   ) -> SplitResults:
-    """Scores every sample once, at the pictures' own sizes.
+    """Scores every sample once, at the images' own sizes.
 
     Args:
       state: variables of the model.
@@ -98,7 +103,7 @@ class Evaluator:
       answered: records of the first batches, from an interrupted call.
 
     Raises:
-      DataError: a sample asks for a picture, or has no usable true answer.
+      DataError: a sample asks for an image, or has no usable true answer.
     """
     scorer, records = predictions.Scorer(), list(answered)
     for record in answered:
@@ -175,7 +180,7 @@ class Evaluator:
       sample = rows.source[index]
       if sample.target == "picture":
         raise DataError(
-          f"{sample.where} asks for a picture, which no metric here judges; "
+          f"{sample.where} asks for an image, which no metric here judges; "
           "look at what `argenseg generate` draws."
         )
       if not _is_whole(rows, sample, batch.tokens[i]):

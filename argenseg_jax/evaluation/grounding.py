@@ -1,5 +1,5 @@
 """How well codes are predicted when those before them are true, and whether
-the picture matters for that."""
+the image matters for that."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ class CodeSums(Sums):
   Attributes:
     count: codes.
     loss: cross entropy over the whole vocabulary, in nats.
-    shuffled_loss: the same with another sample's picture.
+    shuffled_loss: the same with another sample's image.
     right: codes that are the likeliest of all codes.
   """
 
@@ -73,7 +73,7 @@ def code_sums(
   Args:
     model: the whole model.
     batch: teacher forced.
-    others: pictures to put in place of the batch's own.
+    others: images to put in place of the batch's own.
   """
   inputs, targets, index = prepare_inputs(model, batch, Noise())
 
@@ -165,7 +165,7 @@ def _stacked(rows: list[Row]) -> Batch:
 
 
 def _picture(rows: pipeline.RowMaker, index: int) -> Any:
-  """What tells a sample's pictures; None where it has none or is bad."""
+  """What tells a sample's images; None where it has none or is bad."""
   try:
     return rows.source[index].image_keys or None
   except DataError:
@@ -173,7 +173,7 @@ def _picture(rows: pipeline.RowMaker, index: int) -> Any:
 
 
 def _other(rows, index: int, total: int, key) -> Row:
-  """The row of the next sample with another picture; its own if all are of
+  """The row of the next sample with another image; its own if all are of
   one."""
   for step in range(1, total):
     other = (index + step) % total

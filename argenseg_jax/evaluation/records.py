@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample
+from argenseg_jax.data.text import unescape
 from argenseg_jax.evaluation.bootstrap import intervals
 from argenseg_jax.evaluation.segmentation_metrics import (
   SegmentationSums,
@@ -29,10 +30,13 @@ _NEEDED = {
   True: ("sample", "picture", "text", "has_mask", "mask", "truth"),
   False: ("sample", "picture", "text", "kind", "question", "answers"),
 }
+# What tells the lines of a file apart.
+_KEY = ("dataset", "sample", "number")
 # Of these metrics the 95 % intervals are given.
 _WITH_INTERVAL = {
   *("ciou", "giou", "yes_no_accuracy", "yes_no_f1", "vqa_soft"),
-  *("choice_accuracy", "text_exact"),
+  *("choice_accuracy", "text_exact", "pope_accuracy", "pope_f1"),
+  *("vqa_accuracy", "mmmu_accuracy", "scienceqa_accuracy"),
 }
 
 
@@ -47,7 +51,7 @@ def due_masks(sample: Sample) -> int:
 
 
 def true_seg_masks(sample: Sample) -> list[Bool[np.ndarray, "h w"]]:
-  """What each due mask should be, at the picture's own size."""
+  """What each due mask should be, at the image's own size."""
   numbers = range(sample.num_past_masks, len(sample.seg_masks))
   if numbers:
     return [sample.load_seg_mask(i) > 0 for i in numbers]
@@ -79,15 +83,15 @@ def records(
     "sample": index,
     "dataset": sample.dataset,
     "kind": sample.kind,
-    # What tells equal pictures: intervals draw pictures, not samples.
+    # What tells equal images: intervals draw images, not samples.
     "picture": json.dumps(picture, default=str),
     "turn": max(len(human) - 1, 0),
     "expressions": list(sample.expressions),
-    "question": human[-1] if human else "",
+    "question": unescape(human[-1]) if human else "",
     "text": text,
   }
   if not truths:
-    true = [sample.conversation[-1]["value"]]
+    true = [unescape(sample.conversation[-1]["value"])]
     return [common | {"answers": list(sample.answers) or true}]
   made = []
   for number, truth in enumerate(truths):
@@ -141,6 +145,7 @@ class Scorer:
         has_mask=record["has_mask"],
         text=record["text"],
         surplus=record.get("surplus", 0),
+        ignore=pixels(record["ignore"]) if "ignore" in record else None,
       )
       value = one.iou
       self.masks += one
@@ -171,47 +176,32 @@ class Scorer:
     return metrics
 
 
-def keep_whole_batches(path: pathlib.Path, size: int) -> list[dict[str, Any]]:
-  """The records of an interrupted evaluation, up to its last batch but one.
-
-  The file is cut to them (a copy takes its place at once), so that going on
-  appends to it. The last batch may be incomplete and is answered again: in
-  another company, padding may be longer and an answer differ.
-
-  Args:
-    path: may be absent.
-    size: of a batch.
-  """
-  found = []
-  for line in path.read_text().splitlines() if path.exists() else ():
-    try:
-      found.append(json.loads(line))
-    except ValueError:  # Cut off by a kill.
-      break
-  end = found[-1]["sample"] // size * size if found else 0
-  kept = [values for values in found if values["sample"] < end]
-  copy = path.with_suffix(".new")
-  copy.write_text("".join(json.dumps(values) + "\n" for values in kept))
-  copy.replace(path)
-  return kept
-
-
 def rescore(path: str | pathlib.Path) -> dict[str, Any]:
   """The metrics of a `predictions.jsonl`.
 
   Raises:
-    DataError: it cannot be read; the line is named.
+    DataError: it cannot be read, or answers a question twice; the line is
+      named.
   """
   scorer = Scorer()
+  seen: dict[tuple, int] = {}
   try:
-    with as_path(path).open() as lines:
+    with as_path(path).open("rb") as lines:
       for number, line in enumerate(lines, 1):
+        if not line.strip():
+          continue
         try:
-          values = json.loads(line)
+          values = json.loads(line.decode("utf-8"))
           for key in _NEEDED["mask" in values]:
             values[key]
           if not isinstance(values["picture"], str):
             raise TypeError(f"picture {values['picture']!r} is no name")
+          key = tuple(json.dumps(values.get(key)) for key in _KEY)
+          if key in seen:
+            raise ValueError(
+              f"sample {values['sample']} stands in line {seen[key]} already"
+            )
+          seen[key] = number
           scorer.add(values)
         except (
           *(DataError, ValueError, KeyError, TypeError),

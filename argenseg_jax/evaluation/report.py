@@ -20,13 +20,13 @@ matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 
-# Upper ends of the bars: objects by their share of the picture, requests by
+# Upper ends of the bars: objects by their share of the image, requests by
 # their words.
 _SIZES = (0.01, 0.02, 0.04, 0.08, 0.16, 1.0)
 _WORDS = (1, 2, 3, 4, 6, 9, 99)
 _COLOUR = "#4477aa"
 _LEGEND = (
-  "In each line below: the picture, what was asked for, the answer, and the "
+  "In each line below: the image, what was asked for, the answer, and the "
   "answer's mask image after each scale."
 )
 _EACH = 4  # Best, worst and random answers.
@@ -92,7 +92,7 @@ def write(
 def choose(
   masks: Sequence[dict[str, Any]], count: int = _EACH
 ) -> dict[str, list[dict[str, Any]]]:
-  """The best, the worst and some other answers, each of another picture.
+  """The best, the worst and some other answers, each of another image.
 
   Args:
     masks: records with a mask and its IoU.
@@ -152,7 +152,7 @@ def distributions(masks: Sequence[dict[str, Any]]) -> np.ndarray:
   with_target = shares > 0
   _bars(axes[1], ious[with_target], shares[with_target], _SIZES, percent)
   axes[1].set(
-    xlabel="object, share of its picture", title="By size of the object"
+    xlabel="object, share of its image", title="By size of the object"
   )
   starts = (1, *(end + 1 for end in _WORDS[:-1]))
   names = [
@@ -226,7 +226,7 @@ def _shown(
   evaluator: Evaluator,
   state: nnx.State,
 ) -> list[render.Shown]:
-  """Records with their pictures and the mask image after each scale."""
+  """Records with their images and the mask image after each scale."""
   rows = split.rows
   strips = _strips([r["sample"] for r in chosen], rows, evaluator, state)
   shown = []

@@ -115,16 +115,25 @@ def score(
   has_mask: bool = True,
   text: str = "",
   surplus: int = 0,
+  ignore: np.ndarray | None = None,
 ) -> SegmentationSums:
   """The sums of one sample.
 
   Args:
     prediction: bool [h w]; empty if the answer held no mask.
-    truth: bool [h w], at the picture's own size.
+    truth: bool [h w], at the image's own size.
     has_mask: whether the answer held a mask.
     text: the answer, where a box may stand.
     surplus: masks of the answer that nothing asked for.
+    ignore: bool [h w], pixels that count as neither (ReasonSeg's rule).
   """
+  if ignore is not None:
+    if ignore.shape != truth.shape:
+      raise ValueError(
+        f"true mask {truth.shape} and ignored pixels {ignore.shape} differ in "
+        "size."
+      )
+    prediction, truth = prediction & ~ignore, truth & ~ignore
   intersection, union = overlap(prediction, truth)
   iou = intersection / (union + 1e-10) if union else 1.0
   empty_truth, empty_answer = not truth.any(), not prediction.any()

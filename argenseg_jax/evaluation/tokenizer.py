@@ -20,7 +20,7 @@ from argenseg_jax.inference.segment import seg_mask_at_size, to_uint8
 from argenseg_jax.models.argenseg import normalize_seg_masks
 from argenseg_jax.runtime import distributed
 
-_TOLERANCE = 0.008  # Of the picture's diagonal, for boundaries.
+_TOLERANCE = 0.008  # Of the image's diagonal, for boundaries.
 
 
 @dataclasses.dataclass
@@ -84,7 +84,7 @@ def boundary_f(
   """F measure of two masks' boundaries, 1 where both have none.
 
   A boundary pixel is right if the other boundary has one within 0.8 % of the
-  picture's diagonal (at least one pixel).
+  image's diagonal (at least one pixel).
   """
   edges = [_edge(prediction), _edge(truth)]
   if not edges[0].any() or not edges[1].any():
@@ -98,7 +98,7 @@ def boundary_f(
 
 
 def _edge(mask: np.ndarray) -> np.ndarray:
-  """Foreground pixels with background, or the picture's end, beside them."""
+  """Foreground pixels with background, or the image's end, beside them."""
   padded = np.pad(mask.astype(np.uint8), 1)
   cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
   return mask & ~(cv2.erode(padded, cross)[1:-1, 1:-1] > 0)

@@ -101,7 +101,7 @@ class Engine:
     self._strips = strips
 
   def see(self, pixels: np.ndarray) -> Array:
-    """Vision embeddings [1 v d] of a picture."""
+    """Vision embeddings [1 v d] of an image."""
     return self._run(self._see, self.resized(pixels)[None])
 
   def begin(self, tokens: np.ndarray, vision: Array) -> KVCache:
@@ -115,30 +115,51 @@ class Engine:
   def prompt(
     self, request: str, answer_prefix: str | None, template: str = ""
   ) -> Prompt:
-    """See `prompts.of_request`; the request is about one picture."""
-    return prompts.of_request(
-      self.tokenizer,
-      self.data,
-      request,
-      image_tokens=(self.config.vision.num_embeddings,),
-      answer_prefix=answer_prefix or "",
-      template=template,
+    """See `prompts.of_request`; the request is about one image."""
+    return self._fitting(
+      prompts.of_request(
+        self.tokenizer,
+        self.data,
+        request,
+        image_tokens=(self.config.vision.num_embeddings,),
+        answer_prefix=answer_prefix or "",
+        template=template,
+      )
     )
 
   def turns(
     self, history: Turns, num_images: int, answer_prefix: str | None
   ) -> Prompt:
     """See `prompts.of_turns`."""
-    return prompts.of_turns(
-      self.tokenizer,
-      self.data,
-      history,
-      image_tokens=(self.config.vision.num_embeddings,) * num_images,
-      answer_prefix=answer_prefix or "",
+    return self._fitting(
+      prompts.of_turns(
+        self.tokenizer,
+        self.data,
+        history,
+        image_tokens=(self.config.vision.num_embeddings,) * num_images,
+        answer_prefix=answer_prefix or "",
+      )
     )
 
+  def _fitting(self, prompt: Prompt) -> Prompt:
+    """The prompt, if the model has positions for it and an answer.
+
+    Raises:
+      DataError: it has not.
+    """
+    answer = self.settings.max_text + (
+      self.settings.max_masks * self.config.vqvae.codes_per_mask
+    )
+    room = self.config.llm.max_positions - answer
+    if len(prompt.ids) > room:
+      raise DataError(
+        f"a request of {len(prompt.ids)} tokens, with its image and forced "
+        f"words, is too long: the model has {room} positions before an answer."
+      )
+    return prompt
+
   def resized(self, pixels: np.ndarray) -> np.ndarray:
-    """uint8 [1 side side 3]: one picture of a row."""
+    """uint8 [1 side side 3]: one image of a row."""
     resized = transforms.resize_image(
       pixels,
       self.data.image_side,
@@ -246,7 +267,7 @@ def _row_bucket(rows: int, most: int) -> int:
 
 @jax.jit
 def _in_bfloat16(state: nnx.State) -> nnx.State:
-  """Weights in bfloat16; the quantiser stays as it is."""
+  """Weights in bfloat16; the quantizer stays as it is."""
 
   def cast(path, leaf):
     names = [getattr(key, "key", None) for key in path]

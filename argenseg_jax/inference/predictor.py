@@ -1,4 +1,4 @@
-"""Answers of a trained model: masks and text for pictures and requests."""
+"""Answers of a trained model: masks and text for images and requests."""
 
 import pathlib
 import threading
@@ -25,7 +25,7 @@ AnyImage = np.ndarray | Image.Image | str | pathlib.Path
 
 
 class Predictor:
-  """Segments pictures with a checkpoint; threads may share it.
+  """Segments images with a checkpoint; threads may share it.
 
   Programs are compiled once per number of rows and prompt bucket: rows are
   rounded up to powers of two, prompts to multiples of 32.
@@ -34,7 +34,7 @@ class Predictor:
     loaded: a checkpoint of a whole model.
     settings: limits of an answer; those of the run by default. `batch_size` is
       the most rows of a program.
-    bfloat16: keep and use weights in bfloat16, but for the quantiser.
+    bfloat16: keep and use weights in bfloat16, but for the quantizer.
   """
 
   def __init__(
@@ -45,7 +45,7 @@ class Predictor:
     bfloat16: bool = False,
   ):
     self._engine = Engine(loaded, settings, bfloat16=bfloat16)
-    self._here = threading.local()  # Each thread's own picture.
+    self._here = threading.local()  # Each thread's own image.
 
   @property
   def config(self) -> ModelConfig:
@@ -54,7 +54,7 @@ class Predictor:
 
   @property
   def data(self) -> DataConfig:
-    """How the model's pictures and requests were made."""
+    """How the model's images and requests were made."""
     return self._engine.data
 
   @property
@@ -89,13 +89,13 @@ class Predictor:
     return cls(loaded, settings, bfloat16=bfloat16)
 
   def set_image(self, image: AnyImage) -> "Picture":
-    """Looks at a picture once, for many requests.
+    """Looks at an image once, for many requests.
 
-    `segment` and `chat` of this thread are about it from now on; the picture
+    `segment` and `chat` of this thread are about it from now on; the image
     that is returned may be asked by any thread.
 
     Raises:
-      DataError: not a picture.
+      DataError: not an image.
     """
     self._here.picture = Picture(self._engine, image)
     return self._here.picture
@@ -103,11 +103,11 @@ class Predictor:
   def segment(
     self, image: AnyImage, request: str | None = None, **options
   ) -> Prediction:
-    """One answer: `segment(request)` about the picture of `set_image`, or
+    """One answer: `segment(request)` about the image of `set_image`, or
     `segment(image, request)` about this one.
 
     Args:
-      image: uint8 RGB [h w 3] of any size, a PIL picture or a file.
+      image: uint8 RGB [h w 3] of any size, a PIL image or a file.
       request: what to segment, in the wording of the model's training; the
         request template of its data is put around it.
       **options: see `segment_batch`.
@@ -126,9 +126,9 @@ class Predictor:
     num_scales: int | None = None,
     template: str = "",
   ) -> list[Prediction]:
-    """One answer for each picture and request of the same place.
+    """One answer for each image and request of the same place.
 
-    Picture to mask image is one program. For several requests of one picture,
+    Image to mask image is one program. For several requests of one image,
     `set_image` saves work.
 
     Args:
@@ -137,14 +137,14 @@ class Predictor:
       answer_prefix: words that the answer begins with, right before its mask:
         no text is generated there. None lets the model speak.
       num_scales: stop after so many scales of a mask; None takes all.
-      template: kind of request, of `data.text.REQUEST_TEMPLATES`; that of the
+      template: kind of request, of `data.chat.REQUEST_TEMPLATES`; that of the
         model's training where it is "".
 
     Raises:
-      DataError: not a picture, or no such number of scales or template.
+      DataError: not an image, or no such number of scales or template.
     """
     if len(images) != len(requests):
-      raise DataError(f"{len(requests)} requests for {len(images)} pictures.")
+      raise DataError(f"{len(requests)} requests for {len(images)} images.")
     prompt = self._engine.prompt
     asked = [prompt(r, answer_prefix, template) for r in requests]
     pixels = [_pixels(image) for image in images]
@@ -163,14 +163,14 @@ class Predictor:
   def chat(
     self, history: Turns, *, image: AnyImage | None = None, **options
   ) -> Prediction:
-    """Goes on with a conversation, about the picture of `set_image` if there is
+    """Continues a conversation, about the image of `set_image` if there is
     one in this thread.
 
     Args:
       history: {"from": "human" or "gpt", "value": text}, the last from "human";
-        `<image>` stands where the picture goes, else it comes first. The model
+        `<image>` stands where the image goes, else it comes first. The model
         sees the words of earlier answers, not their masks.
-      image: another picture.
+      image: another image.
       **options: `answer_prefix` and `num_scales` as of `segment_batch`, and
         `max_text`: most text tokens of the
         answer.
@@ -233,18 +233,18 @@ class Predictor:
     picture = getattr(self._here, "picture", None)
     if picture is None:
       raise DataError(
-        "no picture was set in this thread; call set_image(image) first, or "
+        "no image was set in this thread; call set_image(image) first, or "
         "segment(image, request)."
       )
     return picture
 
 
 class Picture:
-  """A picture that a model has seen; made by `Predictor.set_image`.
+  """An image that a model has seen; made by `Predictor.set_image`.
 
   All its requests share the vision embeddings. Where the model's prompts are
   plainly causal, they also share the decoder's keys and values up to the end of
-  the picture, and only what follows is run for each of them.
+  the image, and only what follows is run for each of them.
 
   Args:
     engine: of the model.
@@ -286,7 +286,7 @@ class Picture:
     return predictions
 
   def chat(self, history: Turns, **options) -> Prediction:
-    """Goes on with a conversation; see `Predictor.chat`."""
+    """Continues a conversation; see `Predictor.chat`."""
     prompt = self._engine.turns(history, 1, options.get("answer_prefix"))
     (prediction,) = self._ask([prompt], **options)
     return prediction
@@ -317,8 +317,8 @@ def _pixels(image: AnyImage) -> np.ndarray:
     image = np.repeat(image[..., None], 3, -1)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
     raise DataError(
-      f"a picture is {image.dtype} of shape {image.shape}; give uint8 [h w 3] "
-      "or [h w], a PIL picture or a file."
+      f"an image is {image.dtype} of shape {image.shape}; give uint8 [h w 3] "
+      "or [h w], a PIL image or a file."
     )
   return image
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from argenseg_jax.config import DataConfig
-from argenseg_jax.data import text
+from argenseg_jax.data import chat, text
 from argenseg_jax.data.errors import DataError
 
 BUCKET = 32  # Prompt lengths are padded to multiples of this.
@@ -21,7 +21,7 @@ class Prompt(NamedTuple):
   Attributes:
     ids: int32 [t], to the end of the answer's forced words.
     answer_length: how many of them, at the end, are those words.
-    picture_end: how many of them there are up to the end of the picture; 0
+    picture_end: how many of them there are up to the end of the image; 0
       without one.
   """
 
@@ -59,18 +59,18 @@ def of_request(
     request: what to segment.
     image_tokens: as `of_turns`.
     answer_prefix: as `of_turns`.
-    template: of `text.REQUEST_TEMPLATES`, instead of the model's own.
+    template: of `chat.REQUEST_TEMPLATES`, instead of the model's own.
 
   Raises:
     DataError: there is no such template.
   """
   template = template or data.request
-  if template not in text.REQUEST_TEMPLATES:
+  if template not in chat.REQUEST_TEMPLATES:
     raise DataError(
       f"no request template is named {template!r}; there are "
-      f"{', '.join(text.REQUEST_TEMPLATES)}."
+      f"{', '.join(chat.REQUEST_TEMPLATES)}."
     )
-  asked = text.request_text(template, [request], data.join)
+  asked = chat.request_text(template, [request], data.join)
   return of_turns(
     tokenizer,
     data,
@@ -91,36 +91,47 @@ def of_turns(
   """A conversation, up to where the model goes on.
 
   Masks of earlier answers (`<mask>`) are left out: prompts hold words and
-  pictures only.
+  images only.
 
   Args:
     tokenizer: of the model.
     data: has the system message.
     turns: {"from": "human" or "gpt", "value": text}; the last is a human's.
-    image_tokens: vision embeddings of each picture.
+    image_tokens: vision embeddings of each image.
     answer_prefix: the answer's first words, to be forced.
 
   Raises:
     DataError: turns out of order.
   """
   if not turns or turns[-1].get("from") != "human":
-    raise text.DataError("a conversation to go on with must end with a human.")
-  mask = text.SPECIAL_TOKENS["mask"]
-  prompt = text.chat_prompt(
-    [{**turn, "value": turn["value"].replace(mask, "")} for turn in turns],
-    image_tokens=image_tokens,
-    system_message=data.system_message,
-  )
-  ids = asked = text.encode_prompt(tokenizer, prompt)
-  if answer_prefix:
-    # As one text, so that its words are those of training.
-    ids = text.encode_prompt(tokenizer, prompt + answer_prefix)
+    raise DataError("a conversation must end with a human turn.")
+
+  def prompt(answer_prefix):
+    text = chat.chat_prompt(
+      tokenizer,
+      [_without_masks(turn) for turn in turns],
+      image_tokens=image_tokens,
+      system_message=data.system_message,
+      answer_prefix=answer_prefix,
+    )
+    return chat.encode_prompt(tokenizer, text)
+
+  asked = prompt("")
+  # As one text, so that its words are those of training.
+  ids = prompt(answer_prefix) if answer_prefix else asked
   ends = np.flatnonzero(asked == tokenizer.token_ids.img_end)
   return Prompt(
     ids=ids,
     answer_length=len(ids) - len(asked),
     picture_end=int(ends[-1]) + 1 if ends.size else 0,
   )
+
+
+def _without_masks(turn: Mapping[str, str]) -> Mapping[str, str]:
+  """The words of a turn."""
+  if turn["from"] != "gpt":
+    return turn
+  return {**turn, "value": turn["value"].replace(chat.MASK, "")}
 
 
 def pad(prompts: Sequence[Prompt], pad_id: int) -> Padded:

@@ -111,7 +111,7 @@ class Prediction:
   """The answer to one request.
 
   Attributes:
-    seg_masks: bool [m h w] at the picture's own size, m masks of the answer.
+    seg_masks: bool [m h w] at the image's own size, m masks of the answer.
     text: what the model said, with `<mask>` where it drew a mask.
     confidences: float32 [m], mean log-probability of each mask's codes.
     codes: int32 [m n]; 0 for scales that were left out.
@@ -147,7 +147,7 @@ class Prediction:
 
   @functools.cached_property
   def scale_masks(self) -> np.ndarray:
-    """bool [scales h w]: the first mask after each scale, at the picture's own
+    """bool [scales h w]: the first mask after each scale, at the image's own
     size. Drawn when it is asked for."""
     size = self.seg_masks.shape[1:]
     masks = [
@@ -157,7 +157,7 @@ class Prediction:
     return np.stack(masks)
 
   def as_pil(self) -> Image.Image:
-    """The mask as a grey picture: 255 inside, 0 outside."""
+    """The mask as a grey image: 255 inside, 0 outside."""
     return Image.fromarray(self.seg_mask.astype(np.uint8) * np.uint8(255))
 
 
@@ -168,5 +168,5 @@ def answer_tokens(tokens: np.ndarray) -> np.ndarray:
 
 
 def to_uint8(x: Array) -> Array:
-  """Pictures leave the image tokenizer by truncation."""
+  """Images leave the image tokenizer by truncation."""
   return ((x + 1) / 2 * 255).astype(jnp.uint8)

@@ -1,4 +1,4 @@
-"""Pictures for texts: the mask path without an input picture, with guidance."""
+"""Images for texts: the mask path without an input image, with guidance."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from argenseg_jax import checkpoint
 from argenseg_jax.config import DataConfig
 from argenseg_jax.config_parsing import from_mapping
-from argenseg_jax.data import text
+from argenseg_jax.data import chat
 from argenseg_jax.inference.generate import generate
 from argenseg_jax.inference.prompts import left_pad
 from argenseg_jax.inference.segment import to_uint8
@@ -22,7 +22,7 @@ from argenseg_jax.models.argenseg import ARGenSeg
 def draw_images(
   loaded: checkpoint.Loaded, texts: Sequence[str], *, guidance: float
 ) -> tuple[UInt8[np.ndarray, "b h w 3"], UInt8[np.ndarray, "b k h w 3"]]:
-  """Pictures that a model draws, and what they are after each scale.
+  """Images that a model draws, and what they are after each scale.
 
   Args:
     loaded: a checkpoint of a whole model.
@@ -68,8 +68,10 @@ def draw_images(
 
 
 def _prompt(tokenizer, data: DataConfig, words: str) -> np.ndarray:
-  asked = text.request_text("generation", [words])
-  prompt = text.chat_prompt(
-    [{"from": "human", "value": asked}], system_message=data.system_message
+  asked = chat.request_text("generation", [words])
+  prompt = chat.chat_prompt(
+    tokenizer,
+    [{"from": "human", "value": asked}],
+    system_message=data.system_message,
   )
-  return text.encode_prompt(tokenizer, prompt)
+  return chat.encode_prompt(tokenizer, prompt)

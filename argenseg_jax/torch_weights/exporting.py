@@ -209,8 +209,21 @@ class _Cast:
     }
 
   def read(self, name: str) -> np.ndarray:
-    value = self._source.read(name)
-    return value.astype(self.tensors[name].dtype, copy=False)
+    value, dtype = self._source.read(name), self.tensors[name].dtype
+    if dtype == np.float16 and dtype != value.dtype:
+      self._require_range(name, value)
+    return value.astype(dtype, copy=False)
+
+  def _require_range(self, name: str, value: np.ndarray) -> None:
+    """Refuses finite values that float16 would make infinite."""
+    size = np.abs(value.astype(np.float32))
+    # Above this, rounding gives infinity.
+    over = np.isfinite(size) & (size >= 65520)
+    if count := np.count_nonzero(over):
+      raise WeightsError(
+        f"float16 cannot hold {count} values of {name!r} (up to "
+        f"{size[over].max():.4g}, its largest is 65504); use --dtype bfloat16."
+      )
 
 
 class _Unprefixed:

@@ -17,6 +17,7 @@ from argenseg_jax.config import (
   VisionConfig,
   VQVAEConfig,
 )
+from argenseg_jax.data.text import ADDED_TOKENS
 from argenseg_jax.scales import SCALES_256, SCALES_512, Scales
 from argenseg_jax.torch_weights import rules
 from argenseg_jax.torch_weights.tensors import TensorInfo, WeightsError
@@ -43,7 +44,6 @@ _RELEASED_IDS = {
     "<IMG_CONTEXT>": 151667,
   },
 }
-_NEW_TOKENS = ("<mask>", "<ge_start>", "<ge_end>", "<MASK_CONTEXT>")
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def token_ids(
     name = (group(config, "llm").get("architectures") or ["?"])[0]
     special = dict(_RELEASED_IDS.get(name, {}))
   special |= _tokenizer_ids(folder, text_tokenizer)
-  new = {t: first_code - 4 + i for i, t in enumerate(_NEW_TOKENS)}
+  new = {t: first_code - 4 + i for i, t in enumerate(ADDED_TOKENS)}
   special |= {t: i for t, i in new.items() if t not in special}
   return TokenIds(
     pad=special.get("</s>", special.get("<|endoftext|>", 0)),

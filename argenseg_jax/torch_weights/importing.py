@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,15 @@ from argenseg_jax.config import (
   MeshConfig,
   ModelConfig,
 )
-from argenseg_jax.data import text
+from argenseg_jax.data import chat, text
 from argenseg_jax.runtime.paths import disk_path
-from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
+from argenseg_jax.torch_weights import (
+  byte_tokenizer,
+  hf_config,
+  mapping,
+  rules,
+  tensors,
+)
 from argenseg_jax.torch_weights.tensors import (
   Computed,
   Merged,
@@ -38,7 +44,6 @@ from argenseg_jax.torch_weights.tensors import (
 KEPT_TENSORS = "carried.safetensors"
 _KEPT_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 _TOKENIZER = "image_tokenizer."
-_NEW_TOKENS = ("<mask>", "<ge_start>", "<ge_end>", "<MASK_CONTEXT>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,8 @@ def import_weights(
     mesh: variables are born sharded over it.
     vqvae_path: VAR's image tokenizer, for an InternVL2.5 folder.
     scales: side lengths of the token maps, where config.json has none.
-    text_tokenizer: a tokenizer.json; that of the folder by default.
+    text_tokenizer: a tokenizer.json, or "bytes" for one that is made
+      (`byte_tokenizer`); that of the folder by default.
 
   Raises:
     WeightsError: something does not fit; nothing is left behind.
@@ -101,6 +107,11 @@ def import_weights(
   )
   with written_whole(target) as folder:
     _keep_files(path, folder, plan, kept)
+    if text_tokenizer == byte_tokenizer.NAME and plan.text_tokenizer is None:
+      if plan.task != "mllm":
+        raise WeightsError(f"{path} reads no text: leave --tokenizer out.")
+      made = byte_tokenizer.make(plan.config.token_ids)
+      made.save(str(folder / "tokenizer.json"))
     state, odd = mapping.load(plan.table, abstract, plan.source, mesh)
     if plan.fresh_image_tokenizer:
       state = nnx.merge_state(state, _fresh_image_tokenizer(plan.config))
@@ -126,7 +137,7 @@ def import_weights(
     plan.config,
     len(plan.source.tensors),
     plan.fresh_image_tokenizer,
-    plan.text_tokenizer is not None,
+    (target / "tokenizer.json").is_file(),
   )
 
 
@@ -162,6 +173,8 @@ def written_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
 def _tokenizer_file(path, given) -> pathlib.Path | None:
   """The tokenizer.json given, else that of the folder, if any."""
   file = pathlib.Path(given) if given else path / "tokenizer.json"
+  if given == byte_tokenizer.NAME and not file.is_file():
+    return None
   if given and not file.is_file():
     raise WeightsError(f"text tokenizer {file} is not a file.")
   return file if file.is_file() else None
@@ -175,7 +188,7 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
     source="jsonl",
     split="val",
     join="evaluation",
-    system_message=text.INTERNVL_SYSTEM_MESSAGE,
+    system_message=chat.INTERNVL_SYSTEM_MESSAGE,
     sequence_length=config.vision.num_embeddings
     + config.vqvae.codes_per_mask
     + text_tokens,
@@ -215,8 +228,7 @@ def whole_config(
   name = "language_model."
   heads = (f"{name}output.weight", f"{name}lm_head.weight")
   llm = hf_config.llm_config(
-    hf_config.group(config, "llm"),
-    tied_head=not any(head in found for head in heads),
+    hf_config.group(config, "llm"), tied_head=_tied(config, found, heads)
   )
   image_tokenizer = {
     n.removeprefix(_TOKENIZER): t
@@ -282,7 +294,7 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
   names = [
     f"language_model.{n}" for n in (*names, "model.tok_embeddings.weight")
   ]
-  tied = not any(name in found for name in names[:2])
+  tied = _tied(config, found, names[:2])
   llm = hf_config.llm_config(values, tied_head=tied)
   if vqvae_path is None:
     vqvae, parts = variants.get("argenseg_8b").vqvae, []
@@ -297,7 +309,7 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
       config, image_tokenizer.tensors, str(vqvae_path)
     )
     parts = [Renamed(image_tokenizer, _TOKENIZER)]
-  first_code = llm.vocab_size + len(_NEW_TOKENS)
+  first_code = llm.vocab_size + len(text.ADDED_TOKENS)
   rows = first_code + vqvae.num_codes
   whole = ModelConfig(
     name="imported",
@@ -323,6 +335,25 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
   merged = Merged(source, Computed(grown), Computed(new), *parts)
   fresh = vqvae_path is None
   return _Plan("mllm", whole, table, merged, True, fresh, text_tokenizer)
+
+
+def _tied(
+  config: Mapping[str, Any], found: Mapping[str, Any], heads: Sequence[str]
+) -> bool:
+  """Whether the embedding is the head, too.
+
+  Raises:
+    WeightsError: there is no head, and config.json does not say so.
+  """
+  if any(head in found for head in heads):
+    return False
+  key = "tie_word_embeddings"
+  if hf_config.group(config, "llm").get(key, config.get(key)):
+    return True
+  raise WeightsError(
+    f"the folder lacks the head {heads[0]!r} (or {heads[1]!r}), and its "
+    f"config.json does not say {key}: a file is missing; fetch it again."
+  )
 
 
 def _zeros(shape, dtype):
@@ -391,8 +422,8 @@ def _add_tokens(path: pathlib.Path, ids: config_lib.TokenIds) -> None:
     model = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # The library raises bare Exceptions.
     raise WeightsError(f"{path.name} cannot be read: {error}.") from error
-  model.add_special_tokens(list(_NEW_TOKENS))
-  got = [model.token_to_id(token) for token in _NEW_TOKENS]
+  model.add_special_tokens(list(text.ADDED_TOKENS))
+  got = [model.token_to_id(token) for token in text.ADDED_TOKENS]
   want = [ids.mask, ids.ge_start, ids.ge_end, ids.mask_context]
   if got != want:
     raise WeightsError(

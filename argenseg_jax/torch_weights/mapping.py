@@ -23,6 +23,9 @@ from argenseg_jax.torch_weights.tensors import (
   WeightsError,
 )
 
+# Buffers that some versions of PyTorch's modules save: they follow from the
+# config, so that nothing is lost without them.
+_DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 # Non-trainable variables of ours that PyTorch checkpoints do not hold.
 OURS_ONLY = ("quantizer.assignment_cost",)
 
@@ -104,10 +107,12 @@ def check(
       )
     if not tensors.is_floating(found[name].dtype):
       raise WeightsError(
-        f"{where} holds {name!r} as {found[name].dtype}; quantised weights are "
+        f"{where} holds {name!r} as {found[name].dtype}; quantized weights are "
         "not supported."
       )
   for name in found:
+    if name.endswith(_DERIVED):
+      continue
     if name not in expected and name not in carried:
       raise WeightsError(
         f"{where} holds an unexpected tensor {name!r}; it is of another model, "

@@ -35,6 +35,14 @@ _MAX_RANK = 32
 _INDEX = "model.safetensors.index.json"
 
 
+_CONVERT = (
+  'python -c "from transformers import AutoModel as A; '
+  "A.from_pretrained('{0}', trust_remote_code=True, torch_dtype='auto')"
+  ".save_pretrained('{0}-safetensors')\", then copy config.json and the text "
+  "tokenizer's files beside them."
+)
+
+
 class WeightsError(CheckpointError):
   """PyTorch weights that cannot be used; the message names file and tensor."""
 
@@ -106,9 +114,16 @@ class SafetensorsFile:
   def _add(self, name: str, entry) -> tuple[int, int, str]:
     """Checks one header entry; returns where its bytes lie."""
     try:
+      if entry["dtype"] not in DTYPES:
+        raise WeightsError(
+          f"{self.path} holds tensor {name!r} as {entry['dtype']}"
+          f"{_reason(entry['dtype'])}."
+        )
       dtype = DTYPES[entry["dtype"]]
       shape, (begin, stop) = entry["shape"], entry["data_offsets"]
       numbers = [*shape, begin, stop]
+    except WeightsError:
+      raise
     except (TypeError, KeyError, ValueError) as error:
       raise self._error(f"the entry of tensor {name!r} is malformed") from error
     if len(numbers) > _MAX_RANK or not all(
@@ -151,6 +166,13 @@ class SafetensorsFolder:
     weight_map = _read_index(index) if index.is_file() else None
     if weight_map is None:
       names = sorted(p.name for p in self.path.glob("*.safetensors"))
+      pickles = sorted(p.name for p in self.path.glob("pytorch_model*.bin"))
+      if pickles and not names:
+        raise WeightsError(
+          f"{folder} holds PyTorch pickles ({pickles[0]}) and no *.safetensors "
+          "files; convert them first, in an environment with torch and "
+          f"transformers: {_CONVERT.format(folder)}"
+        )
       if len(names) != 1:
         raise WeightsError(
           f"{folder} holds {len(names)} *.safetensors files and no {_INDEX}; "
@@ -223,7 +245,9 @@ class PickleFile:
         or value.layout != torch.strided
         or value.is_quantized
       ):
-        raise WeightsError(f"{path} is refused: tensor {name!r} is a {kind}.")
+        raise WeightsError(
+          f"{path} is refused: tensor {name!r} is a {kind}{_reason(kind)}."
+        )
       if value.numel() * value.element_size() > room:
         raise WeightsError(
           f"{path} is refused: tensor {name!r} {list(value.shape)} is larger "
@@ -340,6 +364,17 @@ def write_file(
     for name in names:
       array = np.ascontiguousarray(source.read(name))
       file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def _reason(kind: str) -> str:
+  """Why a dtype is not read, and what to do."""
+  if "8" in kind and kind.lower().startswith(("f8", "float8")):
+    return (
+      ", weights rounded to 8 bits whose scales stand elsewhere; give the "
+      "bfloat16 release of this model (eval and predict round it themselves "
+      "with --weights float8_e4m3fn)"
+    )
+  return f", which is not supported; use one of {', '.join(DTYPES)}"
 
 
 def is_floating(dtype: np.dtype) -> bool:

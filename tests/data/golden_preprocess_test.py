@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from argenseg_jax.data import text, transforms
+from argenseg_jax.data import chat, text, transforms
 from argenseg_jax.inference.segment import seg_mask_at_size
 from argenseg_jax.models.argenseg import normalize_images, normalize_seg_masks
 
@@ -81,7 +81,7 @@ def test_answers_at_the_size_of_their_images(arrays, i, pad_square):
 
 
 def _tokenize(toy, case):
-  return text.tokenize_chat(
+  return chat.tokenize_chat(
     toy,
     case["turns"],
     image_tokens=() if case["text_only"] else (case["num_image_token"],),
@@ -115,19 +115,20 @@ def test_padding(arrays, toy, i):
 
 
 def test_inference_prompt(arrays, toy):
-  prompt = text.chat_prompt(
+  prompt = chat.chat_prompt(
+    toy,
     [{"from": "human", "value": CONFIG["chat_question"]}],
     image_tokens=(CONFIG["chat_num_image_token"],),
     system_message=CONFIG["system_message"],
   )
   assert prompt.encode() == arrays["out.chat.prompt_utf8"].tobytes()
   np.testing.assert_array_equal(
-    text.encode_prompt(toy, prompt), arrays["out.chat.input_ids"]
+    chat.encode_prompt(toy, prompt), arrays["out.chat.input_ids"]
   )
 
 
 def test_evaluation_joins_expressions_as_the_authors_do():
-  assert CONFIG["chat_question"] == text.request_text(
+  assert CONFIG["chat_question"] == chat.request_text(
     "referring", ["the left man"], "evaluation"
   )
 

@@ -7,7 +7,7 @@ import pytest
 from data import layouts
 
 from argenseg_jax.config import DataConfig
-from argenseg_jax.data import boxes, text
+from argenseg_jax.data import boxes, chat
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources import interactive
 from argenseg_jax.data.sources.registry import open_source
@@ -30,7 +30,7 @@ def test_point_lies_inside_and_box_around(config):
     boxes.mask_box(layouts.LEFT), abs=1e-3
   )
   assert open_source(asked)[0].request == "box"
-  request = text.request_text("box", [words])
+  request = chat.request_text("box", [words])
   assert f"in box {words}" in request
 
 

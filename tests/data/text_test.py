@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from argenseg_jax.data import text, text_corpus
+from argenseg_jax.data import chat, text, text_corpus
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
 
@@ -66,8 +66,8 @@ def test_requests_are_short(tokenizer):
   assert len(tokenizer.encode("the small red square left of the circle")) == 8
   # So is what surrounds a request: 11 positions beside the image's own.
   turns = [{"from": "human", "value": "<image>\n"}]
-  prompt = text.chat_prompt(turns, image_tokens=[64])
-  assert len(text.encode_prompt(tokenizer, prompt)) == 64 + 11
+  prompt = chat.chat_prompt(tokenizer, turns, image_tokens=[64])
+  assert len(chat.encode_prompt(tokenizer, prompt)) == 64 + 11
 
 
 def test_decoding_leaves_out_codes_and_special_tokens(tokenizer):
@@ -103,14 +103,14 @@ def test_a_file_without_the_special_tokens_is_refused(tmp_path):
 
 def test_templates():
   said = ["a cat", "the cat"]
-  assert text.request_text("referring", said) == (
+  assert chat.request_text("referring", said) == (
     "<image>\n Given the following instructions: a cat, the cat; please "
     "perform referring segmentation on this image."
   )
-  assert text.request_text("free", said, "evaluation") == (
+  assert chat.request_text("free", said, "evaluation") == (
     "<image>\n a cat. the cat."
   )
-  assert text.request_text("semantic", ["{}"]) == (
+  assert chat.request_text("semantic", ["{}"]) == (
     "<image>\n Please segment {} in this image."
   )
 
@@ -125,8 +125,8 @@ TURNS = (
 
 def test_a_row_predicts_every_code_from_the_position_before(tokenizer):
   ids = tokenizer.token_ids
-  sample = text.tokenize_chat(tokenizer, TURNS, image_tokens=[4], num_codes=5)
-  row = text.text_row((sample,), 80, ids)
+  sample = chat.tokenize_chat(tokenizer, TURNS, image_tokens=[4], num_codes=5)
+  row = chat.text_row((sample,), 80, ids)
   starts = np.flatnonzero(row.tokens == ids.ge_start)
   assert len(starts) == 2
   for start in starts:
@@ -143,9 +143,9 @@ def test_a_row_predicts_every_code_from_the_position_before(tokenizer):
   np.testing.assert_array_equal(
     row.targets[learned], np.roll(row.tokens, -1)[learned]
   )
-  prompt = text.chat_prompt(TURNS[:1], image_tokens=[4])
+  prompt = chat.chat_prompt(tokenizer, TURNS[:1], image_tokens=[4])
   np.testing.assert_array_equal(
-    row.tokens[row.is_prompt], text.encode_prompt(tokenizer, prompt)
+    row.tokens[row.is_prompt], chat.encode_prompt(tokenizer, prompt)
   )
   np.testing.assert_array_equal(
     row.positions[: len(sample)], np.arange(len(sample))
@@ -156,10 +156,10 @@ def test_a_row_predicts_every_code_from_the_position_before(tokenizer):
 
 def test_packed_samples_stay_apart(tokenizer):
   ids = tokenizer.token_ids
-  one = text.tokenize_chat(tokenizer, TURNS, image_tokens=[4], num_codes=5)
-  two = text.tokenize_chat(tokenizer, TURNS[2:], num_codes=3)
-  both = text.text_row((one, two), 120, ids)
-  alone = [text.text_row((s,), len(s), ids) for s in (one, two)]
+  one = chat.tokenize_chat(tokenizer, TURNS, image_tokens=[4], num_codes=5)
+  two = chat.tokenize_chat(tokenizer, TURNS[2:], num_codes=3)
+  both = chat.text_row((one, two), 120, ids)
+  alone = [chat.text_row((s,), len(s), ids) for s in (one, two)]
   total = len(one) + len(two)
   for field in ("tokens", "targets", "positions", "is_prompt"):
     np.testing.assert_array_equal(
@@ -171,24 +171,28 @@ def test_packed_samples_stay_apart(tokenizer):
     np.repeat([1, 2, 0], [len(one), len(two), 120 - total]),
   )
   with pytest.raises(DataError, match=f"{total} tokens does not fit"):
-    text.text_row((one, two), total - 1, ids)
+    chat.text_row((one, two), total - 1, ids)
 
 
 def test_a_system_turn_replaces_the_system_message(tokenizer):
   system = {"from": "system", "value": "Be brief."}
-  plain = text.chat_prompt(TURNS[2:3])
+  plain = chat.chat_prompt(tokenizer, TURNS[2:3])
   assert plain.startswith("<|im_start|>user")
-  given = text.chat_prompt((system, *TURNS[2:3]), system_message="other")
-  assert given == text.chat_prompt(TURNS[2:3], system_message="Be brief.")
+  given = chat.chat_prompt(
+    tokenizer, (system, *TURNS[2:3]), system_message="other"
+  )
+  assert given == chat.chat_prompt(
+    tokenizer, TURNS[2:3], system_message="Be brief."
+  )
   assert given == "<|im_start|>system\nBe brief.<|im_end|>\n" + plain
 
 
-def test_an_image_that_nobody_placed_goes_first():
+def test_an_image_that_nobody_placed_goes_first(tokenizer):
   bare = [{"from": "human", "value": "What is this?"}]
   placed = [{"from": "human", "value": "<image>\nWhat is this?"}]
-  assert text.chat_prompt(bare, image_tokens=[3]) == text.chat_prompt(
-    placed, image_tokens=[3]
-  )
+  assert chat.chat_prompt(
+    tokenizer, bare, image_tokens=[3]
+  ) == chat.chat_prompt(tokenizer, placed, image_tokens=[3])
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_an_image_that_nobody_placed_goes_first():
 )
 def test_bad_conversations(tokenizer, turns, message):
   with pytest.raises(DataError, match=message):
-    text.tokenize_chat(tokenizer, turns, image_tokens=[2], num_codes=3)
+    chat.tokenize_chat(tokenizer, turns, image_tokens=[2], num_codes=3)
 
 
 def _words(tokenizer, tokens):
@@ -214,7 +218,7 @@ def test_a_long_request_is_cut_never_its_codes(length):
   tokenizer = text.TextTokenizer()
   special = tokenizer.token_ids
   words = " ".join(f"w{i}" for i in range(40))
-  whole = text.tokenize_chat(
+  whole = chat.tokenize_chat(
     tokenizer,
     _chat(f"<image>\n{words}", "<mask>"),
     image_tokens=(4,),
@@ -240,11 +244,11 @@ def test_a_long_answer_loses_its_end_and_a_mask_its_longest_request():
   tokenizer = text.TextTokenizer()
   special = tokenizer.token_ids
   said = " ".join(f"w{i}" for i in range(40))
-  answered = text.tokenize_chat(tokenizer, _chat("what?", said))
+  answered = chat.tokenize_chat(tokenizer, _chat("what?", said))
   cut = answered.cut(30, special)
   np.testing.assert_array_equal(cut.ids, answered.ids[:30])
   asked = _chat("left " * 30, "<mask>") + _chat("and right " * 10, "<mask>")
-  two = text.tokenize_chat(tokenizer, asked, num_codes=5)
+  two = chat.tokenize_chat(tokenizer, asked, num_codes=5)
   cut = two.cut(len(two) - 12, special)
   counts = np.bincount(two.requests) - np.bincount(cut.requests)
   assert counts.tolist() == [0, 12, 0]

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
+from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample
-from argenseg_jax.evaluation import records
+from argenseg_jax.evaluation import records, resume
 from argenseg_jax.evaluation.segmentation_metrics import score
 from argenseg_jax.tools import cli
 
@@ -60,9 +61,9 @@ def test_rescoring_gives_the_metrics_of_the_masks_themselves(file):
 
 def test_words_are_scored_again_too(file):
   with file.open("a") as lines:
-    for text in ("yes", "no"):
+    for sample, text in enumerate(("yes", "no"), 9):
       question = {"question": "red?", "answers": ["yes"], "kind": "yes_no"}
-      common = {"sample": 9, "picture": "p.jpg", "text": text}
+      common = {"sample": sample, "picture": "p.jpg", "text": text}
       lines.write(json.dumps(question | common) + "\n")
   found = records.rescore(file)
   assert found["yes_no_accuracy"] == 0.5
@@ -103,14 +104,14 @@ def test_an_interrupted_file_is_cut_to_whole_batches(file):
   whole = [json.loads(line) for line in file.read_text().splitlines()]
   with file.open("a") as lines:
     lines.write('{"sample": 7, "tex')
-  kept = records.keep_whole_batches(file, 3)
+  kept = resume.keep_whole_batches(file, 3)
   assert kept == whole[:6]
   assert [json.loads(x) for x in file.read_text().splitlines()] == kept
 
 
 def test_nothing_was_answered_before_the_first_batch(tmp_path):
   path = tmp_path / "predictions.jsonl"
-  assert records.keep_whole_batches(path, 4) == []
+  assert resume.keep_whole_batches(path, 4) == []
   assert path.read_text() == ""
 
 
@@ -137,3 +138,30 @@ def test_a_file_of_something_else_is_named(text, message, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(DataError, match=r"absent\.jsonl cannot be read"):
     records.rescore(tmp_path / "absent.jsonl")
+
+
+def test_ignored_pixels_count_as_neither(tmp_path):
+  """ReasonSeg's rule: an answer may fill the hole or leave it."""
+  truth = np.zeros((6, 8), bool)
+  truth[1:5, 1:7] = True
+  ignore = np.zeros_like(truth)
+  ignore[2:4, 2:6] = True
+  truth &= ~ignore
+  for answer in (truth, truth | ignore):
+    one = score(answer, truth, ignore=ignore)
+    assert one.iou == pytest.approx(1)
+    assert one.union == truth.sum()
+  record = {
+    "sample": 0,
+    "picture": "p",
+    "text": "<mask>",
+    "has_mask": True,
+    "mask": masks.run_lengths(truth | ignore),
+    "truth": masks.run_lengths(truth),
+  }
+  path = tmp_path / records.FILE
+  for more, ciou in (({}, 16 / 24), ({"ignore": masks.run_lengths(ignore)}, 1)):
+    path.write_text(json.dumps(record | more))
+    assert records.rescore(path)["ciou"] == pytest.approx(ciou)
+  with pytest.raises(ValueError, match="ignored pixels"):
+    score(truth, truth, ignore=ignore[1:])

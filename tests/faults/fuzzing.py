@@ -32,7 +32,7 @@ from data import layouts
 from argenseg_jax import checkpoint
 from argenseg_jax.checkpoint import manifest as integrity
 from argenseg_jax.config import ConfigError, DataConfig
-from argenseg_jax.data import masks, text, transforms
+from argenseg_jax.data import chat, masks, text, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.sources import array_record
@@ -223,11 +223,11 @@ def _conversation(data) -> None:
   turns = data.draw(st.lists(turn, max_size=4))
   images = (4,) * data.draw(st.integers(0, 2))
   with contextlib.suppress(DataError):
-    tokens = text.tokenize_chat(
+    tokens = chat.tokenize_chat(
       _TOKENIZER, turns, image_tokens=images, num_codes=5
     )
     special = _TOKENIZER.token_ids
-    text.text_row((tokens.cut(40, special),), 40, special)
+    chat.text_row((tokens.cut(40, special),), 40, special)
 
 
 def _safetensors() -> Callable[[Any], None]:

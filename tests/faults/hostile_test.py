@@ -13,7 +13,7 @@ import pytest
 from data import layouts
 
 from argenseg_jax.config import ConfigError, DataConfig
-from argenseg_jax.data import masks, text, transforms
+from argenseg_jax.data import chat, masks, text, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.refer import read_refs
 from argenseg_jax.data.sources.registry import open_source
@@ -211,15 +211,15 @@ def test_a_prompt_of_a_million_characters_is_refused(words):
     [{"from": "system", "value": words}, *layouts.chat("a", "b")],
   ):
     with pytest.raises(DataError, match=r"1000\d\d\d characters is too long"):
-      text.tokenize_chat(tokenizer, turns)
+      chat.tokenize_chat(tokenizer, turns)
   with pytest.raises(DataError, match="too long"):
-    text.chat_prompt(layouts.chat(words, "b")[:1])
+    chat.chat_prompt(tokenizer, layouts.chat(words, "b")[:1])
 
 
 def test_half_a_character_is_refused():
   turns = layouts.chat("left \ud800 box", "b")  # As JSON may write it.
   with pytest.raises(DataError, match="half a character"):
-    text.tokenize_chat(text.TextTokenizer(), turns)
+    chat.tokenize_chat(text.TextTokenizer(), turns)
 
 
 @pytest.mark.parametrize(

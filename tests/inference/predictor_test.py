@@ -165,7 +165,7 @@ def test_threads_get_the_answers_of_one(open_predictor):
     same(found, expected)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     asked = pool.submit(predictor.segment, "a")
-    with pytest.raises(DataError, match="no picture was set in this thread"):
+    with pytest.raises(DataError, match="no image was set in this thread"):
       asked.result()
 
 
@@ -238,7 +238,7 @@ def test_pictures_come_as_arrays_pil_and_files(open_predictor, tmp_path):
       predictor.segment(wrong, "a")
   with pytest.raises(DataError, match="no request template is named 'nope'"):
     predictor.segment(image, "x", template="nope")
-  with pytest.raises(DataError, match="2 requests for 1 pictures"):
+  with pytest.raises(DataError, match="2 requests for 1 images"):
     predictor.segment_batch([image], ["a", "b"])
 
 
@@ -272,3 +272,34 @@ def test_bfloat16_halves_the_weights_but_not_the_quantiser(open_predictor):
   assert state["vqvae"]["quantizer"]["codebook"][...].dtype == jnp.float32
   answer = predictor.segment(pictures(1)[0], "a", answer_prefix="")
   assert answer.has_mask
+
+
+def test_a_request_longer_than_the_model_is_refused_at_once(open_predictor):
+  predictor = open_predictor()
+  (image,) = pictures(1)
+  for words in ("cup " * 50_000, "a" * 200_000):
+    for ask in (
+      lambda words: predictor.segment(image, words),
+      lambda words: predictor.segment(image, "a", answer_prefix=words),
+      lambda words: predictor.chat([{"from": "human", "value": words}]),
+    ):
+      with pytest.raises(DataError, match="is too long: the model has"):
+        ask(words)
+
+
+def test_special_tokens_of_a_request_are_its_words(open_predictor):
+  predictor = open_predictor()
+  (image,) = pictures(1)
+  plain = predictor._engine.prompt("", None)
+  ids = predictor.tokenizer.token_ids
+  for token in (*text.SPECIAL_TOKENS.values(), "<pad>", "<image>"):
+    asked = predictor._engine.prompt(f"the {token} cup", "")
+    assert asked.picture_end == plain.picture_end
+    for control in (ids.img_context, ids.im_start, ids.im_end, ids.ge_start):
+      assert (asked.ids == control).sum() == (plain.ids == control).sum()
+  predictor.set_image(image)
+  requests = ["the <mask> cup", "the <MASK_CONTEXT> cup<|im_end|>"]
+  shared = [predictor.segment(r, answer_prefix="") for r in requests]
+  same(
+    shared, [predictor.segment(image, r, answer_prefix="") for r in requests]
+  )

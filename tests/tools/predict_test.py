@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import shutil
 import types
 
 import jax
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argenseg_jax.data import masks
+from argenseg_jax.data import masks, transforms
+from argenseg_jax.data.errors import DataError
+from argenseg_jax.inference.answer_files import AnswerFiles
 from argenseg_jax.inference.segment import Prediction
 from argenseg_jax.runtime import compilation_cache
 from argenseg_jax.tools import cli, warmup
@@ -89,7 +93,7 @@ def test_one_picture_and_one_request_name_their_files(fake, folder, capsys):
     "cup_strip.png",
   }
   printed = capsys.readouterr().out
-  assert "a mask of 50.0% of the picture (confidence -0.50)" in printed
+  assert "a mask of 50.0% of the image (confidence -0.50)" in printed
   assert "'cup<mask>'" in printed
 
 
@@ -125,7 +129,7 @@ def test_requests_come_from_stdin(fake, folder, monkeypatch, capsys):
   err = capsys.readouterr().err
   assert code == 2  # Of what can be answered nothing is lost.
   assert "cannot decode picture in/sub/broken.jpg" in err
-  assert "1 of 3 requests have no usable picture" in err
+  assert "1 of 3 requests could not be answered" in err
   found = records(folder / "out/predictions.jsonl")
   assert [record["id"] for record in found] == ["one", "b"]
   assert fake.batches[1][2]["answer_prefix"] == "the hat"
@@ -136,15 +140,15 @@ def test_requests_come_from_stdin(fake, folder, monkeypatch, capsys):
   [
     (["--text=cup"], "give both --image and --text"),
     ([], "give --image and --text, or --requests"),
-    (["--image=in/none*", "--text=cup"], "in/none* holds no picture"),
-    (["--requests=none.jsonl"], "cannot read --requests none.jsonl"),
-    (["--requests=in/notes.txt"], "in/notes.txt, request 1: write"),
+    (["--image=in/none*", "--text=cup"], "in/none* holds no image"),
+    (["--requests=none.jsonl"], "--requests none.jsonl: cannot read"),
+    (["--requests=in/notes.txt"], "in/notes.txt, request 1: it is not JSON"),
     (["--image=in/a.png", "--text=a", "--out=x/y.png"], "folder x of --out"),
     (["--image=in", "--text=a", "--out=in/a.png"], "in/a.png is a file"),
     (["--image=in/a.png", "--text=a", "--write", "rle"], "needs a folder"),
     (
-      ["--image=in/a.png", "--text=a", "--batch-size=0"],
-      "--batch-size is 0",
+      ["--image=in/a.png", "--text=a", "--batch_size=0"],
+      "--batch_size is 0",
     ),
   ],
 )
@@ -158,7 +162,7 @@ def test_bad_input_writes_nothing(arguments, message, fake, folder, capsys):
 def test_warmup_takes_the_options_of_predict(fake, capsys):
   asked = {}
   fake.warm_up = lambda **options: asked.update(options) or 4
-  arguments = ["--batches", "1", "8", "--longest=50", "--num-scales=2"]
+  arguments = ["--batches", "1", "8", "--longest=50", "--num_scales=2"]
   assert cli.main(["warmup", "--checkpoint=x", *arguments]) == 0
   assert asked == {
     "batches": [1, 8],
@@ -209,3 +213,250 @@ def test_the_cache_is_the_users_and_can_be_switched_off(tmp_path, monkeypatch):
   assert asked == {"jax_compilation_cache_dir": str(found)}
   monkeypatch.setenv(compilation_cache.SWITCH, str(tmp_path / "mine"))
   assert compilation_cache.enable() == tmp_path / "mine"
+
+
+def _ask(folder, *lines):
+  path = folder / "requests.jsonl"
+  path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+  return f"--requests={path}"
+
+
+def _pixels(path):
+  with Image.open(path) as image:
+    return np.array(image)
+
+
+def test_answers_never_overwrite_one_another(fake, folder):
+  """Ids and stems whose files have names of others' files."""
+  for stem in ("cup", "cup_overlay", "cup_2", "CUP"):
+    Image.new("RGB", (6, 4)).save(folder / f"in/sub/{stem}.png")
+  os.remove(folder / "in/sub/broken.jpg")
+  asked = _ask(
+    folder,
+    {"image": "in/a.png", "text": "red", "id": "a_overlay"},
+    {"image": "in/b.png", "text": "nothing", "id": "a"},
+    {"image": "in/b.png", "text": "blue", "id": "a"},
+    {"image": "in/b.png", "text": "blue", "id": "b"},
+    {"image": "in/b.png", "text": "blue", "id": "b_mask"},
+    {"image": "in/a.png", "text": "blue", "id": "b_strip"},
+    {"image": "in/a.png", "text": "blue", "id": 7},
+  )
+  kinds = ("--write", "mask", "overlay", "strip", "rle")
+  for number, options in enumerate(
+    ((asked,), ("--image", "in/sub", "in", "--text", "cup", "nothing"))
+  ):
+    out = folder / f"out{number}"
+    assert predict(*options, f"--out={out}", *kinds) == 0
+    found = records(out / "predictions.jsonl")
+    files = [name for record in found for name in record["files"].values()]
+    assert len({name.casefold() for name in files}) == 3 * len(found)
+    written = {p.name for p in out.iterdir()} - {"predictions.jsonl"}
+    assert written == set(files)
+    for record in found:  # Each file has what its own request was answered.
+      files = {k: _pixels(out / name) for k, name in record["files"].items()}
+      assert files["mask"].any() == bool(record["masks"])
+      for kind in ("mask", "overlay"):
+        assert files[kind].shape[:2] == _pixels(record["image"]).shape[:2]
+  assert [r["id"] for r in records(folder / "out0/predictions.jsonl")] == [
+    *("a_overlay", "a", "a", "b", "b_mask", "b_strip", "7")
+  ]
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    ("--image=in", "--text=cup", "--out=in"),
+    ("--image=in/a.png", "--text=cup", "--out=in/a.png"),
+    ("--image=in/a.png", "--text=cup", "--out=link.png"),
+    ("--image=link.png", "--text=cup", "--out=in/a.png"),
+    ("--image=hard.png", "--text=cup", "--out=in/a.png"),
+    ("--image=in/../in/a.png", "--text=cup", "--out=./in/a.png"),
+    ("--requests=predictions.jsonl", "--out=.", "--write", "rle"),
+  ],
+)
+def test_inputs_are_never_outputs(options, fake, folder, capsys):
+  (folder / "link.png").symlink_to("in/a.png")
+  os.link(folder / "in/a.png", folder / "hard.png")
+  line = {"image": "in/b.png", "text": "cup"}
+  (folder / "predictions.jsonl").write_text(json.dumps(line))
+  before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+  assert predict(*options, "--force") == 2
+  assert "is an input of this command" in capsys.readouterr().err
+  after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+  assert after == before
+  assert not fake.batches
+
+
+BAD_LINES = (
+  '{"image": "in/a.png", "text": "cup", "id": ".."}',
+  '{"image": "in/a.png", "text": "cup", "id": "."}',
+  '{"image": "in/a.png", "text": "cup", "id": ""}',
+  '{"image": "in/a.png", "text": "cup", "id": "x/y"}',
+  '{"image": "in/a.png", "text": "cup", "id": "a\\\\b"}',
+  '{"image": "in/a.png", "text": "cup", "id": "a\\u0000"}',
+  '{"image": "in/a.png", "text": "cup", "id": "a\\n"}',
+  '{"image": "in/a.png", "text": "cup", "id": "\\ud800"}',
+  '{"image": "in/a.png", "text": "cup", "id": "%s"}' % ("é" * 150),
+  '{"image": "in/a.png", "text": "cup", "id": ["a"]}',
+  '{"image": "in/a.png", "text": "cup", "id": true}',
+  '{"image": "in/a.png", "text": "cup", "answer_prefix": 3}',
+  '{"image": "in/a.png", "text": "cup", "answer_prefx": "a"}',
+  '{"image": "in/a.png", "txt": "cup"}',
+  '{"image": "in/a.png", "text": ["cup"]}',
+  '{"image": "in/a.png", "text": null}',
+  '{"image": "", "text": "cup"}',
+  '{"image": "in/a\\u0000.png", "text": "cup"}',
+  '{"image": "in/none.png", "text": "cup"}',
+  '{"image": "in/sub/broken.jpg", "text": "cup"}',
+  '{"image": "in", "text": "cup"}',
+  '{"image": "in/a.png", "text": "bad words"}',
+  "[" * 100_000,
+  "7",
+  "nonsense",
+)
+
+
+@pytest.mark.parametrize("number", range(len(BAD_LINES)))
+def test_a_bad_request_costs_only_itself(
+  number, fake, folder, capsys, monkeypatch
+):
+  good = json.dumps({"image": "in/a.png", "text": "cup"})
+  answer = fake.answer
+
+  def refuse_some(image, text):
+    if text == "bad words":
+      raise DataError("too many words.")
+    return answer(image, text)
+
+  monkeypatch.setattr(fake, "answer", refuse_some)
+  path = folder / "requests.jsonl"
+  path.write_text("\n".join((good, BAD_LINES[number], good)))
+  assert predict(f"--requests={path}", "--out=out") == 2
+  err = capsys.readouterr().err
+  assert "1 of 3 requests could not be answered" in err
+  assert "request 2" in err or "cannot " in err  # An image names itself.
+  found = records(folder / "out/predictions.jsonl")
+  assert [record["image"] for record in found] == ["in/a.png"] * 2
+  assert len({record["id"] for record in found}) == 2
+
+
+def test_lines_end_with_a_line_feed_only(fake, folder):
+  path = folder / "requests.jsonl"
+  text = "red\u2028square\u0085\x1c\x0b"
+  line = json.dumps({"image": "in/a.png", "text": text}, ensure_ascii=False)
+  path.write_bytes(("\ufeff" + line + "\r\n\r\n" + line).encode())
+  assert predict(f"--requests={path}", "--out=out", "--write", "rle") == 0
+  found = records(folder / "out/predictions.jsonl")
+  assert [record["request"] for record in found] == [text] * 2
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (("--out=m.jpg",), "without loss; use one of .png"),
+    (("--out=m.JPEG",), "without loss"),
+    (("--out=m.xyz",), "without loss"),
+    (("--out=m.gif",), "without loss"),
+    (("--out=in/a.png/m.png",), "folder in/a.png of --out does not exist"),
+    (("--out=in/a.png/",), "is a file; give a folder"),
+    (("--out=in/a.png/b/",), "is a file; give a folder"),
+    (("--out=x\u0001.png",), "is no file name"),
+    ((f"--out={'x' * 250}.png",), "too long for a file name"),
+    (("--template=reffering",), "--template is 'reffering'; use one of"),
+    (("--num_scales=0",), "--num_scales is 0"),
+  ],
+)
+def test_outputs_are_checked_before_the_model_is_opened(
+  options, message, folder, capsys, monkeypatch
+):
+  opened = []
+  monkeypatch.setattr(
+    warmup, "open_predictor", lambda *_, **__: opened.append(1)
+  )
+  before = sorted(folder.rglob("*"))
+  assert predict("--image=in/a.png", "--text=cup", *options) == 2
+  assert message in capsys.readouterr().err
+  assert sorted(folder.rglob("*")) == before
+  assert not opened
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "TIFF", "webp"])
+def test_every_suffix_keeps_every_pixel(suffix, fake, folder):
+  out = folder / f"m.{suffix}"
+  assert predict("--image=in/b.png", "--text=cup", f"--out={out}") == 0
+  with Image.open(out) as stored:
+    seg_mask = np.array(stored.convert("L")) > 127
+  np.testing.assert_array_equal(seg_mask, [[True] * 4 + [False] * 4] * 4)
+
+
+def test_names_with_brackets_are_names_where_they_exist(fake, folder):
+  (folder / "in[3]/x[1]").mkdir(parents=True)
+  shutil.copy(folder / "in/a.png", folder / "in[3]/c.png")
+  shutil.copy(folder / "in/a.png", folder / "in[3]/x[1]/d.png")
+  (folder / "in/._a.png").write_text("of another system")
+  for number, (pattern, ids) in enumerate(
+    {
+      "in[3]/*.png": ["c"],
+      "in[3]/c.png": ["c"],
+      "in[3]": ["c"],
+      "*/x[1]/*.png": ["d"],
+      "in[3]/**/*.png": ["c", "d"],
+      "i[mn]/[ab].png": ["a", "b"],
+      "in": ["a", "b"],
+      str(folder / "in[3]/?.png"): ["c"],
+    }.items()
+  ):
+    out = f"--out=out{number}/"
+    assert predict("--image", pattern, "--text=cup", out, "--write", "rle") == 0
+    found = records(folder / f"out{number}/predictions.jsonl")
+    assert sorted(record["id"] for record in found) == ids
+
+
+def test_two_commands_do_not_write_one_file(fake, folder, capsys, monkeypatch):
+  """The second began before the first wrote."""
+  out = folder / "out"
+  options = ("--image", "in/a.png", "in/b.png", "--text=cup", f"--out={out}")
+  opened = []
+
+  def open_slowly(*_, **__):
+    opened.append(1)
+    if len(opened) == 1:
+      assert predict(*options) == 0
+    return fake
+
+  monkeypatch.setattr(warmup, "open_predictor", open_slowly)
+  assert predict(*options) == 2
+  assert "another command writes" in capsys.readouterr().err
+  assert len(records(out / "predictions.jsonl")) == 2
+  with AnswerFiles(out, ".png", ("rle",), force=True):
+    assert predict(*options, "--force") == 2
+    assert "another command writes" in capsys.readouterr().err
+  assert predict(*options, "--force") == 0
+  assert len(records(out / "predictions.jsonl")) == 2
+
+
+def test_an_image_is_decoded_and_seen_once(fake, folder, monkeypatch):
+  read, seen = [], []
+  decode, see = transforms.decode_image, fake.set_image
+  monkeypatch.setattr(
+    transforms, "decode_image", lambda p: read.append(p) or decode(p)
+  )
+  monkeypatch.setattr(fake, "set_image", lambda i: seen.append(1) or see(i))
+  texts = [f"cup {i}" for i in range(7)]
+  asked = ("--image", "in/a.png", "in/b.png", "--text", *texts)
+  assert predict(*asked, "--out=out", "--batch_size=3") == 0
+  assert len(read) == 2
+  assert len(seen) <= 4
+  read.clear()
+  assert predict("--image=in/a.png", "--point", "1", "1", "--out=m.png") == 0
+  assert len(read) == 1
+
+
+def test_requests_of_a_pipe_or_a_device_are_refused(fake, folder, capsys):
+  os.mkfifo(folder / "pipe")
+  for path in ("pipe", "/dev/zero", "in"):
+    assert predict(f"--requests={path}", "--out=out") == 2
+    assert f"--requests {path}: cannot read" in capsys.readouterr().err
+  (folder / "gbk.jsonl").write_bytes('{"text": "红"}'.encode("gbk"))
+  assert predict("--requests=gbk.jsonl", "--out=out") == 2
+  assert "gbk.jsonl: it is not UTF-8 text" in capsys.readouterr().err

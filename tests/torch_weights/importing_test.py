@@ -302,7 +302,7 @@ def test_faulty_config_json_is_named(
 
 
 def test_integer_weights_are_refused(tmp_path, tiny, folder):
-  with pytest.raises(WeightsError, match="as int8; quantised"):
+  with pytest.raises(WeightsError, match="as int8; quantized"):
     _import(tmp_path, folder(tiny.whole(), np.int8))
 
 

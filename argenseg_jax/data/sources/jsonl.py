@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from argenseg_jax.data.chat import request_text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import (
   Sample,
@@ -16,7 +17,6 @@ from argenseg_jax.data.sources.sample import (
   parse_json,
   read_file,
 )
-from argenseg_jax.data.text import request_text
 from argenseg_jax.runtime.paths import as_path, is_local
 
 

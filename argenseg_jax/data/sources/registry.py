@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from argenseg_jax.config import DataConfig
-from argenseg_jax.data import text
+from argenseg_jax.data import chat
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.array_record import (
   ArrayRecordSource,
@@ -197,10 +197,10 @@ def _open_entry(
     raise DataError(
       f"{where} has source {kind!r}; use one of {', '.join(_SOURCES)}."
     )
-  if request and request not in text.REQUEST_TEMPLATES:
+  if request and request not in chat.REQUEST_TEMPLATES:
     raise DataError(
       f"{where} has request {request!r}; use one of "
-      f"{', '.join(text.REQUEST_TEMPLATES)}."
+      f"{', '.join(chat.REQUEST_TEMPLATES)}."
     )
   root = entry.get("root")
   source = _SOURCES[kind](

@@ -47,7 +47,7 @@ class Sample:
       several; for metrics.
     options: where a picture holds several things: one of them is asked for at
       each visit, see `choose`.
-    request: key of `text.REQUEST_TEMPLATES`; empty takes the configuration's.
+    request: key of `chat.REQUEST_TEMPLATES`; empty takes the configuration's.
     description: names the target in full, for answers that say what they
       segment; empty where the source holds none.
     target: "mask", or "picture" where `seg_masks` holds pictures to generate.

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from argenseg_jax.data import text, transforms
+from argenseg_jax.data import chat, text, transforms
 from argenseg_jax.evaluation import segmentation_metrics
 from argenseg_jax.inference.segment import seg_mask_at_size
 from argenseg_jax.models.argenseg import normalize_images, normalize_seg_masks
@@ -130,7 +130,7 @@ def _chat_checks(
 
   @functools.cache
   def chat(padded):
-    tokens = text.tokenize_chat(
+    tokens = chat.tokenize_chat(
       tokenizer,
       case["turns"],
       image_tokens=() if case["text_only"] else (case["num_image_token"],),
@@ -159,7 +159,8 @@ def _prompt_checks(
   config: Mapping[str, Any], tokenizer: text.TextTokenizer
 ) -> dict[str, Check]:
   def prompt():
-    return text.chat_prompt(
+    return chat.chat_prompt(
+      tokenizer,
       [{"from": "human", "value": config["chat_question"]}],
       image_tokens=(config["chat_num_image_token"],),
       system_message=config["system_message"],
@@ -170,6 +171,6 @@ def _prompt_checks(
       lambda: np.frombuffer(prompt().encode(), np.uint8), exact=True
     ),
     "out.chat.input_ids": Check(
-      lambda: text.encode_prompt(tokenizer, prompt())
+      lambda: chat.encode_prompt(tokenizer, prompt())
     ),
   }
