@@ -164,7 +164,7 @@ def load(
   )
   with ocp.StandardCheckpointer() as reader:
     values = reader.restore(found.path / "model", wanted)
-  model = nnx.merge(graph, with_values(abstract, values))
+  model: Any = nnx.merge(graph, with_values(abstract, values))
   if weights is not None:
     int8.quantize(model.llm, weights)
   return Loaded(found.task, found.config, found.meta, found.path, model)

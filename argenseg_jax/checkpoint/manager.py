@@ -104,10 +104,10 @@ class Checkpoints:
       self.directory,
       item_handlers={
         "model": ocp.StandardCheckpointHandler(
-          save_concurrent_gb=concurrent_gb
+          save_concurrent_gb=concurrent_gb  # pyright: ignore[reportArgumentType]
         ),
         "optimizer": ocp.StandardCheckpointHandler(
-          save_concurrent_gb=concurrent_gb
+          save_concurrent_gb=concurrent_gb  # pyright: ignore[reportArgumentType]
         ),
         "meta": ocp.JsonCheckpointHandler(),
       },
@@ -189,12 +189,14 @@ class Checkpoints:
       items["optimizer"] = ocp.args.StandardSave(_flat(optimizer))
     self.wait()  # `_sign` of the last save has run.
     self._saving = step
-    scored = score is not None and math.isfinite(score)
+    metrics = None
+    if score is not None and math.isfinite(score):
+      metrics = {"score": float(score)}
     with self._writing():
       self._manager.save(
         step,
         args=ocp.args.Composite(**items),
-        metrics={"score": float(score)} if scored else None,
+        metrics=metrics,
       )
 
   def restore(
@@ -227,9 +229,9 @@ class Checkpoints:
         meta=ocp.args.JsonRestore(),
       ),
     )
-    leaves = list(restored.optimizer.values())
+    leaves = list(restored["optimizer"].values())
     optimizer = jax.tree.unflatten(jax.tree.structure(optimizer), leaves)
-    return with_values(model, restored.model), optimizer, restored.meta
+    return with_values(model, restored["model"]), optimizer, restored["meta"]
 
   def wait(self) -> None:
     """Blocks until running saves are on disk.
@@ -264,7 +266,7 @@ def _score(metrics: Any) -> float:
 
 def _retention(keep: int, keep_every: int, keep_best: int):
   policy = ocp.checkpoint_managers
-  policies = [policy.LatestN(keep)]
+  policies: list[Any] = [policy.LatestN(keep)]
   if keep_every:
     policies.append(policy.EveryNSteps(keep_every))
   if keep_best:

@@ -148,4 +148,7 @@ def _is(path: Path, kind: str, digest: str) -> bool:
 
 def _digest(path: Path, kind: str) -> str:
   with path.open("rb") as file:
-    return hashlib.file_digest(file, kind).hexdigest()
+    content = hashlib.new(kind)
+    while block := file.read(1 << 20):
+      content.update(block)
+    return content.hexdigest()

@@ -19,8 +19,8 @@ def enable() -> pathlib.Path | None:
     The directory in use; None without one.
   """
   asked = os.environ.get(SWITCH, "")
-  if jax.config.jax_compilation_cache_dir:
-    return pathlib.Path(jax.config.jax_compilation_cache_dir)
+  if in_use := jax.config.read("jax_compilation_cache_dir"):
+    return pathlib.Path(in_use)
   if asked.lower() in ("off", "0"):
     return None
   try:

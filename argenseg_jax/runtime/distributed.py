@@ -50,7 +50,7 @@ def initialize(
   ):
     if seconds < 1:
       raise ConfigError(f"--{flag}={seconds} must be 1 or more.")
-  patience = {
+  patience: dict[str, Any] = {
     "heartbeat_timeout_seconds": heartbeat_seconds,
     "initialization_timeout": start_seconds + _LATER,
   }
@@ -228,7 +228,8 @@ def stop_noticed() -> bool:
   try:
     from jax._src import distributed as private
 
-    private.global_state.client.key_value_try_get(_NOTICE)
+    client: Any = private.global_state.client
+    client.key_value_try_get(_NOTICE)
   except Exception:  # Also what tells that there is no such key.
     return False
   return True

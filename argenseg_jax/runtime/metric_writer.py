@@ -126,7 +126,8 @@ class _Board:
     from tensorboardX import record_writer, summary
     from tensorboardX.proto import event_pb2
 
-    self._event, self._scalar = event_pb2.Event, summary.scalar
+    made: Any = event_pb2  # Its classes are made when it is imported.
+    self._event, self._scalar = made.Event, summary.scalar
     self._check = record_writer.masked_crc32c
     folder.mkdir(parents=True, exist_ok=True)
     now = time.time()
@@ -134,7 +135,7 @@ class _Board:
     self._path = folder / name
     self._append([self._event(wall_time=now, file_version="brain.Event:2")])
     if start is not None:  # Readers drop the steps after it.
-      began = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      began = made.SessionLog(status=made.SessionLog.START)
       self._append(
         [self._event(wall_time=now, step=start + 1, session_log=began)]
       )

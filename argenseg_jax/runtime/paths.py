@@ -9,9 +9,10 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import fsspec
+import fsspec.config as fsspec_config
 from etils import epath
 from etils.epath import gpath
 
@@ -21,7 +22,7 @@ from argenseg_jax.config import ConfigError
 Path = pathlib.Path | epath.Path
 
 # TensorStore and other hosts write what a kept listing would not show.
-fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+fsspec_config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 # It logs what it tries again, and what it raises.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
@@ -112,7 +113,7 @@ def disk_path(name: str | Path) -> pathlib.Path:
   return _at_home(pathlib.Path(name))
 
 
-def is_local(path: Path) -> bool:
+def is_local(path: Path) -> TypeGuard[pathlib.Path]:
   """Whether the file is on a disk of this machine."""
   return isinstance(path, pathlib.Path)
 
@@ -124,7 +125,7 @@ def absolute(path: Path) -> Path:
 
 def size(path: Path) -> int:
   """Bytes of a file."""
-  found = path.stat()
+  found: Any = path.stat()
   return found.st_size if is_local(path) else found.length
 
 
