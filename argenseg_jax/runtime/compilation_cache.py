@@ -4,6 +4,7 @@ import hashlib
 import os
 import pathlib
 import platform
+from typing import Any
 
 import jax
 
@@ -19,7 +20,8 @@ def enable() -> pathlib.Path | None:
     The directory in use; None without one.
   """
   asked = os.environ.get(SWITCH, "")
-  if in_use := jax.config.read("jax_compilation_cache_dir"):
+  settings: Any = jax.config  # JAX declares none of its own.
+  if in_use := settings.jax_compilation_cache_dir:
     return pathlib.Path(in_use)
   if asked.lower() in ("off", "0"):
     return None
