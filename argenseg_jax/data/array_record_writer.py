@@ -19,6 +19,7 @@ from argenseg_jax.data import beam_writer
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources import array_record
 from argenseg_jax.data.sources.sample import Source
+from argenseg_jax.data.worker_signals import leave_ctrl_c_to_main
 from argenseg_jax.runtime import lock, paths
 from argenseg_jax.runtime.paths import disk_path
 
@@ -172,6 +173,7 @@ _sources: dict[str, Source] = {}  # Of a worker process.
 
 
 def _set_sources(sources: dict[str, Source]) -> None:
+  leave_ctrl_c_to_main()
   _sources.update(sources)
 
 

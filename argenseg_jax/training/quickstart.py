@@ -73,8 +73,8 @@ def _run(
   stop: preemption.Stopping,
 ) -> dict[str, Any]:
   seconds = _Stopwatch(workdir / "seconds.json")
-  with seconds("data"), stop.interruptible():
-    _build(workdir / "data", num_train, num_eval, config.seed)
+  with seconds("data"):
+    _build(workdir / "data", num_train, num_eval, config.seed, stop)
   with seconds("vqvae"):
     ceiling = loop.train(config, "vqvae", workdir / "vqvae")
   with seconds("mllm"):
@@ -115,11 +115,16 @@ def _run(
 
 
 def _build(
-  data: pathlib.Path, num_train: int, num_eval: int, seed: int
+  data: pathlib.Path,
+  num_train: int,
+  num_eval: int,
+  seed: int,
+  stop: preemption.Stopping,
 ) -> None:
   bars = []  # Made once the number of records is known.
 
   def show(done: int, total: int) -> None:
+    stop.check()
     if not bars:
       bars.append(Progress("draw ref_shapes", total))
     bars[0].update(done)

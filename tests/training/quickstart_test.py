@@ -75,8 +75,9 @@ def test_seconds_that_a_kill_cut_off_are_counted_anew(tmp_path):
   ("number", "code"), [(signal.SIGTERM, 3), (signal.SIGINT, 130)]
 )
 def test_it_stops_while_it_draws(number, code, tmp_path, monkeypatch, capsys):
-  def prepare(*_, **__):
+  def prepare(*_, on_progress, **__):
     signal.raise_signal(number)
+    on_progress(1, 2)
     raise AssertionError("it went on")
 
   monkeypatch.setattr(quickstart.builder, "prepare", prepare)
