@@ -49,8 +49,8 @@ def run(
   grace = config.mllm.train.grace_seconds
   with lock.owned(workdir), preemption.listening(grace) as stop:
     _require_ours(workdir)
-    done = paths.read_json(workdir / "results.json")
     saved = checkpoint.newest_steps(workdir, config.tasks)
+    done = paths.read_json(workdir / "results.json") if saved else None
     workdir_lib.claim(config, workdir, saved=saved, has_flags=False)
     return done or _run(config, workdir, num_train, num_eval, stop)
 
