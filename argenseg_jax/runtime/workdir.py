@@ -120,6 +120,23 @@ def claim(
   return changed
 
 
+def forget_results(workdir: Path, changed: list[str]) -> None:
+  """Removes the results that changed settings make stale: a task with another
+  number of steps is not done, nor is the evaluation behind it.
+
+  Args:
+    workdir: of the run.
+    changed: what `claim` returned.
+  """
+  longer = [k for k in changed if k.endswith(".train.steps")]
+  stale = [workdir / key.split(".")[0] for key in longer]
+  if longer or any(key.startswith("eval.") for key in changed):
+    stale.append(workdir)
+  for folder in stale if distributed.is_main() else ():
+    (folder / "results.json").unlink(missing_ok=True)
+  distributed.wait_for_all("forget results")
+
+
 def _flag_of(key: str) -> str:
   """What lets a key change: a flag, "" for nothing, "never"."""
   if _is_any(key, _FREE):

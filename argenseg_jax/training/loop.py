@@ -77,7 +77,7 @@ def run(
       accept_changed_data=accept_changed_data,
       change_settings=change_settings,
     )
-    _forget_results(workdir, changed)
+    workdir_lib.forget_results(workdir, changed)
     return _run(config, workdir, accept_changed_data, stop)
 
 
@@ -110,18 +110,6 @@ def _run(
         print(f"{split}: {headline(values)}")
     distributed.wait_for_all("results")
   return results
-
-
-def _forget_results(workdir: Path, changed: list[str]) -> None:
-  """A task with another number of steps is not done, nor is the evaluation of
-  what follows or of what is measured otherwise."""
-  longer = [k for k in changed if k.endswith(".train.steps")]
-  stale = [workdir / key.split(".")[0] for key in longer]
-  if longer or any(key.startswith("eval.") for key in changed):
-    stale.append(workdir)
-  for folder in stale if distributed.is_main() else ():
-    (folder / "results.json").unlink(missing_ok=True)
-  distributed.wait_for_all("forget results")
 
 
 def train(
