@@ -9,15 +9,15 @@ from typing import TextIO
 
 # Command -> what `argenseg --help` says of it; see `module_of`.
 COMMANDS = {
-  "quickstart": "from nothing to a trained model and a picture of what it does",
+  "quickstart": "from nothing to a trained model and an image of what it does",
   "data": "check, show and pack training data",
   "train": "train an image tokenizer or a model from a config",
   "eval": "measure a checkpoint on a data set",
-  "predict": "segment pictures with a checkpoint",
+  "predict": "segment images with a checkpoint",
   "warmup": "compile what predict will need, for later processes too",
   "generate": "draw images for texts",
   "demo": "serve a page in the browser that segments images",
-  "plan": "say what a run needs and costs on hardware that is not here",
+  "plan": "say what a run needs and costs on hardware you do not have",
   "checkpoint": "list, verify, inspect and compare checkpoints",
   "import": "turn PyTorch weights into a checkpoint",
   "export": "turn a checkpoint into PyTorch weights",

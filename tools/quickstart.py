@@ -101,7 +101,7 @@ def summary(results: dict, workdir: pathlib.Path) -> str:
     f"{total / 60:.1f} minutes",
     "",
     f"Look at {workdir / 'report.html'}.",
-    "Next, segment any picture:",
+    "Next, segment any image:",
     f"  argenseg predict --checkpoint={workdir / 'mllm'} --image=FILE \\",
     '    --text="the red circle" --out=mask.png',
     "or train on your own masks: docs/own_masks.md.",
