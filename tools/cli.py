@@ -4,6 +4,7 @@ import contextlib
 import errno
 import importlib
 import os
+import signal
 import sys
 from typing import TextIO
 
@@ -26,7 +27,7 @@ COMMANDS = {
 }
 # Their programs are kept on disk when they are called from a shell.
 _CACHED = ("eval", "predict", "warmup")
-INTERRUPTED = 130  # Exit code after Ctrl-C, as shells have it.
+INTERRUPTED = 128 + signal.SIGINT  # Exit code after Ctrl-C, as shells do.
 _RERUN = "what was written before is as it was. {}, then rerun the same command"
 _SPACE = _RERUN.format("Free up space (or fix the disk)")
 # What the system says -> what to do about it.

@@ -20,7 +20,7 @@ import jax
 from argenseg_jax.runtime import distributed
 
 INTERRUPTED = 3  # Exit code of a run that was told to stop and has saved,
-CTRL_C = 130  # and of one that Ctrl-C told.
+CTRL_C = 128 + signal.SIGINT  # and of one that Ctrl-C told, as shells do.
 _active: list["Stopping"] = []
 
 
