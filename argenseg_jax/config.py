@@ -124,22 +124,9 @@ class DataConfig:
   """Where samples come from and what a row of a batch holds."""
 
   path: str
-  # The layout of `path`, see docs/data.md; "meta" mixes several.
-  source: Literal[
-    "ref_shapes",
-    "jsonl",
-    "meta",
-    "refer",
-    "grefer",
-    "reason_seg",
-    "coco_panoptic",
-    "ade20k",
-    "text_to_image",
-    "folder",
-    "image_folder",
-    "ref_coco",
-    "array_record",
-  ] = "jsonl"
+  # The layout of `path`, a name of data/sources/registry.py and docs/data.md;
+  # "meta" mixes several.
+  source: str = "jsonl"
   split: str = "train"  # Where the layout has splits.
   root: str | None = None  # Where its images are, if not in the usual place.
   # A tokenizer.json; None: that of the start's model, else the shipped one.

@@ -21,6 +21,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 IGNORE_TARGET = -1  # No loss at this position.
 CODE_TARGET = -2  # The next code of this row's masks, in order.
 
+# Of a gray level's range; what is above it is the object.
+MASK_THRESHOLD = 0.5
+
 
 class Batch(NamedTuple):
   """What the data pipeline yields, for the VQ-VAE and for the MLLM alike.

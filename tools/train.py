@@ -114,5 +114,8 @@ def parse(
   if values.config is None:
     raise ConfigError("give a config: --config=configs/FILE.py.")
   from argenseg_jax.config_parsing import run_config
+  from argenseg_jax.data.sources import registry
 
-  return run_config(values.config, needs_data=needs_data)
+  config = run_config(values.config, needs_data=needs_data)
+  registry.require_known(config.data.source)
+  return config

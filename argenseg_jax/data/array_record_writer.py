@@ -1,7 +1,7 @@
 """Packs any source into ArrayRecord files that TFDS reads, without TensorFlow.
 
 Shards are written independently and in any order; one that is complete is not
-written again, so that a build goes on where it was interrupted.
+written again, so that an interrupted build resumes.
 """
 
 import concurrent.futures
@@ -55,7 +55,7 @@ def build(
     records_per_shard: records of a file, before bad ones are left out.
     workers: processes.
     max_bad_share: the build stops when more of a split's records are bad.
-    resizing: store resized pixels of pictures, not their own bytes.
+    resizing: store resized pixels of images, not their own bytes.
     beam: write shards with Apache Beam, with these options of its pipeline.
     on_progress: called with how many records of all splits are done.
 
@@ -162,8 +162,8 @@ def _run(sources, given: tuple, jobs, workers: int):
         yield running[future], future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
       raise DataError(
-        "a process of the build died, perhaps for lack of memory; the same "
-        "command goes on with what is done, --workers=1 needs the least."
+        "a process of the build died, perhaps for lack of memory; rerun the "
+        "same command, it keeps what is done (--workers=1 needs the least)."
       ) from error
     finally:
       pool.shutdown(wait=True, cancel_futures=True)

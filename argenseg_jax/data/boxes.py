@@ -10,12 +10,12 @@ _BOX = re.compile(
   rf"[\[(]{_NUMBER},{_NUMBER}(?:\)\s*,?\s*\(|\]\s*,?\s*\[|,)"
   rf"{_NUMBER},{_NUMBER}[\])]"
 )
-FULL = 1000  # InternVL's unit: a picture is 1000 x 1000, whatever its size.
+FULL = 1000  # InternVL's unit: an image is 1000 x 1000, whatever its size.
 
 
 def mask_box(seg_mask: np.ndarray) -> tuple[float, ...] | None:
   """The tight box (x1, y1, x2, y2) of a bool [h w] mask in shares of the
-  picture's width and height, ends exclusive; None for an empty mask."""
+  image's width and height, ends exclusive; None for an empty mask."""
   rows, columns = seg_mask.any(1).nonzero()[0], seg_mask.any(0).nonzero()[0]
   if not rows.size:
     return None
@@ -29,9 +29,9 @@ def mask_box(seg_mask: np.ndarray) -> tuple[float, ...] | None:
 
 
 def text_box(text: str) -> tuple[float, ...] | None:
-  """The first box of a text as shares of the picture, corners put in order.
+  """The first box of a text as shares of the image, corners put in order.
 
-  Numbers are thousandths of the picture as InternVL writes them,
+  Numbers are thousandths of the image as InternVL writes them,
   `<box>[[x1, y1, x2, y2]]</box>`, or shares of it where none is above 1 and
   one has a point.
   """

@@ -27,7 +27,7 @@ class Row:
 
   fields: Batch  # Without the batch axis; of weight 0 where nothing is good.
   bad: tuple[tuple[int, str], ...] = ()  # Records, and what is wrong with them.
-  cut: tuple[int, ...] = ()  # Records that lost words to fit sequence_length.
+  cut: tuple[int, ...] = ()  # Records that lost tokens to fit sequence_length.
 
   @property
   def error(self) -> str:
@@ -39,7 +39,7 @@ class Remarks(NamedTuple):
   """What a log should say of the records of a batch."""
 
   bad: list[tuple[int, str]]  # Index, and what is wrong.
-  cut: list[int]  # Indices of those that lost words.
+  cut: list[int]  # Indices of those that lost tokens.
 
 
 class RowMaker:
@@ -50,9 +50,9 @@ class RowMaker:
     config: what a row holds.
     tokenizer: the text tokenizer; None for rows without text, of
       sequence_length 0.
-    image_tokens: vision embeddings that one picture gives to the model.
+    image_tokens: vision embeddings that one image gives to the model.
     num_codes: image codes of one mask.
-    codes: int32 [records m num_codes], if the masks are tokenised already; the
+    codes: int32 [records m num_codes], if the masks are tokenized already; the
       masks themselves are then left unread.
   """
 
@@ -73,7 +73,7 @@ class RowMaker:
     self.num_codes = num_codes
     self.codes = codes
     self._cache: dict[Any, np.ndarray] = {}
-    # Samples whose pictures are in the cache, without their encoded bytes.
+    # Samples whose images are in the cache, without their encoded bytes.
     self._cached_samples: dict[int, Sample] = {}
 
   def with_codes(self, codes: np.ndarray) -> "RowMaker":
@@ -190,6 +190,9 @@ class RowMaker:
     row = self._empty(sample.index)
     row.sample_weight[...] = 1
     chosen = bool(sample.options)
+    if chosen and not self.source.has_options:
+      name = type(self.source).__name__
+      raise TypeError(f"{name} gives options; set its has_options.")
     if chosen:
       options = len(sample.options)
       sample = sample.choose(0 if rng is None else rng.integers(options))
@@ -201,12 +204,12 @@ class RowMaker:
     if config.max_images:
       if len(sample.images) > config.max_images:
         raise DataError(
-          f"{sample.where} has {len(sample.images)} pictures; max_images is "
+          f"{sample.where} has {len(sample.images)} images; max_images is "
           f"{config.max_images}."
         )
       for i in range(len(sample.images)):
         row.images[i], size = self._image(sample, i, rng)
-      if len(sample.images) == 1:  # Else: of which picture is the mask?
+      if len(sample.images) == 1:  # Else: of which image is the mask?
         sample = sample.sized(size)
     row.mask_valid[: len(sample.seg_masks)] = True
     if self.codes is not None:
@@ -246,7 +249,7 @@ class RowMaker:
   def _image(
     self, sample: Sample, number: int, rng: np.random.Generator | None
   ) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """A picture as the model takes it, and its own height and width."""
+    """An image as the model takes it, and its own height and width."""
 
     def make():
       pixels = sample.load_image(number)
@@ -264,14 +267,14 @@ class RowMaker:
     return self._cached(("image", sample.image_keys[number]), make)
 
   def _target(self, sample: Sample, number: int) -> np.ndarray:
-    """A mask as the image tokenizer takes it, [h w 1], or a picture."""
+    """A mask as the image tokenizer takes it, [h w 1], or an image."""
     config = self.config
 
     def make():
       if sample.target == "picture":
         if config.mask_channels != 3:
           raise DataError(
-            f"{sample.where} is a picture to generate; set config key "
+            f"{sample.where} is an image to generate; set config key "
             "'data.mask_channels' to 3."
           )
         return transforms.resize_image(
@@ -281,6 +284,10 @@ class RowMaker:
           pad_square=config.pad_square,
         )
       seg_mask = sample.load_seg_mask(number)
+      if sample.kind == "absent" and seg_mask.any():
+        raise DataError(
+          f'{sample.where} is of kind "absent", but its mask has an object.'
+        )
       if sample.kind != "absent" and not seg_mask.any():
         raise DataError(f"{sample.where} has a mask without a single pixel.")
       return transforms.mask_target(

@@ -1,4 +1,4 @@
-"""Rows for a run: sizes agreed with the model, masks tokenised once."""
+"""Rows for a run: sizes agreed with the model, masks tokenized once."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def make_rows(
     )
   if data.jpeg_quality and data.cache:
     raise ConfigError(
-      "config key 'data.jpeg_quality' gives another picture at each visit; set "
+      "config key 'data.jpeg_quality' gives another image at each visit; set "
       "'data.cache' to False."
     )
   return pipeline.RowMaker(

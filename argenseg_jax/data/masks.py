@@ -1,19 +1,21 @@
 """From every way to store a mask to pixels."""
 
 import dataclasses
+import operator
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float
 from pycocotools import mask as coco
 
-from argenseg_jax.data import transforms
+from argenseg_jax.data import mask_image, mask_values, transforms
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.mask_values import Reading
 
-_MAX_SHIFT = 40  # Of a run length's bits; no picture has so many pixels.
+_MAX_SHIFT = 40  # Of a run length's bits; no image has so many pixels.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,17 +27,17 @@ class Union:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """Some values of a picture that marks many objects or classes.
+  """Some values of an image that marks many objects or classes.
 
   Attributes:
-    stored: the encoded picture; in colour, a pixel means R + 256 G + 65536 B.
+    stored: the encoded image; in color, a pixel means R + 256 G + 65536 B.
     values: those that belong to the mask.
-    colour: whether to read it so.
+    color: whether to read it so.
   """
 
   stored: Any
   values: tuple[int, ...]
-  colour: bool = False
+  color: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Shapes:
 
 
 def needs_size(stored: Any) -> bool:
-  """Whether the size of the picture must be known to decode this mask."""
+  """Whether the size of the image must be known to decode this mask."""
   if isinstance(stored, Union):
     return any(map(needs_size, stored.parts))
   return isinstance(stored, (list, Shapes))
@@ -60,72 +62,73 @@ def needs_size(stored: Any) -> bool:
 
 def load_seg_mask(
   stored: Any, *, size: tuple[int, int] | None = None, where: str = ""
-) -> UInt8[np.ndarray, "h w"]:
-  """Decodes one mask.
+) -> Bool[np.ndarray, "h w"]:
+  """Decodes one mask; arguments and errors as `read`."""
+  return read(stored, size=size, where=where).seg_mask
+
+
+def read(
+  stored: Any, *, size: tuple[int, int] | None = None, where: str = ""
+) -> Reading:
+  """Decodes one mask and says how it was stored.
 
   Args:
-    stored: an encoded picture (bytes or path; any value but 0 is the object),
-      a COCO run-length dict, a list of COCO polygons, pixels, or one of the
-      classes of this module.
+    stored: an encoded image or array (bytes or path, see `mask_image`), a COCO
+      run-length dict, a list of COCO polygons, pixels (see `mask_values`), or
+      one of the classes of this module.
     size: height and width; polygons need it, and others must agree with it.
     where: the record, for messages.
 
-  Returns:
-    The mask with its values as stored: 0/1, or 0/255 for most pictures.
-
   Raises:
-    DataError: not a mask, or one of another size.
+    DataError: not a mask, one that could mean several things, or one of
+      another size.
   """
   if isinstance(stored, np.ndarray):
-    pixels = stored
+    reading = mask_values.read(stored, where=where)
   elif isinstance(stored, (bytes, str, pathlib.PurePath)):
-    pixels = transforms.decode_seg_mask(stored, where=where)
+    reading = mask_image.read(stored, where=where)
   elif isinstance(stored, Union):
-    pixels = _union(stored.parts, size, where)
+    reading = _union(stored.parts, size, where)
   elif isinstance(stored, Segment):
-    ids = decode_ids(stored.stored, colour=stored.colour, where=where)
-    pixels = np.isin(ids, stored.values).astype(np.uint8)
+    ids = mask_image.read_ids(stored.stored, color=stored.color, where=where)
+    reading = Reading(np.isin(ids, stored.values), "label map")
   elif isinstance(stored, Shapes):
-    pixels = _draw(stored, size, where)
+    reading = Reading(_draw(stored, size, where), "polygons")
   elif isinstance(stored, dict):
-    pixels = _from_run_lengths(stored, where)
+    reading = Reading(_from_run_lengths(stored, where), "run lengths")
   elif isinstance(stored, list):
-    pixels = _from_polygons(stored, size, where)
+    reading = _from_polygons(stored, size, where)
   else:
     raise DataError(f"{where}: a mask cannot be a {type(stored).__name__}.")
-  if size is not None and pixels.shape != tuple(size):
+  if size is not None and reading.seg_mask.shape != tuple(size):
+    height, width = reading.seg_mask.shape
     raise DataError(
-      f"{where}: the mask has {pixels.shape[1]}x{pixels.shape[0]} pixels but "
-      f"the picture {size[1]}x{size[0]}."
+      f"{where}: the mask has {width}x{height} pixels but the image "
+      f"{size[1]}x{size[0]}."
     )
-  return pixels
-
-
-def decode_ids(
-  stored: transforms.Encoded, *, colour: bool, where: str = ""
-) -> np.ndarray:
-  """The values of a `Segment`'s picture, [h w]."""
-  if not colour:
-    return transforms.decode_seg_mask(stored, where=where)
-  rgb = transforms.decode_image(stored, where=where).astype(np.int32)
-  return rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+  return reading
 
 
 def _union(
   parts: Sequence[Any], size: tuple[int, int] | None, where: str
-) -> np.ndarray:
-  loaded = [load_seg_mask(part, size=size, where=where) > 0 for part in parts]
-  shapes = sorted({pixels.shape for pixels in loaded})
+) -> Reading:
+  readings = [read(part, size=size, where=where) for part in parts]
+  shapes = sorted({reading.seg_mask.shape for reading in readings})
   if len(shapes) != 1:
     raise DataError(f"{where}: its masks have different sizes: {shapes}.")
-  return np.any(loaded, axis=0).astype(np.uint8)
+  return Reading(
+    np.any([reading.seg_mask for reading in readings], axis=0),
+    readings[0].kind,
+    readings[0].found,
+    left_out=sum(reading.left_out for reading in readings),
+  )
 
 
 def _draw(
   stored: Shapes, size: tuple[int, int] | None, where: str
-) -> np.ndarray:
+) -> Bool[np.ndarray, "h w"]:
   if size is None:
-    raise DataError(f"{where}: a polygon needs the size of its picture.")
+    raise DataError(f"{where}: a polygon needs the size of its image.")
   _check_size(size, where)
   pixels = np.zeros(size, np.uint8)
   for polygon, fill in zip(stored.polygons, stored.fills, strict=True):
@@ -134,12 +137,12 @@ def _draw(
     points = points.astype(np.int32)[None]
     cv2.fillPoly(pixels, points, int(fill))
     cv2.polylines(pixels, points, True, int(fill), 1)
-  return pixels
+  return pixels.view(np.bool_)
 
 
-def _from_run_lengths(stored: dict, where: str) -> np.ndarray:
+def _from_run_lengths(stored: dict, where: str) -> Bool[np.ndarray, "h w"]:
   try:
-    height, width = (int(n) for n in stored["size"])
+    height, width = map(whole_number, stored["size"])
     counts = stored["counts"]
     if not isinstance(counts, (str, bytes)):
       counts = list(counts)
@@ -150,16 +153,42 @@ def _from_run_lengths(stored: dict, where: str) -> np.ndarray:
   _check_size((height, width), where)
   if isinstance(counts, str):
     counts = counts.encode("ascii", "replace")
-  runs = _read_runs(counts, where) if isinstance(counts, bytes) else counts
-  if any(not isinstance(n, int) or n < 0 for n in runs) or (
-    sum(runs) != height * width
-  ):
+  if isinstance(counts, bytes):
+    runs = _read_runs(counts, where)
+  else:
+    try:
+      runs = [whole_number(n) for n in counts]
+    except (TypeError, ValueError, OverflowError) as error:
+      raise DataError(
+        f"{where}: a run length of the mask is no whole number ({error})."
+      ) from error
+  if any(n < 0 for n in runs) or sum(runs) != height * width:
     raise DataError(
       f"{where}: the run lengths do not add up to {height}x{width} pixels."
     )
-  values = np.arange(len(runs), dtype=np.uint8) % 2
+  values = np.arange(len(runs)) % 2 == 1
   flat = np.repeat(values, runs)
   return np.ascontiguousarray(flat.reshape(width, height).T)
+
+
+def whole_number(value: Any) -> int:
+  """An int from what JSON's writers make of one: 7, 7.0, "7".
+
+  Raises:
+    TypeError, ValueError: it is none; true and false are none.
+  """
+  if isinstance(value, (bool, np.bool_)):
+    raise TypeError(f"{value} is no number")
+  if isinstance(value, str):
+    text = value.strip()
+    if not text.removeprefix("-").isdecimal() or len(text) > 19:
+      raise ValueError(f"{value[:40]!r} is no whole number")
+    return int(text)
+  if isinstance(value, float):
+    if not value.is_integer():  # NaN and infinity are not, either.
+      raise ValueError(f"{value} is no whole number")
+    return int(value)
+  return operator.index(value)
 
 
 def run_lengths(seg_mask: np.ndarray) -> dict[str, Any]:
@@ -199,20 +228,18 @@ def _read_runs(counts: bytes, where: str) -> list[int]:
 
 def _from_polygons(
   stored: list, size: tuple[int, int] | None, where: str
-) -> np.ndarray:
+) -> Reading:
+  """Parts with fewer than three points mark nothing and are left out."""
   if size is None:
-    raise DataError(f"{where}: a polygon needs the size of its picture.")
-  polygons = stored if stored and isinstance(stored[0], list) else [stored]
-  if any(
-    not isinstance(p, list)
-    or len(p) < 6
-    or len(p) % 2
-    or not all(isinstance(n, (int, float)) for n in p)
-    for p in polygons
-  ):
+    raise DataError(f"{where}: a polygon needs the size of its image.")
+  given = stored if stored and isinstance(stored[0], list) else [stored]
+  if not all(map(_is_polygon, given)):
     raise DataError(
       f"{where}: a polygon is a list of at least three x, y pairs."
     )
+  polygons = [polygon for polygon in given if len(polygon) >= 6]
+  if not polygons:
+    raise DataError(f"{where}: no part of its polygon has three x, y pairs.")
   _check_size(size, where)
   for polygon in polygons:
     try:
@@ -222,7 +249,18 @@ def _from_polygons(
     _check_outline(points, size, where)
   height, width = size
   parts = coco.frPyObjects(polygons, height, width)
-  return _from_run_lengths(coco.merge(parts), where)
+  seg_mask = _from_run_lengths(coco.merge(parts), where)
+  return Reading(seg_mask, "polygons", left_out=len(given) - len(polygons))
+
+
+def _is_polygon(value: Any) -> bool:
+  return (
+    isinstance(value, list)
+    and len(value) % 2 == 0
+    and all(
+      isinstance(n, (int, float)) and not isinstance(n, bool) for n in value
+    )
+  )
 
 
 def _check_size(size: tuple[int, int], where: str) -> None:
@@ -244,10 +282,10 @@ def _check_outline(
   if not np.all(np.abs(points) <= 2 * max(height, width) + 100):
     raise DataError(
       f"{where}: a polygon's corner is far outside its {width}x{height} "
-      "picture, or no number."
+      "image, or no number."
     )
   steps = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1)
   if steps.sum() > 4 * height * width + 1000 * (height + width):
     raise DataError(
-      f"{where}: a polygon's outline is longer than its picture has room for."
+      f"{where}: a polygon's outline is longer than its image has room for."
     )

@@ -12,7 +12,7 @@ _TEXT |= {"segment_ids": 0, "is_prompt": False}  # What padding holds.
 class Packer:
   """Turns `data.pack` indices into one row with a segment for each record.
 
-  The row has `pack` times the places for pictures and masks, the used ones
+  The row has `pack` times the places for images and masks, the used ones
   first. Where the samples do not fit into `sequence_length` together, the
   longest one is cut, at most to an equal share of it; then the next. A bad
   record, such as one that cannot be cut so far, gets no segment; a row without

@@ -82,7 +82,7 @@ class TrainIterator:
 
   @property
   def num_cut_records(self) -> int:
-    """Different records that lost words to fit sequence_length."""
+    """Different records that lost tokens to fit sequence_length."""
     return len(self._cut)
 
   def __iter__(self) -> "TrainIterator":
@@ -118,7 +118,7 @@ class TrainIterator:
     }
 
   def set_state(self, state: dict[str, Any], *, force: bool = False) -> None:
-    """Goes on from a saved state, with any number of hosts and workers.
+    """Resumes from a saved state, with any number of hosts and workers.
 
     Args:
       state: from `state`.
@@ -131,7 +131,7 @@ class TrainIterator:
     if state["fingerprint"] != self._fingerprint and not force:
       raise DataError(
         "the saved data state belongs to other data, data settings or "
-        "global_batch_size; go on with those of the run, or accept the change "
+        "global_batch_size; resume with those of the run, or accept the change "
         "with --accept_changed_data."
       )
     self.close()

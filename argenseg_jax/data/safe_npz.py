@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import IO
 
 import numpy as np
 
+from argenseg_jax.data import input_files
 from argenseg_jax.runtime import paths
 
 # What a broken archive may raise.
@@ -32,22 +34,40 @@ def read(path: paths.Path, most: Callable[[int], int]) -> dict[str, np.ndarray]:
   Raises:
     ERRORS: it is none, unpacks to more, or holds something else than arrays.
   """
-  raw = None if paths.is_local(path) else path.read_bytes()
-  with zipfile.ZipFile(_opened(path, raw)) as archive:
+  if not paths.is_local(path):
+    return read_from(io.BytesIO(path.read_bytes()), most(paths.size(path)))
+  with open(input_files.open_regular(path), "rb") as file:
+    return read_from(file, most(os.fstat(file.fileno()).st_size))
+
+
+def read_from(file: IO[bytes], most: int) -> dict[str, np.ndarray]:
+  """As `read`, from an open file; `most` are the bytes it may unpack to."""
+  with zipfile.ZipFile(file) as archive:
     unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > most(paths.size(path)):
+    if unpacked > most:
       raise ValueError(f"it unpacks to {unpacked} bytes")
     for member in archive.infolist():
       with archive.open(member) as array:
-        shape, dtype = _header(array)
-      if math.prod(shape) * dtype.itemsize > member.file_size:
-        raise ValueError(f"it holds fewer bytes than {shape} of {dtype} take")
-  with np.load(_opened(path, raw), allow_pickle=False) as arrays:
+        _require_fitting(array, member.file_size)
+  file.seek(0)
+  with np.load(file, allow_pickle=False) as arrays:
     return dict(arrays)
 
 
-def _opened(path: paths.Path, raw: bytes | None) -> paths.Path | IO[bytes]:
-  return path if raw is None else io.BytesIO(raw)
+def read_array(data: bytes) -> np.ndarray:
+  """The array of a `.npy`, which must fit the bytes that it claims.
+
+  Raises:
+    ERRORS: it is none.
+  """
+  _require_fitting(io.BytesIO(data), len(data))
+  return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
+def _require_fitting(file: IO[bytes], size: int) -> None:
+  shape, dtype = _header(file)
+  if math.prod(shape) * dtype.itemsize > size:
+    raise ValueError(f"it holds fewer bytes than {shape} of {dtype} take")
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

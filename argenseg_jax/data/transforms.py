@@ -1,8 +1,8 @@
-"""Images and masks: decoding, resizing, and the way back.
+"""Images: decoding and resizing, and the way back from generated masks.
 
 Pillow's fixed-point resize is the definition; OpenCV's is a faster switch that
 comes close. Functions are pure and take their sizes as arguments. The pipeline
-keeps uint8: `models.argenseg` normalizes it on the device.
+keeps uint8; the device normalizes it (`models.argenseg`).
 """
 
 import contextlib
@@ -10,16 +10,17 @@ import io
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from jaxtyping import Bool, Shaped, UInt8
+from PIL import Image, UnidentifiedImageError
 
+from argenseg_jax.data import input_files
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.runtime import paths
-from argenseg_jax.types import IMAGENET_MEAN
+from argenseg_jax.types import IMAGENET_MEAN, MASK_THRESHOLD
 
 # What OpenCV refuses is reported by `DataError`, not on the terminal.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -27,8 +28,10 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 Backend = Literal["pillow", "opencv"]
 Encoded = bytes | str | paths.Path
 
-# A larger picture is refused before it is decoded; Pillow's own limit.
+# A larger image is refused before it is decoded; Pillow's own limit.
 MAX_PIXELS = 89_478_485
+# Of an encoded image; a larger one is refused before it is read.
+MAX_FILE_BYTES = 1 << 30
 # What Pillow is allowed to open. Some of its other formats run programs.
 _FORMATS = (
   "BMP",
@@ -40,6 +43,7 @@ _FORMATS = (
   "TIFF",
   "WEBP",
 )
+_ORIENTATION = 0x0112  # EXIF's tag; 1 is upright.
 
 _PILLOW = {
   "bicubic": Image.Resampling.BICUBIC,
@@ -49,52 +53,196 @@ _PPM = re.compile(rb"P6\n([1-9]\d{0,5}) ([1-9]\d{0,5})\n255\n")
 _OPENCV = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}
 
 
+class Frame(NamedTuple):
+  """How an image is stored, before its EXIF orientation turns it.
+
+  Attributes:
+    size: height and width as stored.
+    orientation: EXIF's, 1 to 8; 1 leaves the image as it is.
+  """
+
+  size: tuple[int, int]
+  orientation: int
+
+  @property
+  def upright_size(self) -> tuple[int, int]:
+    """Height and width as shown."""
+    return self.size[::-1] if self.orientation >= 5 else self.size
+
+
 def decode_image(
   stored: Encoded, *, where: str = ""
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Decodes a picture to RGB, turned as its EXIF orientation says.
+  """Decodes an image to RGB, turned as its EXIF orientation says.
 
-  Grey, CMYK, palette and 16-bit pictures are converted; alpha is dropped.
+  Gray, CMYK and palette images are converted; alpha is dropped. Numbers of
+  more than 8 bits: see `image_pixels`.
 
   Raises:
-    DataError: missing, truncated, not a picture, or of more than MAX_PIXELS.
+    DataError: missing, truncated, not an image, or of more than MAX_PIXELS.
   """
   data, name = read_encoded(stored, where)
   pixels = _pixels(data)
   if pixels is not None:
     return pixels
-  with _opened(data, "picture", name) as picture:
-    if _is_whole(data):
+  with opened(data, "image", name) as image:
+    orientation = _orientation(image)
+    wide = image.mode[:1] in ("I", "F")
+    if _is_whole(data) and not wide and image.format not in ("TIFF", "GIF"):
       with contextlib.suppress(cv2.error):
         encoded = np.frombuffer(data, np.uint8)
-        pixels = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
+        pixels = cv2.imdecode(
+          encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        )
         if pixels is not None:
-          return pixels
+          return turn(pixels, orientation)
     # A second opinion on what OpenCV refuses.
-    return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    image.load()
+    return turn(image_pixels(image), _left_to_turn(image, orientation))
 
 
-def decode_seg_mask(
-  stored: Encoded, *, where: str = ""
-) -> UInt8[np.ndarray, "h w"]:
-  """Decodes a picture of a mask; palette indices are kept as they are."""
-  data, name = read_encoded(stored, where)
-  with _opened(data, "mask", name) as picture:
-    if picture.mode not in ("L", "P", "1"):
-      picture = picture.convert("L")
-    return np.array(picture, dtype=np.uint8)
+def image_pixels(
+  image: Image.Image | Shaped[np.ndarray, "..."],
+) -> UInt8[np.ndarray, "h w 3"]:
+  """RGB of an image that is decoded already, as its file would give it.
+
+  Of 16 bits the upper 8 are kept. Floats from 0 to 1 are multiplied by 255,
+  other ones and integers of 32 bits must lie in 0..255 (or 0..65535, then
+  of the upper 8 bits).
+
+  Args:
+    image: of Pillow, any mode; or an array [h w], [h w 1], [h w 3] or [h w 4].
+
+  Raises:
+    DataError: numbers out of these ranges, or another shape.
+  """
+  if isinstance(image, Image.Image):
+    if image.mode[:1] not in ("I", "F"):
+      return np.array(image.convert("RGB"))
+    image = np.asarray(image)
+  if image.ndim == 2:
+    image = image[..., None]
+  if image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
+    raise DataError(
+      f"an image has the shape {list(image.shape)}; use [height, width] with "
+      "1, 3 or 4 channels."
+    )
+  pixels = _eight_bits(image[..., :3])
+  return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def _eight_bits(
+  values: Shaped[np.ndarray, "h w c"],
+) -> UInt8[np.ndarray, "h w c"]:
+  if values.dtype == np.uint8:
+    return values
+  if values.dtype == np.bool_:
+    return values.astype(np.uint8) * np.uint8(255)
+  if values.dtype.kind not in "uif":
+    raise DataError(f"an image holds {values.dtype}, not numbers.")
+  if not values.size:
+    return values.astype(np.uint8)
+  low, high = values.min(), values.max()
+  if not (low >= 0 and high <= 65535):  # False for NaN, too.
+    raise DataError(
+      f"an image holds numbers from {low} to {high}; use 0..255, 0..65535, or "
+      "floats in 0..1."
+    )
+  if values.dtype.kind == "f":
+    if high <= 1:
+      return np.rint(values * 255).astype(np.uint8)
+    if high <= 255:
+      return np.rint(values).astype(np.uint8)
+    return (values.astype(np.int64) >> 8).astype(np.uint8)
+  if values.dtype.itemsize > 2 and high <= 255:
+    return values.astype(np.uint8)
+  return (values.astype(np.int64) >> 8).astype(np.uint8)
+
+
+def image_frame(stored: Encoded, *, where: str = "") -> Frame:
+  """Size and orientation from an image's header.
+
+  Raises:
+    DataError: see `decode_image`; later parts of the file are left unread.
+  """
+  if isinstance(stored, bytes) or not paths.is_local(_as_path(stored)):
+    data, name = read_encoded(stored, where)
+    with opened(data, "image", name) as image:
+      return _frame(image)
+  descriptor = input_files.open_regular(_as_path(stored))
+  with (
+    open(descriptor, "rb") as file,
+    _opened_file(file, "image", str(stored)) as image,
+  ):
+    return _frame(image)
+
+
+def _frame(image: Image.Image) -> Frame:
+  frame = Frame(image.size[::-1], _orientation(image))
+  if image.format == "TIFF":  # Whose size Pillow gives as shown.
+    return frame._replace(size=frame.upright_size)
+  return frame
+
+
+def turn(
+  pixels: Shaped[np.ndarray, "h w ..."], orientation: int
+) -> Shaped[np.ndarray, "h2 w2 ..."]:
+  """Stored pixels as EXIF's orientation (1 to 8) shows them."""
+  if orientation >= 5:
+    pixels = pixels.swapaxes(0, 1)
+  if orientation in (3, 4, 7, 8):
+    pixels = pixels[::-1]
+  if orientation in (2, 3, 6, 7):
+    pixels = pixels[:, ::-1]
+  return np.ascontiguousarray(pixels)
+
+
+def _orientation(image: Image.Image) -> int:
+  """EXIF's, from the header; 1 where there is none that is known."""
+  try:
+    if image.format == "TIFF":
+      found = image.tag_v2.get(_ORIENTATION, 1)  # pyright: ignore
+    else:
+      exif = Image.Exif()
+      exif.load(image.info.get("exif", b""))
+      found = exif.get(_ORIENTATION, 1)
+  except Exception:  # Broken EXIF is no reason to refuse an image.
+    return 1
+  return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _left_to_turn(image: Image.Image, orientation: int) -> int:
+  """What is still to be done to an image that Pillow has loaded: it turns TIFF
+  itself."""
+  return 1 if image.format == "TIFF" else orientation
+
+
+def own_orientation(image: Image.Image) -> tuple[int, int]:
+  """EXIF's orientation of an open image, and what is left to turn of it once
+  its pixels are loaded."""
+  orientation = _orientation(image)
+  return orientation, _left_to_turn(image, orientation)
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, what: str, name: str) -> Iterator[Image.Image]:
-  """A picture whose header is read and whose pixels are not yet; anything that
+def opened(data: bytes, what: str, name: str) -> Iterator[Image.Image]:
+  """An image whose header is read and whose pixels are not yet; anything that
   goes wrong within becomes a DataError."""
+  with _opened_file(io.BytesIO(data), what, name) as image:
+    yield image
+
+
+@contextlib.contextmanager
+def _opened_file(file, what: str, name: str) -> Iterator[Image.Image]:
   try:
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-      width, height = picture.size
+    with Image.open(file, formats=_FORMATS) as image:
+      width, height = image.size
       if width * height > MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels are too many")
-      yield picture
+      yield image
+  except DataError as error:
+    reason = str(error).rstrip(".")
+    raise DataError(f"cannot decode {what} {name}: {reason}.") from error
   except Exception as error:  # Pillow raises all kinds on broken files.
     raise _undecodable(what, name, error) from error
 
@@ -102,20 +250,20 @@ def _opened(data: bytes, what: str, name: str) -> Iterator[Image.Image]:
 def degrade(
   pixels: UInt8[np.ndarray, "h w 3"], quality: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """A picture after JPEG of some quality (0..100), as training may see it."""
+  """An image after JPEG of some quality (0..100), as training may see it."""
   bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
   _, jpeg = cv2.imencode(".jpg", bgr, (cv2.IMWRITE_JPEG_QUALITY, quality))
   return cv2.imdecode(jpeg, cv2.IMREAD_COLOR_RGB)
 
 
 def encode_pixels(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
-  """A picture as PPM: `decode_image` copies nothing and computes nothing."""
+  """An image as PPM: `decode_image` copies nothing and computes nothing."""
   height, width = pixels.shape[:2]
   return b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes()
 
 
 def _pixels(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
-  """What `encode_pixels` was given; None for any other picture."""
+  """What `encode_pixels` was given; None for any other image."""
   header = _PPM.match(data)
   if header is None:
     return None
@@ -143,8 +291,8 @@ def resize(
     # OpenCV's own filters do not widen when they shrink; area averaging does.
     method = cv2.INTER_AREA if shrinks else _OPENCV[filter]
     return cv2.resize(pixels, (width, height), interpolation=method)
-  picture = Image.fromarray(pixels)
-  return np.asarray(picture.resize((width, height), _PILLOW[filter]))
+  image = Image.fromarray(pixels)
+  return np.asarray(image.resize((width, height), _PILLOW[filter]))
 
 
 def resize_image(
@@ -154,10 +302,10 @@ def resize_image(
   backend: Backend = "pillow",
   pad_square: bool = False,
 ) -> UInt8[np.ndarray, "side side 3"]:
-  """A picture as the vision tower takes it.
+  """An image as the vision tower takes it.
 
   Args:
-    pad_square: centre the picture on a square of ImageNet's mean colour first,
+    pad_square: center the image on a square of ImageNet's mean color first,
       instead of distorting it.
   """
   height, width = pixels.shape[:2]
@@ -174,7 +322,7 @@ def resize_image(
 def image_tiles(
   pixels: UInt8[np.ndarray, "h w 3"], side: int, *, max_tiles: int
 ) -> UInt8[np.ndarray, "tiles side side 3"]:
-  """Cuts a picture into the grid of squares nearest to its aspect.
+  """Cuts an image into the grid of squares nearest to its aspect.
 
   More than one tile is followed by a thumbnail of the whole.
   """
@@ -191,7 +339,7 @@ def image_tiles(
   best, best_distance = (1, 1), float("inf")
   for columns, rows in grids:
     distance = abs(width / height - columns / rows)
-    # Of equally good grids the larger one, if the picture can fill it.
+    # Of equally good grids the larger one, if the image can fill it.
     fills = width * height > 0.5 * side * side * columns * rows
     if distance < best_distance or (distance == best_distance and fills):
       best, best_distance = (columns, rows), distance
@@ -205,7 +353,7 @@ def image_tiles(
 
 
 def fit_inside(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
-  """Where a picture of `size` (height, width) lies in a padded square.
+  """Where an image of `size` (height, width) lies in a padded square.
 
   Returns:
     top, left, height, width.
@@ -218,7 +366,7 @@ def fit_inside(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
 
 
 def mask_target(
-  seg_mask: UInt8[np.ndarray, "h w"],
+  seg_mask: Bool[np.ndarray, "h w"] | UInt8[np.ndarray, "h w"],
   side: int,
   *,
   intermediate_side: int | None = 512,
@@ -228,14 +376,13 @@ def mask_target(
   """A mask as the image tokenizer takes it: 0..255, white object on black.
 
   Args:
-    seg_mask: 0/1 or 0/255; below 127 the values are multiplied by 255 (in
-      uint8, as the authors do).
+    seg_mask: two-valued; or levels in 0..255, taken as they are.
     intermediate_side: resized to this square on the way, as the authors do;
       None goes straight.
     pad_square: keep the aspect, with black around, and no intermediate size.
   """
-  if seg_mask.size and seg_mask.max() < 127:
-    seg_mask = seg_mask * np.uint8(255)
+  if seg_mask.dtype == np.bool_:
+    seg_mask = seg_mask.astype(np.uint8) * np.uint8(255)
   if pad_square:
     top, left, height, width = fit_inside(seg_mask.shape, side)
     square = np.zeros((side, side), np.uint8)
@@ -255,7 +402,7 @@ def grey_at_size(
   *,
   pad_square: bool = False,
 ) -> UInt8[np.ndarray, "h w"]:
-  """A generated mask image, resized to a picture's `size`, then grey."""
+  """A generated mask image, resized to an image's `size`, then gray."""
   if generated.ndim == 3 and generated.shape[-1] == 1:
     generated = generated[..., 0]
   if pad_square:
@@ -265,29 +412,27 @@ def grey_at_size(
   return np.asarray(Image.fromarray(resized).convert("L"))
 
 
-def binary_mask(grey: UInt8[np.ndarray, "h w"]) -> np.ndarray:
-  """Bool [h w]: grey / 255 > 0.5."""
-  return grey > 127
+def binary_mask(gray: UInt8[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+  """Which pixels of a generated mask are the object."""
+  return gray > MASK_THRESHOLD * 255
+
+
+def _as_path(stored: str | paths.Path) -> paths.Path:
+  return pathlib.Path(stored) if isinstance(stored, str) else stored
 
 
 def read_encoded(stored: Encoded, where: str) -> tuple[bytes, str]:
+  """The bytes of an encoded image, and its name for messages."""
   if isinstance(stored, bytes):
     return stored, where or "(bytes)"
-  try:
-    path = pathlib.Path(stored) if isinstance(stored, str) else stored
-    return path.read_bytes(), str(stored)
-  except OSError as error:
-    raise DataError(
-      f"cannot read {stored}: {error.strerror or error}."
-    ) from error
-  except ValueError as error:  # A name that no file can have.
-    raise DataError(f"cannot read {str(stored)!r}: {error}.") from error
+  path = _as_path(stored)
+  return input_files.read_bytes(path, most=MAX_FILE_BYTES), str(stored)
 
 
 def _undecodable(what: str, name: str, error: Exception) -> DataError:
   reason = str(error).rstrip(".")
   if isinstance(error, UnidentifiedImageError):
-    reason = "not a known picture format"
+    reason = "not a known image format"
   return DataError(f"cannot decode {what} {name}: {reason}.")
 
 

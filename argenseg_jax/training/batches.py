@@ -39,6 +39,8 @@ def open_batches(
   Raises:
     ConfigError: kept codes of other data, or of one split where two are read.
   """
+  for note in () if jax.process_index() else rows.source.notes:
+    print(note, flush=True)
   tail = ""
   if not is_local(workdir) and jax.process_index():
     tail = f"-{jax.process_index()}"  # Each copies its own to the bucket.

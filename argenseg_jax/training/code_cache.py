@@ -1,4 +1,4 @@
-"""Masks tokenised once: the codes of a source's masks, kept in a file."""
+"""Masks tokenized once: the codes of a source's masks, kept in a file."""
 
 import dataclasses
 import hashlib
@@ -13,8 +13,7 @@ from jaxtyping import Int
 
 from argenseg_jax import sharding
 from argenseg_jax.config import ConfigError
-from argenseg_jax.data import pipeline, safe_npz
-from argenseg_jax.data.sources.registry import has_options
+from argenseg_jax.data import file_stamps, pipeline, safe_npz
 from argenseg_jax.models.argenseg import normalize_seg_masks
 from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.runtime import distributed, paths
@@ -56,18 +55,25 @@ def cached(
 
 
 def write(rows: pipeline.RowMaker, vqvae: VQVAE, path: Path) -> None:
-  """Tokenises every mask and writes codes and a note of what made them.
+  """Tokenizes every mask and writes codes and a note of what made them.
 
   Raises:
     ConfigError: a record of the source asks for another mask at each visit.
   """
+  before = file_stamps.stamps(rows.source)
   codes = tokenize(rows, vqvae)
   note = json.dumps(_note(rows, vqvae))
+  changed = file_stamps.first_changed(rows.source, before)
+  if changed:
+    raise ConfigError(
+      f"{changed} of data source {rows.config.path} changed while its masks "
+      "were tokenized; rerun the same command when it is complete."
+    )
   if distributed.is_main():
     local = paths.is_local(path)
     partial = path.with_name(f"{path.name}.partial") if local else path
     with partial.open("wb") as file:
-      np.savez(file, codes=codes, note=note)
+      np.savez(file, codes=codes, note=note, **before._asdict())
     if local:  # A bucket shows whole files only.
       partial.rename(path)
 
@@ -89,10 +95,10 @@ def read(
 
   Raises:
     ConfigError: no such file, or one of other data, settings or image
-      tokenizer.
+      tokenizer; or an image or mask is another on disk than it was.
   """
   shape = (len(rows.source), rows.config.max_masks, rows.num_codes)
-  codes, note = stored(path, shape, vqvae.quantizer.codebook.shape[0])
+  codes, note, known = stored(path, shape, vqvae.quantizer.codebook.shape[0])
   wanted = _note(rows, vqvae)
   other = sorted(k for k in wanted if note.get(k) != wanted[k])
   if other:
@@ -104,13 +110,19 @@ def read(
     raise ConfigError(
       f"the codes in {path} have shape {codes.shape}, not {shape}; {remedy}."
     )
+  changed = file_stamps.first_changed(rows.source, known)
+  if changed:
+    raise ConfigError(
+      f"the codes in {path} were made of other files: {changed} has changed on "
+      f"disk since; {remedy}."
+    )
   return rows.with_codes(codes)
 
 
 def stored(
   path: Path, shape: tuple[int, int, int], num_codes: int
-) -> tuple[Int[np.ndarray, "records m n"], dict]:
-  """Codes and note of a file, of which nothing is believed.
+) -> tuple[Int[np.ndarray, "records m n"], dict, file_stamps.Stamps]:
+  """Codes, note and stamps of a file, of which nothing is believed.
 
   Args:
     path: what `write` wrote.
@@ -120,7 +132,7 @@ def stored(
   Raises:
     ConfigError: no such file.
   """
-  most = math.prod(shape) * 8 + _NOTE_BYTES
+  most = math.prod(shape) * 8 + shape[0] * 16 + _NOTE_BYTES
   try:
     found = safe_npz.read(path, lambda size: most)
     codes, note = found["codes"], json.loads(str(found["note"]))
@@ -128,18 +140,23 @@ def stored(
       raise ValueError("its note is no JSON object")
     if codes.dtype.kind != "i" or np.any((codes < 0) | (codes >= num_codes)):
       raise ValueError(f"it holds something else than codes below {num_codes}")
+    if "quick" not in found:
+      raise ValueError("it does not say which files it was made of")
+    known = file_stamps.Stamps(found["quick"], found["content"])
+    if known.quick.ndim != 1 or known.quick.shape != known.content.shape:
+      raise ValueError("its stamps are no lists")
   except (*safe_npz.ERRORS, RecursionError) as error:
     raise ConfigError(
       f"{path} is not a file of `argenseg data tokenize`: {error}."
     ) from error
-  return codes, note
+  return codes, note, known
 
 
 def tokenize(
   rows: pipeline.RowMaker, vqvae: VQVAE, *, batch_size: int = 64
 ) -> np.ndarray:
   """Codes of all masks of a source, int32 [records m n]; 0 where none is."""
-  if has_options(rows.source):
+  if rows.source.has_options:
     raise ConfigError(
       f"data source {rows.config.source!r} at {rows.config.path} asks for one "
       "of several masks at each visit, so its codes cannot be kept; train from "

@@ -1,4 +1,4 @@
-"""A picture of rows as the model gets them: asked, marked, tokenised."""
+"""A drawing of rows as the model gets them: asked, marked, tokenized."""
 
 import pathlib
 import re
@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 LAYOUT = {
   "padding": "#dddddd",
   "text that is given": "#4477aa",
-  "picture": "#228833",
+  "image": "#228833",
   "text to learn": "#ee7733",
   "code to learn": "#aa3377",
 }
@@ -29,6 +29,9 @@ LAYOUT = {
 _TURN = re.compile(
   r"<\|im_start\|>(user|assistant)\s(.*?)(?:<\|im_end\|>|$)", re.S
 )
+
+# Ways to store a mask that need no second look.
+_PLAIN = ("two values", "run lengths", "polygons", "label map")
 
 Reconstruct = Callable[[np.ndarray], np.ndarray]
 
@@ -54,7 +57,7 @@ def token_layout(row: Batch, img_context: int) -> np.ndarray:
 def turns(row: Batch, tokenizer: text.TextTokenizer) -> list[str]:
   """What is said in a row, in turns, an arrow before each answer.
 
-  Roles, pictures and the system message are left out; a mask is `<mask>`.
+  Roles, images and the system message are left out; a mask is `<mask>`.
 
   Args:
     row: without the batch axis.
@@ -66,6 +69,21 @@ def turns(row: Batch, tokenizer: text.TextTokenizer) -> list[str]:
   return [
     ("\N{RIGHTWARDS ARROW} " if role == "assistant" else "") + words.strip()
     for role, words in _TURN.findall(said)
+  ]
+
+
+def odd_masks(rows: pipeline.RowMaker, index: int) -> list[str]:
+  """How masks of a record are stored and what values they hold, where that is
+  not two plain gray levels, run lengths, polygons or a map of labels."""
+  sample = rows.source[index]
+  if sample.target != "mask":
+    return []
+  chosen = sample.choose(0) if sample.options else sample
+  readings = [chosen.read_mask(stored) for stored in chosen.seg_masks]
+  return [
+    f"{reading.kind}: {reading.found}"
+    for reading in readings
+    if reading.kind not in _PLAIN
   ]
 
 
@@ -85,7 +103,7 @@ def draw(
     reconstruct: uint8 masks [m h w 1|3] -> uint8 [m h w 3], what the image
       tokenizer makes of them; None leaves that column out.
   """
-  titles = ["picture", "mask", "layout of the tokens"]
+  titles = ["image", "mask", "layout of the tokens"]
   if reconstruct is not None:
     titles.insert(2, "mask, encoded and decoded")
   height = 2.2 * len(indices) + 0.6
@@ -104,6 +122,13 @@ def draw(
       line[0].set_title(_wrap(row.error), fontsize=7, loc="left", color="red")
       continue
     _draw_row(line, rows, row.fields, reconstruct)
+    if stored := odd_masks(rows, index):
+      line[1].text(
+        *(0, -0.04, _wrap("; ".join(stored), 40)),
+        transform=line[1].transAxes,
+        fontsize=6,
+        va="top",
+      )
   for ax, title in zip(axes[0][1:], titles[1:], strict=True):
     ax.set_title(title, fontsize=8)
   figure.legend(
@@ -153,11 +178,11 @@ def _draw_row(line, rows, fields: Batch, reconstruct) -> None:
   ax.set_ylim(-0.6, 1)
 
 
-def _side_by_side(pictures: np.ndarray) -> np.ndarray:
-  height = pictures.shape[1]
-  if pictures.shape[-1] == 1:
-    pictures = np.repeat(pictures, 3, -1)
-  return render.join_strip(pictures, height)
+def _side_by_side(images: np.ndarray) -> np.ndarray:
+  height = images.shape[1]
+  if images.shape[-1] == 1:
+    images = np.repeat(images, 3, -1)
+  return render.join_strip(images, height)
 
 
 def _wrap(said: str, width: int = 48, lines: int = 3) -> str:

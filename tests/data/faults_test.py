@@ -23,9 +23,9 @@ NUM_CODES = 5
 RUNS = {"size": list(layouts.SIZE), "counts": [1, 2, 3]}
 # Of the record with that index, what is wrong; the others are good.
 FAULTS = {
-  1: "cannot decode picture .*cut.jpg",
+  1: "cannot decode image .*cut.jpg",
   2: "cannot read .*gone.jpg: No such file",
-  3: "line 4: the mask has 9x7 pixels but the picture 30x20",
+  3: "line 4: the mask has 9x7 pixels but the image 30x20",
   4: "line 5 has a mask without a single pixel",
   6: "line 7 is not JSON",
   7: "line 8 is not UTF-8 text",
@@ -145,7 +145,7 @@ def _write(layout, folder, words):
 def test_no_and_a_thousand_words_in_every_layout(layout, tmp_path):
   rows = _rows(_config(**_write(layout, tmp_path / "none", " ")))
   for i in range(len(rows.source)):
-    assert re.search('has an empty expression|needs "text"', rows(i).error)
+    assert re.search('an empty expression|needs "text"', rows(i).error)
     assert not rows(i).fields.sample_weight
   rows = _rows(_config(**_write(layout, tmp_path / "many", "word " * 1000)))
   for i in range(len(rows.source)):
@@ -171,7 +171,9 @@ def test_expressions_of_no_and_of_a_thousand_words(tmp_path):
   assert (row.fields.targets == CODE_TARGET).sum() == NUM_CODES
   refs[0]["sentences"] = []
   path.write_bytes(pickle.dumps(refs, 2))
-  assert "ref_id 0 has an empty expression" in _rows(_config(**keys))(0).error
+  left = _rows(_config(**keys)).source
+  assert len(left) == 1
+  assert "1 references without a sentence left out" in left.notes[0]
 
 
 def test_more_bad_records_than_the_share_stop_a_run(faulty):

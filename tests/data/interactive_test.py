@@ -53,7 +53,7 @@ def test_only_single_masks_can_be_asked_for(tmp_path):
   config = DataConfig(**layouts.write("jsonl", tmp_path), interactive="point")
   source = open_source(config)
   assert source[0].conversation == ()
-  with pytest.raises(DataError, match="needs one picture and one mask"):
+  with pytest.raises(DataError, match="needs one image and one mask"):
     source[1]
   mixed = DataConfig(**layouts.write("meta", tmp_path), interactive="point")
   with pytest.raises(DataError, match=r"data\.interactive"):

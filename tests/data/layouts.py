@@ -9,7 +9,10 @@ import pickle
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from argenseg_jax.data import masks
 
 SIZE = (20, 30)
 LEFT = np.zeros(SIZE, bool)
@@ -222,6 +225,37 @@ def _folder(folder):
   return {"path": str(folder)}
 
 
+def _refcoco_m(folder):
+  """As its page describes the parquet files; two row groups."""
+  arrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  _pictures(folder / "images")
+  rows = [
+    {
+      "image": {"bytes": (folder / "images" / name).read_bytes(), "path": name},
+      "image_id": number,
+      "file_name": name,
+      "samples": [
+        {
+          "id": 10 * number + j,
+          "sentences": ["left box", "the red one"],
+          "mask": masks.run_lengths(pixels),
+        }
+        for j, pixels in enumerate((LEFT, RIGHT))
+      ],
+    }
+    for number, name in enumerate(_PICTURES)
+  ]
+  (folder / "data").mkdir(exist_ok=True)
+  parquet.write_table(
+    arrow.Table.from_pylist(rows),
+    folder / "data" / "train-00000-of-00001.parquet",
+    row_group_size=1,
+  )
+  return {"path": str(folder)}
+
+
 _WRITERS = {
   "refer": _refer,
   "grefer": _grefer,
@@ -232,5 +266,6 @@ _WRITERS = {
   "ade20k": _ade20k,
   "text_to_image": _text_to_image,
   "folder": _folder,
+  "refcoco_m": _refcoco_m,
 }
 LAYOUTS = tuple(_WRITERS)

@@ -140,6 +140,21 @@ def test_folder(opened):
   assert (source[1].kind, source[1].seg_masks) == ("absent", ())
 
 
+def test_refcoco_m(opened, tmp_path):
+  source = opened("refcoco_m")
+  assert len(source) == 4
+  assert source[0].expressions == ("left box", "the red one")
+  for index, truth in enumerate((LEFT, RIGHT, LEFT, RIGHT)):
+    np.testing.assert_array_equal(source[index].load_seg_mask(), truth)
+  assert source[1].image_keys == source[0].image_keys != source[2].image_keys
+  with pytest.raises(DataError, match=r"holds no validation-\*\.parquet"):
+    opened("refcoco_m", split="val")
+  file = tmp_path / "validation-0.parquet"
+  file.write_bytes(b"PAR1")
+  with pytest.raises(DataError, match="is not a parquet file"):
+    open_source(_config({"source": "refcoco_m", "path": str(file)}))
+
+
 def test_text_to_image_targets_are_pictures(opened, tmp_path):
   config = _config(layouts.write("text_to_image", tmp_path))
   row = _rows(config)(0).fields

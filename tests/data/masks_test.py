@@ -46,8 +46,8 @@ def test_every_way_to_store_a_mask_gives_the_same_pixels(tmp_path):
     str(path),
   ):
     got = masks.load_seg_mask(stored, size=(7, 9))
-    np.testing.assert_array_equal(got > 0, SQUARE > 0)
-    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, SQUARE > 0)
+    assert got.dtype == np.bool_
 
 
 def test_random_masks_survive_run_lengths():
@@ -60,13 +60,15 @@ def test_random_masks_survive_run_lengths():
     np.testing.assert_array_equal(masks.load_seg_mask(stored), pixels)
 
 
-def test_palette_indices_are_kept():
+def test_palettes_are_read_by_colors_and_label_maps_by_index():
   picture = Image.fromarray(SQUARE).convert("P")
-  picture.putpalette([200, 0, 0, 7, 7, 7])  # Grey levels would say otherwise.
+  picture.putpalette([255, 255, 255, 0, 0, 0])
   data = io.BytesIO()
   picture.save(data, "PNG")
   got = masks.load_seg_mask(data.getvalue())
-  np.testing.assert_array_equal(got > 0, np.array(picture) > 0)
+  np.testing.assert_array_equal(got, SQUARE == 0)
+  got = masks.load_seg_mask(masks.Segment(data.getvalue(), (1,)))
+  np.testing.assert_array_equal(got, SQUARE == 1)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +82,8 @@ def test_palette_indices_are_kept():
     ([[1, 2, 3]], "at least three"),
     ([[1, 2, "a", 4, 5, 6]], "at least three"),
     (17, "cannot be a int"),
-    (b"not a png", "cannot decode mask here: not a known picture format"),
-    (_png(np.zeros((3, 3), np.uint8)), "3x3 pixels but the picture 9x7"),
+    (b"not a png", "cannot decode mask here: not a known image format"),
+    (_png(np.zeros((3, 3), np.uint8)), "3x3 pixels but the image 9x7"),
   ],
 )
 def test_bad_masks_are_named(stored, message):

@@ -82,7 +82,7 @@ def test_truncated_pictures_are_named(tmp_path, kind):
   path = tmp_path / "broken.img"
   for length in (0, 40, len(data) // 2, len(data) * 9 // 10):
     path.write_bytes(data[:length])
-    with pytest.raises(DataError, match=r"cannot decode picture .*broken\.img"):
+    with pytest.raises(DataError, match=r"cannot decode image .*broken\.img"):
       transforms.decode_image(path)
 
 
@@ -98,7 +98,7 @@ def test_pixels_are_kept_as_they_are():
   np.testing.assert_array_equal(other_readers, PICTURE)
   assert transforms.resize(PICTURE, (60, 80)) is PICTURE
   for broken in (encoded[:-1], encoded[:9]):
-    with pytest.raises(DataError, match="cannot decode picture"):
+    with pytest.raises(DataError, match="cannot decode image"):
       transforms.decode_image(broken)
 
 
@@ -119,16 +119,17 @@ def test_opencv_comes_close_to_pillow(size):
 
 
 def test_mask_target_levels():
-  seg_mask = np.zeros((50, 40), np.uint8)
-  seg_mask[10:30, 5:20] = 1
+  seg_mask = np.zeros((50, 40), bool)
+  seg_mask[10:30, 5:20] = True
   for backend in ("pillow", "opencv"):
     small = transforms.mask_target(
       seg_mask, 16, intermediate_side=None, backend=backend
     )
     assert small.shape == (16, 16)
     assert (small.min(), small.max()) == (0, 255)
+    levels = seg_mask.astype(np.uint8) * np.uint8(255)
     same = transforms.mask_target(
-      seg_mask * np.uint8(255), 16, intermediate_side=None, backend=backend
+      levels, 16, intermediate_side=None, backend=backend
     )
     np.testing.assert_array_equal(small, same)
   assert not transforms.mask_target(np.zeros((5, 5), np.uint8), 8).any()
@@ -137,15 +138,14 @@ def test_mask_target_levels():
 @pytest.mark.parametrize("size", [(40, 100), (100, 40), (64, 64), (37, 151)])
 @pytest.mark.parametrize("pad_square", [False, True])
 def test_a_mask_comes_back_at_the_pictures_size(size, pad_square):
-  seg_mask = np.zeros(size, np.uint8)
-  seg_mask[size[0] // 4 : size[0] // 2, size[1] // 4 : size[1] // 2] = 255
+  seg_mask = np.zeros(size, bool)
+  seg_mask[size[0] // 4 : size[0] // 2, size[1] // 4 : size[1] // 2] = True
   target = transforms.mask_target(seg_mask, 128, pad_square=pad_square)
   generated = np.asarray(
     to_uint8(normalize_seg_masks(jnp.asarray(target)[..., None]))
   )
   back = seg_mask_at_size(generated, size, pad_square=pad_square)
-  both = (back & (seg_mask > 0)).sum()
-  assert both / (back | (seg_mask > 0)).sum() > 0.88
+  assert (back & seg_mask).sum() / (back | seg_mask).sum() > 0.88
 
 
 def test_images_leave_by_truncation():

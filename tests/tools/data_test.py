@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 from data import layouts
+from PIL import Image, ImageFilter
 
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import text
@@ -28,9 +29,9 @@ def test_check_counts_what_a_source_holds(capsys, tmp_path):
   path = layouts.write("meta", tmp_path)["path"]
   code, out, _ = _data(capsys, "check", f"meta={path}")
   assert code == 0
-  assert "data: 6 requests (4 referring, 2 text), 2 pictures, 5 masks" in out
+  assert "data: 6 requests (4 referring, 2 text), 2 images, 5 masks" in out
   # Each wording of two objects; the pictures are two here, too.
-  assert "refs: 4 requests (4 referring), 2 pictures, 4 masks" in out
+  assert "refs: 4 requests (4 referring), 2 images, 4 masks" in out
   assert ": 0 faults" in out
 
 
@@ -49,14 +50,14 @@ def test_check_names_every_fault_and_goes_on(capsys, tmp_path):
   assert code == 1
   faults = [x for x in out.splitlines() if x.startswith("  fault: ")]
   assert len(faults) == 5
-  assert "none holds no pictures" in faults[0]
+  assert "none holds no images" in faults[0]
   assert "record 1: " in faults[1]
   assert "b.jpg" in faults[1]
   assert "b.jpg" in faults[2]
   assert f"{path} line 5 is not JSON" in faults[3]
   assert f"{path} line 6: a conversation must begin" in faults[4]
   # A conversation of two answers counts as two requests.
-  assert "data: 3 requests (3 referring), 1 pictures, 3 masks" in out
+  assert "data: 3 requests (3 referring), 1 images, 3 masks" in out
 
 
 def test_check_of_real_photographs(capsys, request):
@@ -66,7 +67,7 @@ def test_check_of_real_photographs(capsys, request):
   sources = [f"refer={real}", f"grefer={real}", f"jsonl={real}/coco33.jsonl"]
   code, out, _ = _data(capsys, "check", *sources)
   assert code == 0
-  assert "62 requests (62 referring), 26 pictures, 62 masks" in out
+  assert "62 requests (62 referring), 26 images, 62 masks" in out
   assert "102 requests (84 referring, 18 absent)" in out
 
 
@@ -117,6 +118,31 @@ def test_show_draws_a_line_for_each_record(capsys, tmp_path):
   assert "none of the 5 records" in err
 
 
+def test_odd_masks_are_counted_and_shown(capsys, tmp_path):
+  records = layouts.jsonl_records(tmp_path)
+  soft = Image.fromarray(layouts.LEFT).convert("L")
+  soft.filter(ImageFilter.GaussianBlur(1)).save(tmp_path / "masks" / "left.png")
+  records.append(records[3] | {"mask": ["masks/right.png"]})
+  records[-1]["conversations"] = layouts.chat("<image>\nit", "<mask>")
+  ask = {"image": "a.jpg", "question": "Which?", "kind": "choice"}
+  records.append(ask | {"answer": "C"})  # Without choices.
+  path = layouts.write_lines(tmp_path / "data.jsonl", records)
+  code, said, _ = _data(capsys, "check", f"jsonl={path}")
+  assert code == 1
+  assert "masks: 3 soft: 0 to 255" in said
+  assert "masks: 3 two values: 0, 255" in said
+  assert "line 7: true answer 'C' is none of the options" in said
+  out = tmp_path / "odd.png"
+  code, _, _ = _data(capsys, "show", f"jsonl={path}", f"--out={out}", "--odd")
+  assert code == 0
+  code, said, _ = _data(
+    capsys,
+    *("show", f"jsonl={path}", f"--out={out}.png", "--odd", "--first=7"),
+  )
+  assert "from 7 on is odd" in said
+  assert code == 0
+
+
 def _rows(tmp_path):
   config = DataConfig(
     **layouts.write("jsonl", tmp_path),
@@ -143,7 +169,7 @@ def test_token_layout_says_what_each_position_is(tmp_path):
   counts = {n: np.count_nonzero(layout == i) for i, n in enumerate(names)}
   used = np.count_nonzero(fields.segment_ids)
   assert counts["padding"] == 120 - used
-  assert (counts["picture"], counts["code to learn"]) == (4, 5)
+  assert (counts["image"], counts["code to learn"]) == (4, 5)
   # Codes are predicted from <ge_start> on, up to the slot before <ge_end>.
   start = int(np.flatnonzero(fields.tokens == special.ge_start)[0])
   assert names[layout[start]] == "code to learn"

@@ -128,7 +128,7 @@ def test_requests_come_from_stdin(fake, folder, monkeypatch, capsys):
   code = predict("--requests=-", "--out=out", "--write", "rle", "overlay")
   err = capsys.readouterr().err
   assert code == 2  # Of what can be answered nothing is lost.
-  assert "cannot decode picture in/sub/broken.jpg" in err
+  assert "cannot decode image in/sub/broken.jpg" in err
   assert "1 of 3 requests could not be answered" in err
   found = records(folder / "out/predictions.jsonl")
   assert [record["id"] for record in found] == ["one", "b"]

@@ -1,6 +1,7 @@
 """Training from codes is training from the masks that they were made of."""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
@@ -94,3 +95,39 @@ def test_codes_need_one_mask_a_request(model, tmp_path):
   rows = tiny_rows.write("coco_panoptic", tmp_path)
   with pytest.raises(ConfigError, match="one of several masks at each visit"):
     code_cache.tokenize(rows, model.vqvae)
+
+
+@pytest.mark.parametrize("name", ["masks/left.png", "a.jpg"])
+def test_codes_of_files_that_changed_since_are_refused(name, model, tmp_path):
+  """The annotations are the same; an image or a mask is another one."""
+  rows = tiny_rows.write("jsonl", tmp_path)
+  path = tmp_path / "codes.npz"
+  before = code_cache.cached(rows, model.vqvae, path)
+  file = tmp_path / name
+  content = file.read_bytes()
+  file.write_bytes(content)  # Another time, the same content: a copy.
+  os.utime(file, (1, 1))
+  again = code_cache.read(tiny_rows.of(rows.config), model.vqvae, path)
+  np.testing.assert_array_equal(again.codes, before.codes)
+  file.write_bytes(content[:-20] + bytes(20))  # Of the same size.
+  with pytest.raises(ConfigError, match=r"record 0 .*line 1\) has changed on"):
+    code_cache.read(tiny_rows.of(rows.config), model.vqvae, path)
+  file.unlink()
+  with pytest.raises(ConfigError, match=r"line 1.*; add --accept_changed_data"):
+    code_cache.cached(tiny_rows.of(rows.config), model.vqvae, path)
+
+
+def test_codes_of_shards_that_changed_since_are_refused(model, tmp_path):
+  rows = tiny_rows.write("jsonl", tmp_path)
+  array_record_writer.build({"train": rows.source}, tmp_path / "packed")
+  config = dataclasses.replace(
+    rows.config, source="array_record", path=str(tmp_path / "packed")
+  )
+  path = tmp_path / "codes.npz"
+  code_cache.cached(tiny_rows.of(config), model.vqvae, path)
+  (shard,) = tiny_rows.of(config).source.files
+  content = bytearray(shard.read_bytes())
+  content[len(content) // 2] ^= 1
+  shard.write_bytes(content)
+  with pytest.raises(ConfigError, match=r"packed-train\.array_record"):
+    code_cache.cached(tiny_rows.of(config), model.vqvae, path)

@@ -13,9 +13,9 @@ from argenseg_jax.tools.data import options
 def main(argv: list[str]) -> int:
   parser = options.parser(
     "build",
-    "Packs the records of a source, pictures and masks included, into "
+    "Packs the records of a source, images and masks included, into "
     "ArrayRecord files of a TFDS data set, to be read as array_record=DIR. "
-    "The same command goes on with an interrupted build.",
+    "The same command resumes an interrupted build.",
     "refer=refcoco --split=train,val --out=packed/refcoco",
   )
   parser.add_argument("--out", required=True, help="folder to write")
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     "--resize_pictures",
     action="store_true",
     help="store the pixels that data.image_side, data.resize and "
-    "data.pad_square of the config make of each picture, three bytes a pixel: "
+    "data.pad_square of the config make of each image, three bytes a pixel: "
     "training decodes nothing. For training, not for evaluation",
   )
   parser.add_argument(

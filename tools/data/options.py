@@ -8,6 +8,7 @@ import typing
 from argenseg_jax import configs
 from argenseg_jax.config import ConfigError, DataConfig, ModelConfig
 from argenseg_jax.config_parsing import from_mapping
+from argenseg_jax.data.sources import registry
 from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.tools import train
 
@@ -25,7 +26,7 @@ def parser(
   )
   made.add_argument("sources", nargs="*", metavar="LAYOUT=PATH")
   made.add_argument("--split", default="", help="train by default")
-  made.add_argument("--root", default="", help="where the pictures are")
+  made.add_argument("--root", default="", help="where the images are")
   return made
 
 
@@ -81,14 +82,13 @@ def with_sources(
     if not data.path:
       raise ConfigError("give a source: LAYOUT=PATH, such as refer=refcoco.")
     return [data]
-  layouts = typing.get_args(typing.get_type_hints(DataConfig)["source"])
   found = []
   for given in args.sources:
     layout, equals, path = given.partition("=")
-    if not equals or layout not in layouts:
+    if not equals or layout not in registry.NAMES:
       raise ConfigError(
         f"source {given!r} is not LAYOUT=PATH; layouts are "
-        f"{', '.join(layouts)}."
+        f"{', '.join(registry.NAMES)}."
       )
     root = data.root if args.root else None
     found.append(dataclasses.replace(data, source=layout, path=path, root=root))

@@ -1,5 +1,7 @@
 """`argenseg data show`: a contact sheet of records as a model gets them."""
 
+import itertools
+
 import numpy as np
 
 from argenseg_jax.config import ConfigError
@@ -10,15 +12,21 @@ from argenseg_jax.tools.data import options
 def main(argv: list[str]) -> int:
   parser = options.parser(
     "show",
-    "Writes a PNG: picture, request, mask and token layout of some records, "
+    "Writes a PNG: image, request, mask and token layout of some records, "
     "and with --checkpoint what its image tokenizer makes of the masks "
     "(settings are then those of its run).",
     "refer=refcoco --checkpoint=runs/mine/mllm --out=sheet.png",
   )
   parser.add_argument("--checkpoint", default="")
   parser.add_argument("--first", type=int, default=0, help="first record")
-  parser.add_argument("--count", type=int, default=8)
-  parser.add_argument("--out", default="sheet.png")
+  parser.add_argument("--count", type=int, default=8, help="how many")
+  parser.add_argument(
+    "--odd",
+    action="store_true",
+    help="only records with a fault, or with a mask that is not stored in two "
+    "plain values: soft, colored, indexed, alpha",
+  )
+  parser.add_argument("--out", default="sheet.png", help="PNG to write")
   parser.add_argument("--force", action="store_true", help="overwrite --out")
   args, config_flags = parser.parse_known_args(argv)
   out = paths.disk_path(args.out)
@@ -43,6 +51,13 @@ def main(argv: list[str]) -> int:
   made = examples.make_rows(source, settings.model, settings.tokenizer)
   total = len(made.source)
   indices = range(args.first, min(args.first + args.count, total))
+  if args.odd and args.first >= 0:
+    places = range(args.first, total)
+    odd = (i for i in places if _is_odd(made, i))
+    indices = list(itertools.islice(odd, max(args.count, 0)))
+    if not indices:
+      print(f"no record of {source.path} from {args.first} on is odd")
+      return 0
   if not indices or args.first < 0:
     raise ConfigError(
       f"--first={args.first} --count={args.count} names none of the {total} "
@@ -51,6 +66,12 @@ def main(argv: list[str]) -> int:
   contact_sheet.draw(made, indices, out, reconstruct=reconstruct)
   print(f"wrote {out}")
   return 0
+
+
+def _is_odd(made, index: int) -> bool:
+  from argenseg_jax.visualize import contact_sheet
+
+  return bool(made(index).error or contact_sheet.odd_masks(made, index))
 
 
 def _round_trip(vqvae):

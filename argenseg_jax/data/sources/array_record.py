@@ -1,4 +1,4 @@
-"""Samples packed into ArrayRecord files, see `argenseg_jax.data.building`."""
+"""Samples packed into ArrayRecord files, see `data.array_record_writer`."""
 
 import functools
 import json
@@ -7,18 +7,22 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+from jaxtyping import Bool
 
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import transforms
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.sources.sample import (
-  Option,
-  Sample,
-  TfdsRecords,
+from argenseg_jax.data.sources.parsing import (
   as_text,
   digest,
   parse_json,
   read_file,
+)
+from argenseg_jax.data.sources.sample import Option, Sample
+from argenseg_jax.data.sources.tfds_records import (
+  Shards,
+  TfdsRecords,
+  damage_named,
 )
 from argenseg_jax.runtime.paths import as_path
 
@@ -29,7 +33,7 @@ _PLAIN = ("dataset", "request", "description", "target", "kind", "where")
 
 
 class Resizing(NamedTuple):
-  """How pictures were resized before they were stored."""
+  """How images were resized before they were stored."""
 
   image_side: int
   resize: transforms.Backend
@@ -41,12 +45,15 @@ class Resizing(NamedTuple):
 
 
 class ArrayRecordSource:
-  """A split of a folder that `building.build` wrote.
+  """A split of a folder that `array_record_writer.build` wrote.
 
   Args:
     path: the folder that holds dataset_info.json.
     split: its name.
   """
+
+  has_turns = True
+  notes = ()
 
   def __init__(self, path: str | pathlib.Path, split: str):
     self.path = as_path(path)
@@ -62,6 +69,15 @@ class ArrayRecordSource:
       raise DataError(f"{note} says nothing of split {split!r}.") from error
     self.fingerprint = digest(raw, split)
 
+  @classmethod
+  def open(cls, path: str, split: str, root: str | None) -> "ArrayRecordSource":
+    return cls(path, split)
+
+  @property
+  def files(self) -> list[pathlib.Path]:
+    """The shards, in order."""
+    return self._records.files
+
   def __len__(self) -> int:
     return len(self._records)
 
@@ -72,25 +88,33 @@ class ArrayRecordSource:
 class _Records(TfdsRecords):
   """Records of `encode`, parsed without the detour that TFDS takes."""
 
+  @property
+  def files(self) -> list[pathlib.Path]:
+    return sorted(self._path.glob(f"*-{self._split}.array_record-*"))
+
   @functools.cached_property
   def _records(self):
-    from array_record.python import array_record_data_source
     from tensorflow_datasets.proto import tf_example_pb2  # Slow to import.
 
-    files = sorted(self._path.glob(f"*-{self._split}.array_record-*"))
-    names = [str(file) for file in files]
+    names, lengths = [str(f) for f in self.files], self._counts[self._split]
+    if len(names) != len(lengths):
+      raise DataError(
+        f"{self._path} has {len(names)} files of split {self._split!r}, its "
+        f"dataset_info.json names {len(lengths)}; copy them all."
+      )
     self._parse = tf_example_pb2.Example.FromString
-    return array_record_data_source.ArrayRecordDataSource(names)
+    return Shards(names, lengths)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    raw = self._records[index]
-    feature = self._parse(raw).features.feature
-    meta, *lists = (feature[name].bytes_list.value for name in _FIELDS)
-    return dict(zip(_FIELDS, (meta[0], *lists), strict=True))
+    with damage_named(self._path, index):
+      raw = self._records[index]
+      feature = self._parse(raw).features.feature
+      meta, *lists = (feature[name].bytes_list.value for name in _FIELDS)
+      return dict(zip(_FIELDS, (meta[0], *lists), strict=True))
 
 
 def require_fitting(source: ArrayRecordSource, config: DataConfig) -> None:
-  """Raises DataError where stored pictures are not what rows are to hold."""
+  """Raises DataError where stored images are not what rows are to hold."""
   stored, wanted = source.resizing, Resizing.of(config)
   if stored is None or not config.max_images:
     return
@@ -107,18 +131,18 @@ def _keys(resizing: Resizing) -> str:
 
 
 def encode(sample: Sample, resizing: Resizing | None = None) -> dict[str, Any]:
-  """A sample as a record; masks become PNGs.
+  """A sample as a record; masks become PNGs, upright as images are shown.
 
   Args:
     sample: what to store.
-    resizing: store the resized pixels of pictures, not their own bytes.
+    resizing: store the resized pixels of images, not their own bytes.
 
   Raises:
-    DataError: a picture or mask cannot be read, or they differ in size.
+    DataError: an image or mask cannot be read, or they differ in size.
   """
   if sample.resized:
     raise DataError(
-      f"{sample.where}: its pictures are resized already; pack the source that "
+      f"{sample.where}: its images are resized already; pack the source that "
       "they came from."
     )
   pixels = [sample.load_image(i) for i in range(len(sample.images))]
@@ -132,16 +156,20 @@ def encode(sample: Sample, resizing: Resizing | None = None) -> dict[str, Any]:
         transforms.decode_image(stored, where=sample.where)
         seg_masks.append(transforms.read_encoded(stored, sample.where)[0])
       else:
-        _, png = cv2.imencode(".png", holder.load_seg_mask(number))
-        seg_masks.append(png.tobytes())
+        seg_masks.append(_png(holder.load_seg_mask(number)))
+  ignores = [sample.load_ignore(i) for i in range(len(sample.ignores))]
+  seg_masks += [_png(ignore) for ignore in ignores if ignore is not None]
+  size = pixels[0].shape[:2] if len(pixels) == 1 else sample.size
   meta = {name: getattr(sample, name) for name in _PLAIN} | {
     "expressions": sample.expressions,
     "conversation": sample.conversation,
     "answers": sample.answers,
     "options": [option.expressions for option in sample.options],
-    "size": None if sample.size is None else [int(n) for n in sample.size],
+    "size": None if size is None else [int(n) for n in size],
+    "ignores": [ignore is not None for ignore in ignores],
     "image_keys": [str(key) for key in sample.image_keys],
     "resized": resizing is not None,
+    "upright": True,
   }
   if resizing is None:
     images = [
@@ -149,12 +177,17 @@ def encode(sample: Sample, resizing: Resizing | None = None) -> dict[str, Any]:
       for stored in sample.images
     ]
   else:
-    images = [_resized(picture, resizing) for picture in pixels]
+    images = [_resized(image, resizing) for image in pixels]
   return {
     "meta": json.dumps(meta),
     "images": images,
     "seg_masks": seg_masks,
   }
+
+
+def _png(seg_mask: Bool[np.ndarray, "h w"]) -> bytes:
+  _, png = cv2.imencode(".png", seg_mask.astype(np.uint8) * np.uint8(255))
+  return png.tobytes()
 
 
 def _resized(pixels: np.ndarray, resizing: Resizing) -> bytes:
@@ -189,8 +222,10 @@ def decode(record: dict[str, Any], index: int) -> Sample:
 def _decode(record: dict[str, Any], index: int) -> Sample:
   meta = json.loads(as_text(record["meta"]))
   seg_masks = tuple(record["seg_masks"])
-  options = meta["options"]
-  stored = seg_masks[: len(seg_masks) - len(options)]
+  options, ignores = meta["options"], meta.get("ignores", [])
+  seg_masks, ignored = _parted(seg_masks, sum(map(bool, ignores)))
+  stored, optional = _parted(seg_masks, len(options))
+  left = iter(ignored)
   return Sample(
     **{name: meta[name] for name in _PLAIN},
     index=index,
@@ -201,11 +236,17 @@ def _decode(record: dict[str, Any], index: int) -> Sample:
     answers=tuple(meta.get("answers", ())),
     options=tuple(
       Option(tuple(wordings), seg_mask)
-      for wordings, seg_mask in zip(
-        options, seg_masks[len(stored) :], strict=True
-      )
+      for wordings, seg_mask in zip(options, optional, strict=True)
     ),
     size=meta["size"] and tuple(meta["size"]),
+    ignores=tuple(next(left) if given else None for given in ignores),
     image_keys=tuple(meta["image_keys"]),
     resized=meta.get("resized", False),
+    upright=meta.get("upright", False),
   )
+
+
+def _parted(values: tuple, last: int) -> tuple[tuple, tuple]:
+  """All but the last values, and those."""
+  split = len(values) - last
+  return values[:split], values[split:]

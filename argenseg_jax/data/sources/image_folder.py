@@ -4,7 +4,8 @@ import dataclasses
 import pathlib
 
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.sources.sample import Sample, Source, digest
+from argenseg_jax.data.sources.parsing import digest
+from argenseg_jax.data.sources.sample import Sample, Source
 from argenseg_jax.runtime import paths
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -21,6 +22,7 @@ class ImageFolderSource:
 
   has_options = False
   has_turns = False
+  notes = ()
 
   def __init__(self, path: str | pathlib.Path):
     self.path = paths.as_path(path)
@@ -72,6 +74,7 @@ class ImageTargets:
   def __init__(self, source: Source):
     self._source = source
     self.fingerprint = digest(source.fingerprint, "image targets")
+    self.notes = source.notes
 
   def __len__(self) -> int:
     return len(self._source)
@@ -85,6 +88,7 @@ class ImageTargets:
     return dataclasses.replace(
       sample,
       seg_masks=sample.images[:1],
+      ignores=(),
       options=(),
       conversation=(),
       target="picture",

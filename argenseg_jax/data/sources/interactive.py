@@ -1,4 +1,4 @@
-"""Requests by a point or a box, in words or drawn on the picture."""
+"""Requests by a point or a box, in words or drawn on the image."""
 
 import dataclasses
 
@@ -8,10 +8,11 @@ from jaxtyping import Bool, UInt8
 
 from argenseg_jax.data.boxes import FULL, mask_box
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.sources.sample import Sample, Source, digest
+from argenseg_jax.data.sources.parsing import digest
+from argenseg_jax.data.sources.sample import Sample, Source
 
 _RED = (255, 0, 0)
-_THICKNESS = 0.01  # Of the picture's longer side; at least 2 pixels.
+_THICKNESS = 0.01  # Of the image's longer side; at least 2 pixels.
 
 
 class Interactive:
@@ -26,6 +27,8 @@ class Interactive:
     self._source = source
     self._how = how
     self.fingerprint = digest(source.fingerprint, how)
+    self.has_options = self.has_turns = False
+    self.notes = source.notes
 
   def __len__(self) -> int:
     return len(self._source)
@@ -34,10 +37,10 @@ class Interactive:
     sample = self._source[index]
     if len(sample.images) != 1 or len(sample.seg_masks) != 1:
       raise DataError(
-        f"{sample.where} needs one picture and one mask to be asked for by a "
+        f"{sample.where} needs one image and one mask to be asked for by a "
         f"{self._how.removeprefix('drawn_')}."
       )
-    seg_mask = sample.load_seg_mask() > 0
+    seg_mask = sample.load_seg_mask()
     if not seg_mask.any():
       raise DataError(f"{sample.where} has a mask without a single pixel.")
     is_point = self._how.endswith("point")
@@ -52,13 +55,18 @@ class Interactive:
     return dataclasses.replace(
       asked,
       request="drawn",
-      images=(png.tobytes(),),
+      images=(png.tobytes(),),  # As shown.
+      size=seg_mask.shape,
+      seg_masks=(seg_mask,),
+      ignores=(sample.load_ignore(),),
+      frame=None,
+      upright=True,
       image_keys=((sample.image_keys[0], self._how, place),),
     )
 
 
 def mask_point(seg_mask: Bool[np.ndarray, "h w"]) -> tuple[float, float]:
-  """The pixel farthest inside a mask, (x, y) in shares of the picture."""
+  """The pixel farthest inside a mask, (x, y) in shares of the image."""
   inside = cv2.distanceTransform(
     np.pad(seg_mask.astype(np.uint8), 1), cv2.DIST_L2, cv2.DIST_MASK_PRECISE
   )[1:-1, 1:-1]
@@ -75,11 +83,11 @@ def place_text(place: tuple[float, ...]) -> str:
 def draw_mark(
   image: UInt8[np.ndarray, "h w 3"], place: tuple[float, ...]
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """A copy of a picture with a red dot, or the red outline of a box.
+  """A copy of an image with a red dot, or the red outline of a box.
 
   Args:
     image: RGB.
-    place: (x, y) or (x1, y1, x2, y2) in shares of the picture.
+    place: (x, y) or (x1, y1, x2, y2) in shares of the image.
   """
   marked = np.ascontiguousarray(image).copy()
   height, width = image.shape[:2]

@@ -1,53 +1,69 @@
 """Chat records, one JSON object a line, and image-caption pairs."""
 
 import functools
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from argenseg_jax.data import input_files
 from argenseg_jax.data.chat import request_text
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.sources.sample import (
-  Sample,
-  Turn,
-  below,
-  digest,
-  parse_json,
-  read_file,
-)
+from argenseg_jax.data.sources import parsing, questions
+from argenseg_jax.data.sources.parsing import below, read_file, required_text
+from argenseg_jax.data.sources.sample import Sample, Turn
 from argenseg_jax.runtime.paths import as_path, is_local
+
+_BOM = parsing.BOM.encode()
 
 
 class JsonLines:
   """The lines of a jsonl file that are not blank, found without parsing them.
 
-  It is read once for offsets and fingerprint, then mapped: millions of lines
+  It is read once for offsets and fingerprint, then by pieces: millions of lines
   cost memory for their offsets only, unless they are in a bucket.
   """
 
   def __init__(self, path: str | pathlib.Path):
     self.path = as_path(path)
     raw = read_file(self.path, "give a jsonl file")
-    self.fingerprint = digest(raw)
+    self.fingerprint = parsing.digest(raw)
     data = np.frombuffer(raw, np.uint8)
     ends = np.append(np.flatnonzero(data == ord("\n")), len(raw))
     starts = np.concatenate(([0], ends[:-1] + 1))
-    blank = [not raw[a:b].strip() for a, b in zip(starts, ends, strict=True)]
+    blank = [
+      not raw[a:b].removeprefix(_BOM).strip()
+      for a, b in zip(starts, ends, strict=True)
+    ]
     self._numbers = np.flatnonzero(~np.array(blank))
     self._places = np.stack((starts, ends), 1)[self._numbers]
     if not len(self._numbers):
       raise DataError(f"{self.path} holds no records.")
+    self._stamp = None
+    if is_local(self.path):
+      with open(self._file, "rb", closefd=False) as file:
+        self._stamp = input_files.stamp_of(file.fileno())
+      if self._stamp.size != len(raw):
+        raise self._changed()
 
   @functools.cached_property
-  def _data(self) -> np.ndarray:
-    if is_local(self.path):
-      return np.memmap(self.path, np.uint8, "r")
-    return np.frombuffer(read_file(self.path, "it was there"), np.uint8)
+  def _file(self) -> int:
+    return input_files.open_regular(self.path)
+
+  @functools.cached_property
+  def _data(self) -> bytes:
+    return read_file(self.path, "it was there")
 
   def __getstate__(self):
-    return {k: v for k, v in self.__dict__.items() if k != "_data"}
+    return {
+      k: v for k, v in self.__dict__.items() if k not in ("_data", "_file")
+    }
+
+  def __del__(self):
+    if "_file" in self.__dict__:
+      os.close(self._file)
 
   def __len__(self) -> int:
     return len(self._numbers)
@@ -56,8 +72,24 @@ class JsonLines:
     return f"{self.path} line {self._numbers[index] + 1}"
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    start, end = self._places[index]
-    return parse_json(self._data[start:end].tobytes(), self.where(index), dict)
+    start, end = map(int, self._places[index])
+    raw = self._read(start, end)
+    return parsing.parse_json(raw, self.where(index), dict, strict=True)
+
+  def _read(self, start: int, end: int) -> bytes:
+    if self._stamp is None:
+      return self._data[start:end]
+    # Not mapped: where a mapped file is cut short, the process dies.
+    raw = os.pread(self._file, end - start, start)
+    if input_files.stamp_of(self._file) != self._stamp:
+      raise self._changed()
+    return raw
+
+  def _changed(self) -> DataError:
+    return DataError(
+      f"{self.path} has changed since it was opened; start again when it is "
+      "complete."
+    )
 
 
 class _LinesSource:
@@ -65,8 +97,12 @@ class _LinesSource:
 
   Args:
     path: the jsonl file.
-    root: what picture paths are relative to; the jsonl's folder by default.
+    root: what image paths are relative to; the jsonl's folder by default.
   """
+
+  has_options = False
+  has_turns = False
+  notes = ()
 
   def __init__(
     self, path: str | pathlib.Path, root: str | pathlib.Path | None = None
@@ -76,8 +112,24 @@ class _LinesSource:
     self._lines = JsonLines(self.path)
     self.fingerprint = self._lines.fingerprint
 
+  @classmethod
+  def open(cls, path: str, split: str, root: str | None) -> "_LinesSource":
+    return cls(path, root)
+
   def __len__(self) -> int:
     return len(self._lines)
+
+  def _record(self, index: int) -> tuple[dict[str, Any], str]:
+    """A record without what is null, and its line."""
+    where = self._lines.where(index)
+    record = self._lines[index]
+    record = {key: v for key, v in record.items() if v is not None}
+    questions.require_known_keys(record, where)
+    return record, where
+
+  def _dataset(self, record: dict[str, Any], where: str) -> str:
+    name = record.get("dataset", self.path.stem)
+    return required_text(name, where, "dataset")
 
 
 class JsonlSource(_LinesSource):
@@ -87,68 +139,65 @@ class JsonlSource(_LinesSource):
   segmentation or a list of either), "conversations", and where given "dataset",
   "kind" ("absent" allows a mask without any pixel) and "answers" (a list, of
   several people to the last question). Several masks, several
-  turns, several pictures, and text alone are all records of this layout.
+  turns, several images, and text alone are all records of this layout. null
+  is the same as an absent key.
 
-  A record without "conversations" may be a question to a picture: "question"
+  A record without "conversations" may be a question to an image: "question"
   (or "text"), with "answer" (or "label") or "answers", and "choices" (texts)
-  for a multiple choice. Its kind, where it names none, is that of its answers:
-  "choice", "vqa" for several people's answers, "yes_no", or else "text".
+  for a multiple choice; see `questions`.
   """
 
+  has_turns = True
+
   def __getitem__(self, index: int) -> Sample:
-    record, where = self._lines[index], self._lines.where(index)
-    images = tuple(
-      below(self.root, p, where) for p in _as_list(record.get("image"))
-    )
+    record, where = self._record(index)
+    images = tuple(below(self.root, p, where) for p in _images(record))
     seg_masks = tuple(
       below(self.root, m, where) if isinstance(m, str) else m
       for m in _as_list(record.get("mask"), segmentations=True)
     )
+    if both := [m for m in seg_masks if m in images]:
+      raise DataError(f"{where} names {both[0]} as image and as mask.")
     if "conversations" not in record and {"question", "text"} & record.keys():
-      record = _as_chat(record, where)
+      record = questions.as_chat(record, where)
     conversation = _conversation(record.get("conversations"), where)
-    placeholders = sum(
-      turn["value"].count("<mask>")
-      for turn in conversation
-      if turn["from"] == "gpt"
-    )
-    if placeholders != len(seg_masks):
-      raise DataError(
-        f"{where} has {len(seg_masks)} masks but {placeholders} <mask> in its "
-        "answers."
-      )
+    _require_placeholders(conversation, images, seg_masks, where)
+    kind = record.get("kind", "referring" if seg_masks else "text")
     return Sample(
       index=index,
-      dataset=str(record.get("dataset", self.path.stem)),
+      dataset=self._dataset(record, where),
       images=images,
       seg_masks=seg_masks,
       conversation=conversation,
-      answers=tuple(map(str, _as_list(record.get("answers")))),
-      kind=str(record.get("kind", "referring" if seg_masks else "text")),
+      answers=questions.answers_of(record, where),
+      kind=required_text(kind, where, "kind"),
       image_keys=tuple(str(p) for p in images),
       where=where,
     )
 
 
 class TextToImageSource(_LinesSource):
-  """Pictures to generate: lines of {"image": path, "text": caption}.
+  """Images to generate: lines of {"image": path, "text": caption}.
 
-  "caption" is read where "text" is missing. The picture becomes the target in
+  "caption" is read where "text" is missing. The image becomes the target in
   place of a mask, so rows need `mask_channels` 3.
   """
 
   def __getitem__(self, index: int) -> Sample:
-    record, where = self._lines[index], self._lines.where(index)
+    record, where = self._record(index)
     caption = record.get("text", record.get("caption"))
-    if not isinstance(caption, str) or not caption.strip():
-      raise DataError(f'{where} needs "text", the caption of its picture.')
+    if not isinstance(caption, str) or not parsing.clean(caption):
+      raise DataError(f'{where} needs "text", the caption of its image.')
     return Sample(
       index=index,
-      dataset=str(record.get("dataset", self.path.stem)),
+      dataset=self._dataset(record, where),
       images=(),
       seg_masks=(below(self.root, record.get("image"), where),),
       conversation=(
-        {"from": "human", "value": request_text("generation", [caption])},
+        {
+          "from": "human",
+          "value": request_text("generation", [parsing.clean(caption)]),
+        },
         {"from": "gpt", "value": "<mask>"},
       ),
       target="picture",
@@ -157,50 +206,66 @@ class TextToImageSource(_LinesSource):
     )
 
 
-def _as_chat(record: dict[str, Any], where: str) -> dict[str, Any]:
-  """A question with its answers as a chat record."""
-  question = str(record.get("question", record.get("text")))
-  answers = _as_list(record.get("answers"))
-  answer = record.get("answer", record.get("label"))
-  if answer is None and answers:
-    answer = max(answers, key=answers.count)
-  if answer is None:
-    raise DataError(f'{where} asks a question without "answer" or "answers".')
-  choices = _as_list(record.get("choices"))
-  question = "\n".join(
-    [question, *(f"{chr(65 + i)}. {text}" for i, text in enumerate(choices))]
-  )
-  if choices:
-    kind = "choice"
-  elif len(answers) > 1:
-    kind = "vqa"
-  else:
-    kind = "yes_no" if str(answer).lower() in ("yes", "no") else "text"
-  kind = record.get("kind", kind)
-  template = kind if kind in ("choice", "caption") else "question"
-  asked = request_text(template, [question])
-  if not record.get("image"):
-    asked = asked.replace("<image>\n", "")
-  turns = [
-    {"from": "human", "value": asked},
-    {"from": "gpt", "value": str(answer)},
-  ]
-  return record | {"kind": kind, "answers": answers, "conversations": turns}
+def _images(record: dict[str, Any]) -> list:
+  """Names of the images; "" is what some write for text alone."""
+  image = record.get("image", [])
+  if image == "" and "conversations" in record:
+    return []
+  return image if isinstance(image, list) else [image]
+
+
+def _require_placeholders(
+  conversation: tuple[Turn, ...], images: tuple, seg_masks: tuple, where: str
+) -> None:
+  """Every `<mask>` of the answers has a mask, every `<image>` an image."""
+  text = {"human": "", "gpt": "", "system": ""}
+  for turn in conversation:
+    text[turn["from"]] += turn["value"]
+  placed = text["gpt"].count("<mask>")
+  if placed != len(seg_masks):
+    raise DataError(
+      f"{where} has {len(seg_masks)} masks but {placed} <mask> in its answers."
+    )
+  placed = text["human"].count("<image>")
+  if placed > len(images):
+    raise DataError(
+      f"{where} has {placed} <image> in its requests but {len(images)} in "
+      '"image".'
+    )
 
 
 def _conversation(turns: Any, where: str) -> tuple[Turn, ...]:
-  valid = isinstance(turns, list) and all(
-    isinstance(t, Mapping)
-    and t.get("from") in ("system", "human", "gpt")
-    and isinstance(t.get("value"), str)
-    for t in turns
-  )
-  if not valid or not turns:
+  if not isinstance(turns, list) or not turns:
     raise DataError(
       f'{where} needs "conversations": a list of {{"from": "human" or '
       '"gpt", "value": text}}.'
     )
-  return tuple({"from": t["from"], "value": t["value"]} for t in turns)
+  for number, turn in enumerate(turns, 1):
+    fault = _fault_of_turn(turn)
+    if fault:
+      raise DataError(
+        f'{where} needs "conversations" with other turns: turn '
+        f"{number} {fault}."
+      )
+  if turns[-1]["from"] != "gpt":
+    raise DataError(f"{where}: its conversation does not end with an answer.")
+  return tuple(
+    {"from": t["from"], "value": t["value"].removeprefix(parsing.BOM)}
+    for t in turns
+  )
+
+
+def _fault_of_turn(turn: Any) -> str:
+  if not isinstance(turn, Mapping):
+    return 'is no {"from": ..., "value": ...}'
+  if turn.get("from") not in ("system", "human", "gpt"):
+    return f'is from {turn.get("from")!r:.40}; use "human" or "gpt"'
+  value = turn.get("value")
+  if not isinstance(value, str):
+    return 'has no text in "value"'
+  if not parsing.clean(value) and turn["from"] != "system":
+    return "is empty"
+  return ""
 
 
 def _as_list(value: Any, segmentations: bool = False) -> list:

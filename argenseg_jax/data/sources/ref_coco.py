@@ -2,18 +2,14 @@
 
 import pathlib
 
-from argenseg_jax.data.sources.sample import (
-  Option,
-  Sample,
-  TfdsRecords,
-  as_text,
-  digest,
-)
+from argenseg_jax.data.sources.parsing import as_text, digest
+from argenseg_jax.data.sources.sample import Option, Sample
+from argenseg_jax.data.sources.tfds_records import TfdsRecords
 from argenseg_jax.runtime.paths import as_path
 
 
 class TfdsRefCocoSource:
-  """Pictures with several objects; one of them is asked for at each visit.
+  """Images with several objects; one of them is asked for at each visit.
 
   Args:
     path: the folder that holds dataset_info.json, such as
@@ -21,11 +17,19 @@ class TfdsRefCocoSource:
     split: its name.
   """
 
+  has_options = True
+  has_turns = False
+  notes = ()
+
   def __init__(self, path: str | pathlib.Path, split: str):
     self.path = as_path(path)
     self.split = split
     self._records = TfdsRecords(self.path, split, ("image",))
     self.fingerprint = digest(self._records.info, split)
+
+  @classmethod
+  def open(cls, path: str, split: str, root: str | None) -> "TfdsRefCocoSource":
+    return cls(path, split)
 
   def __len__(self) -> int:
     return len(self._records)

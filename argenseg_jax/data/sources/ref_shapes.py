@@ -3,17 +3,18 @@
 import pathlib
 
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.sources.sample import (
-  Sample,
-  TfdsRecords,
-  as_text,
-  digest,
-)
+from argenseg_jax.data.sources.parsing import as_text, digest
+from argenseg_jax.data.sources.sample import Sample
+from argenseg_jax.data.sources.tfds_records import TfdsRecords
 from argenseg_jax.runtime.paths import as_path
 
 
 class RefShapesSource:
   """A split of a folder that `ref_shapes.builder.prepare` returned."""
+
+  has_options = False
+  has_turns = False
+  notes = ()
 
   def __init__(self, path: str | pathlib.Path, split: str):
     self.path = as_path(path)
@@ -25,6 +26,10 @@ class RefShapesSource:
     self.split = split
     self._records = TfdsRecords(self.path, split, ("image", "seg_mask"))
     self.fingerprint = digest(note.read_bytes(), split)
+
+  @classmethod
+  def open(cls, path: str, split: str, root: str | None) -> "RefShapesSource":
+    return cls(path, split)
 
   def __len__(self) -> int:
     return len(self._records)

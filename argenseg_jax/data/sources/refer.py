@@ -8,13 +8,16 @@ from typing import Any
 
 from argenseg_jax.data import masks
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.sources.sample import (
-  Sample,
+from argenseg_jax.data.sources import coco
+from argenseg_jax.data.sources.parsing import (
+  as_id,
   below,
+  clean,
   digest,
   parse_json,
   read_file,
 )
+from argenseg_jax.data.sources.sample import Sample
 from argenseg_jax.runtime.paths import Path, as_path
 
 
@@ -34,13 +37,20 @@ def _load_plain(raw: bytes) -> Any:
   return _Builtins(io.BytesIO(raw), encoding="latin1").load()
 
 
-def read_refs(path: Path) -> list[dict[str, Any]]:
+def read_refs(path: Path) -> list[Any]:
   """The references of a `refs(...).p` or `grefs(...).json`.
 
   Raises:
     DataError: unreadable, not such a file, or one that would run code.
   """
-  raw = read_file(path, "give refs(...).p or grefs(...).json, or its folder")
+  return _parse_refs(_read(path), path)
+
+
+def _read(path: Path) -> bytes:
+  return read_file(path, "give refs(...).p or grefs(...).json, or its folder")
+
+
+def _parse_refs(raw: bytes, path: Path) -> list[Any]:
   if path.suffix == ".json":
     refs = parse_json(raw, str(path), list)
   else:
@@ -50,138 +60,191 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
       raise DataError(
         f"{path} is not a pickle of plain lists and dictionaries: {error}."
       ) from error
-  if not isinstance(refs, list) or not all(map(_is_ref, refs)):
+  if not isinstance(refs, list) or not any(map(_is_ref, refs)):
     raise DataError(
-      f"{path} is not a list of references with {', '.join(sorted(_KEYS))}."
+      f"{path} is not a list of references with {', '.join(_KEYS)}."
     )
   return refs
 
 
-_KEYS = {"ref_id", "ann_id", "image_id", "split", "sentences"}
+_KEYS = ("ann_id", "image_id", "ref_id", "sentences", "split")
 
 
 def _is_ref(ref: Any) -> bool:
-  """Numbers and text only where one is needed: what a pickle holds may be
-  shared a thousandfold, and be endless when it is printed."""
-  return (
-    isinstance(ref, dict)
-    and ref.keys() >= _KEYS
-    and isinstance(ref["split"], str)
-    and _is_number(ref["image_id"])
-    and _is_number(ref["ref_id"])
-    and all(map(_is_number, _as_tuple(ref["ann_id"])))
-  )
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int) and abs(value) < 1 << 63
+  return isinstance(ref, dict) and ref.keys() >= set(_KEYS)
 
 
 class ReferSource:
   """A split of `refs(unc|umd|google).p` or `grefs(unc).json`.
 
-  Beside it stands COCO's `instances.json` with pictures and annotations.
+  Beside it stands COCO's `instances.json` with images and annotations.
   gRefCOCO's several targets become one mask, their union; no target becomes a
-  sample of kind "absent".
+  sample of kind "absent". References without a sentence are left out.
 
   Args:
     path: the file of references, or a folder that holds exactly one.
     split: "train", "val", "testA", ...
-    root: of the pictures; by default `images` beside the file.
+    root: of the images; by default `images` beside the file.
   """
+
+  has_options = False
+  has_turns = False
+  pattern = "refs(*).p"
 
   def __init__(
     self,
     path: str | pathlib.Path,
     split: str,
     root: str | pathlib.Path | None = None,
-    pattern: str = "refs(*).p",
   ):
     path = as_path(path)
     if path.is_dir():
-      found = sorted(path.glob(pattern))
+      found = sorted(path.glob(self.pattern))
       if len(found) != 1:
         names = ", ".join(p.name for p in found) or "none"
         raise DataError(
-          f"{path} must hold one {pattern}, it holds {names}; give the file."
+          f"{path} must hold one {self.pattern}, it holds {names}; give the "
+          "file."
         )
       (path,) = found
     self.path = path
     self.split = split
     self.root = as_path(root) if root else path.parent / "images"
-    everything = read_refs(path)
-    self._refs = [r for r in everything if r["split"] == split]
-    if not self._refs:
-      splits = ", ".join(sorted({str(r["split"]) for r in everything}))
-      raise DataError(f"{path} has no split {split!r}; it has {splits}.")
-    self._instances = path.parent / "instances.json"
-    raw = read_file(self._instances, "put COCO's annotations beside the refs")
-    coco = parse_json(raw, str(self._instances), dict)
-    pictures = {r["image_id"] for r in self._refs}
-    wanted = {i for r in self._refs for i in _as_tuple(r["ann_id"])}
-    try:
-      self._images = {
-        i["id"]: i for i in coco.get("images", ()) if i["id"] in pictures
-      }
-      self._annotations = {
-        a["id"]: a["segmentation"]
-        for a in coco.get("annotations", ())
-        if a["id"] in wanted
-      }
-    except (AttributeError, KeyError, TypeError) as error:
-      raise DataError(
-        f"{self._instances} has a malformed image or annotation ({error})."
-      ) from error
-    self.fingerprint = digest(path.read_bytes(), raw, split)
+    raw_refs = _read(path)
+    self._refs, self.notes = _of_split(_parse_refs(raw_refs, path), path, split)
+    self._instances = coco.Instances(
+      path.parent / "instances.json",
+      images=_ids(self._refs, "image_id"),
+      annotations=_ids(self._refs, "ann_id"),
+    )
+    self.fingerprint = digest(raw_refs, self._instances.fingerprint, split)
+
+  @classmethod
+  def open(cls, path: str, split: str, root: str | None) -> "ReferSource":
+    return cls(path, split, root)
 
   def __len__(self) -> int:
     return len(self._refs)
 
   def __getitem__(self, index: int) -> Sample:
     ref = self._refs[index]
-    where = f"{self.path} ref_id {ref['ref_id']}"
-    picture = self._images.get(ref["image_id"])
-    if picture is None:
-      raise DataError(
-        f"{where} names image {ref['image_id']}, which {self._instances} "
-        "does not hold."
-      )
-    try:
-      expressions = tuple(s["sent"] for s in ref["sentences"])
-      file = below(self.root, picture["file_name"], where)
-      size = int(picture["height"]), int(picture["width"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-      raise DataError(f"{where} or its image lacks {error}.") from error
-    if not all(isinstance(text, str) for text in expressions):
-      raise DataError(f"{where} has a sentence that is no text.")
-    targets = tuple(
-      self._segmentation(number, where)
-      for number in _as_tuple(ref["ann_id"])
-      if number != -1
+    where = f"{self.path} {_name(ref, index)}"
+    expressions, image, targets = _parsed(ref, where)
+    found = self._instances.image(image, where)
+    file = below(self.root, found.file_name, where)
+    segmentations = tuple(
+      self._instances.segmentation(number, image, where) for number in targets
     )
-    absent = bool(ref.get("no_target")) or not targets
-    if len(targets) > 1:
-      targets = (masks.Union(targets),)
+    absent = bool(ref.get("no_target")) or not segmentations  # -1: none.
+    if absent and segmentations:
+      raise DataError(f"{where} has annotations although it has no target.")
+    if len(segmentations) > 1:
+      segmentations = (masks.Union(segmentations),)
     return Sample(
       index=index,
       dataset=self.path.parent.name,
       images=(file,),
-      seg_masks=() if absent else targets,
+      seg_masks=() if absent else segmentations,
       expressions=expressions,
       kind="absent" if absent else "referring",
-      size=size,
+      size=found.size,
       image_keys=(str(file),),
       where=where,
     )
 
-  def _segmentation(self, number: int, where: str) -> Any:
-    if number not in self._annotations:
-      raise DataError(
-        f"{where} names annotation {number}, which {self._instances} does not "
-        "hold."
-      )
-    return self._annotations[number]
+
+class GrefSource(ReferSource):
+  """gRefCOCO's file of references is JSON."""
+
+  pattern = "grefs(*).json"
 
 
-def _as_tuple(value: Any) -> tuple:
+def _of_split(
+  refs: list[Any], path: Path, split: str
+) -> tuple[list[Any], tuple[str, ...]]:
+  """The references of a split that have sentences, and what was left out.
+
+  One without a split that can be read stays, to be named as a bad record.
+  """
+  kept, splits, silent = [], set(), 0
+  for ref in refs:
+    name = ref.get("split") if isinstance(ref, dict) else None
+    if isinstance(name, str):
+      splits.add(name)
+      if name != split:
+        continue
+      if not ref.get("sentences", True):
+        silent += 1
+        continue
+    kept.append(ref)
+  if split not in splits:
+    known = ", ".join(sorted(splits))
+    raise DataError(f"{path} has no split {split!r}; it has {known}.")
+  if not kept:
+    raise DataError(f"{path} has no sentence in split {split!r}.")
+  if not silent:
+    return kept, ()
+  return kept, (f"{path}: {silent} references without a sentence left out.",)
+
+
+def _name(ref: Any, index: int) -> str:
+  """Of a reference, for messages; a pickle's content is never printed."""
+  number = ref.get("ref_id") if isinstance(ref, dict) else None
+  if isinstance(number, str):
+    return f"ref_id {number[:40]}"
+  if isinstance(number, int) and abs(number) < 1 << 63:
+    return f"ref_id {number}"
+  return f"reference {index} of its split"
+
+
+def _parsed(
+  ref: Any, where: str
+) -> tuple[tuple[str, ...], int | str, tuple[int | str, ...]]:
+  """Sentences, image and annotations of a reference."""
+  if not isinstance(ref, dict):
+    raise DataError(f"{where} is no dictionary.")
+  lacking = [key for key in _KEYS if ref.get(key) is None and key != "ann_id"]
+  if lacking or not isinstance(ref["split"], str):
+    raise DataError(f"{where} lacks {(lacking or ['split'])[0]!r}.")
+  try:
+    expressions = tuple(_sentence(s) for s in ref["sentences"])
+  except (KeyError, TypeError, AttributeError) as error:
+    raise DataError(f"{where} has a sentence that is no text.") from error
+  try:
+    image = as_id(ref["image_id"])
+    targets = tuple(as_id(n) for n in as_tuple(ref.get("ann_id")))
+    if not targets and not ref.get("no_target"):
+      raise DataError(f"{where} names no annotation.")
+  except DataError:
+    raise
+  except (TypeError, ValueError, OverflowError) as error:
+    raise DataError(
+      f"{where} has an image_id or ann_id that is no id."
+    ) from error
+  return expressions, image, tuple(n for n in targets if n != -1)
+
+
+def _sentence(value: Any) -> str:
+  sent = value["sent"]
+  if not isinstance(sent, str):
+    raise TypeError
+  return clean(sent)
+
+
+def _ids(refs: list[Any], key: str) -> set[int | str]:
+  """All ids that references name under a key."""
+  found = set()
+  for ref in refs:
+    for value in as_tuple(ref.get(key) if isinstance(ref, dict) else None):
+      try:
+        found.add(as_id(value))
+      except (TypeError, ValueError, OverflowError):
+        continue  # Named when the reference is read.
+  return found
+
+
+def as_tuple(value: Any) -> tuple:
+  """One value, several, or none."""
+  if value is None:
+    return ()
   return tuple(value) if isinstance(value, (list, tuple)) else (value,)

@@ -1,22 +1,21 @@
 """What every source yields, and the protocol that they share.
 
-A source has a length, `source[i]` gives a `Sample` whose pictures are still
+A source has a length, `source[i]` gives a `Sample` whose images are still
 encoded, and `source.fingerprint` changes when its content does. It raises
 `DataError` for a record that it cannot read, can be pickled for worker
 processes, and opens large files on first use.
 """
 
 import dataclasses
-import functools
-import hashlib
-import json
-import pathlib
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from jaxtyping import Bool, UInt8
 
 from argenseg_jax.data import masks, transforms
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.data.mask_values import Reading
+from argenseg_jax.data.sources.parsing import digest
 from argenseg_jax.runtime import paths
 
 Turn = dict[str, str]  # {"from": "system"|"human"|"gpt", "value": text}
@@ -24,7 +23,7 @@ Turn = dict[str, str]  # {"from": "system"|"human"|"gpt", "value": text}
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-  """One of the things that can be asked of a picture."""
+  """One of the things that can be asked of an image."""
 
   expressions: tuple[str, ...]
   seg_mask: Any
@@ -45,17 +44,22 @@ class Sample:
     conversation: the turns themselves.
     answers: of several people to the last question, where it was asked of
       several; for metrics.
-    options: where a picture holds several things: one of them is asked for at
+    options: where a image holds several things: one of them is asked for at
       each visit, see `choose`.
     request: key of `chat.REQUEST_TEMPLATES`; empty takes the configuration's.
     description: names the target in full, for answers that say what they
       segment; empty where the source holds none.
-    target: "mask", or "picture" where `seg_masks` holds pictures to generate.
+    target: "mask", or "picture" where `seg_masks` holds images to generate.
     kind: what sort of request this is, for metrics; "absent" has no target.
-    size: height and width of the picture where the source knows them.
-    image_keys: one for each picture; equal keys mean equal pictures.
-    resized: whether the pictures are stored as the pixels that rows hold, so
+    size: height and width of the image where the source knows them.
+    ignores: one for each of `seg_masks`, or none at all: pixels that metrics
+      leave out, stored like masks; None where there are none.
+    image_keys: one for each image; equal keys mean equal images.
+    resized: whether the images are stored as the pixels that rows hold, so
       that `size` is not theirs.
+    upright: whether the masks lie on the images as EXIF turns them, beyond
+      doubt.
+    frame: how the only image is stored, where that was read already.
     where: file and line, for messages.
   """
 
@@ -72,35 +76,118 @@ class Sample:
   target: Literal["mask", "picture"] = "mask"
   kind: str = "attribute"
   size: tuple[int, int] | None = None
+  ignores: tuple[Any, ...] = ()
   image_keys: tuple[Any, ...] = ()
   resized: bool = False
+  upright: bool = False
+  frame: transforms.Frame | None = None
   where: str = ""
 
-  def load_image(self, number: int = 0) -> np.ndarray:
-    """Decodes a picture to uint8 [h w 3]; DataError when it cannot be."""
+  def load_image(self, number: int = 0) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes an image; DataError when it cannot be."""
     if number >= len(self.images):
-      raise DataError(f"{self.where} has no picture, which its mask needs.")
+      raise DataError(f"{self.where} has no image, which its mask needs.")
     return transforms.decode_image(self.images[number], where=self.where)
 
-  def load_seg_mask(self, number: int = 0) -> np.ndarray:
-    """Decodes a mask to uint8 [h w], values as stored (0/1 or 0/255)."""
-    stored, size = self.seg_masks[number], self.size
+  def load_seg_mask(self, number: int = 0) -> Bool[np.ndarray, "h w"]:
+    """Decodes a mask, upright as its image is shown; DataError when it cannot
+    be, or could mean several things."""
+    return self.read_mask(self.seg_masks[number]).seg_mask
+
+  def load_ignore(self, number: int = 0) -> Bool[np.ndarray, "h w"] | None:
+    """The pixels that metrics leave out of mask `number`, if there are any."""
+    stored = self.ignores[number] if self.ignores else None
+    return None if stored is None else self.read_mask(stored).seg_mask
+
+  def read_mask(self, stored: Any) -> Reading:
+    """Decodes one of the stored masks, upright, and says how it was stored."""
+    if self.resized or self.upright or not self.images:
+      return self._read_mask(stored, self.size)
+    try:
+      frame = self.frame or self._read_frame()
+    except DataError:  # Named where the image itself is needed.
+      return self._read_mask(stored, self.size)
+    if len(self.images) > 1:  # Of which is the mask?
+      if frame.orientation != 1:
+        raise self._unknown_turn(frame.orientation, "image", "mask")
+      return self._read_mask(stored, self.size)
+    if frame.orientation == 1:
+      size = self.size
+      if size is None and masks.needs_size(stored):
+        size = frame.size
+      reading = self._read_mask(stored, size)
+      if reading.orientation == 1:
+        return reading
+      raise self._unknown_turn(reading.orientation, "mask", "image")
+    return self._read_turned(stored, frame)
+
+  def _read_mask(self, stored: Any, size: tuple[int, int] | None) -> Reading:
     if size is None and masks.needs_size(stored):
       size = self.load_image().shape[:2]
-    return masks.load_seg_mask(stored, size=size, where=self.where)
+    try:
+      return masks.read(stored, size=size, where=self.where)
+    except DataError as error:
+      if self.where in str(error):
+        raise
+      raise DataError(f"{self.where}: {error}") from error
+
+  def _read_frame(self) -> transforms.Frame:
+    """Of the only image, or of the first of several that is turned."""
+    frames = (
+      transforms.image_frame(image, where=self.where) for image in self.images
+    )
+    first = next(frames)
+    turned = (frame for frame in frames if frame.orientation != 1)
+    return first if first.orientation != 1 else next(turned, first)
+
+  def _read_turned(self, stored: Any, frame: transforms.Frame) -> Reading:
+    """A mask of an image that EXIF turns: its size says whether it was drawn
+    on the image as stored or as shown."""
+    unknown = self._unknown_turn(frame.orientation, "image", "mask")
+    if self.size is None and masks.needs_size(stored):
+      raise unknown
+    reading = self._read_mask(stored, self.size)
+    size = reading.seg_mask.shape
+    if size not in (frame.size, frame.upright_size):
+      height, width = frame.upright_size
+      raise DataError(
+        f"{self.where}: the mask has {size[1]}x{size[0]} pixels but the image "
+        f"{width}x{height}."
+      )
+    if reading.orientation == frame.orientation:  # Both were turned.
+      return reading
+    if reading.orientation != 1 or frame.size == frame.upright_size:
+      raise unknown
+    if size == frame.upright_size:
+      return reading
+    turned = transforms.turn(reading.seg_mask, frame.orientation)
+    return dataclasses.replace(reading, seg_mask=turned)
+
+  def _unknown_turn(self, orientation: int, one: str, other: str) -> DataError:
+    return DataError(
+      f"{self.where}: EXIF orientation {orientation} turns or mirrors its "
+      f"{one}, and nothing says whether the {other} follows; store both "
+      "upright, without that tag."
+    )
 
   def sized(self, size: tuple[int, int]) -> "Sample":
-    """The sample with the size that its only picture turned out to have.
+    """The sample with the size that its only image turned out to have.
 
     Raises:
       DataError: the annotations say another one.
     """
-    if self.size not in (None, size):
+    known = self.frame or self.resized or self.upright
+    frame = self.frame if known else self._read_frame()
+    turned = frame is not None and frame.orientation != 1
+    fitting = (None, size, frame.size) if turned else (None, size)
+    if self.size not in fitting:
       raise DataError(
-        f"{self.where}: its picture has {size[1]}x{size[0]} pixels, the "
+        f"{self.where}: its image has {size[1]}x{size[0]} pixels, the "
         f"annotations say {self.size[1]}x{self.size[0]}."
       )
-    return dataclasses.replace(self, size=size)
+    if turned:  # Its own size says which way up the annotations are.
+      return dataclasses.replace(self, frame=frame)
+    return dataclasses.replace(self, size=size, frame=frame)
 
   def choose(self, number: int) -> "Sample":
     """The sample that asks for one of its options."""
@@ -110,6 +197,7 @@ class Sample:
       options=(),
       expressions=option.expressions,
       seg_masks=(option.seg_mask,),
+      ignores=(),
     )
 
   def until_answer(self, number: int) -> "Sample":
@@ -124,6 +212,7 @@ class Sample:
       self,
       conversation=turns,
       seg_masks=self.seg_masks[: sum(drawn)],
+      ignores=self.ignores[: sum(drawn)],
       answers=self.answers if number == len(ends) - 1 else (),
       kind=kind,
     )
@@ -136,9 +225,20 @@ class Sample:
 
 
 class Source(Protocol):
-  """What the pipeline needs of a source."""
+  """What the pipeline needs of a source.
+
+  Attributes:
+    fingerprint: changes with the content of its records.
+    has_options: whether a record may hold several things, of which one is
+      asked for at each visit (`Sample.options`).
+    has_turns: whether a record may be a conversation of several answers.
+    notes: what was left out at opening, a sentence each.
+  """
 
   fingerprint: str
+  has_options: bool
+  has_turns: bool
+  notes: tuple[str, ...]
 
   def __len__(self) -> int: ...
 
@@ -177,6 +277,8 @@ class EachRequest:
     self.fingerprint = digest(
       source.fingerprint, f"each request {each_expression}"
     )
+    self.has_options = self.has_turns = False
+    self.notes = source.notes
 
   def __len__(self) -> int:
     return len(self._places)
@@ -193,108 +295,3 @@ class EachRequest:
       return sample.until_answer(number)
     expressions = sample.expressions[number : number + 1]
     return dataclasses.replace(sample, expressions=expressions)
-
-
-def read_file(path: paths.Path, advice: str) -> bytes:
-  """A file's bytes; DataError with advice when it cannot be read."""
-  try:
-    return path.read_bytes()
-  except OSError as error:
-    raise DataError(
-      f"cannot read {path}: {error.strerror or error}; {advice}."
-    ) from error
-  except ValueError as error:  # A name that no file can have.
-    raise DataError(f"cannot read {str(path)!r}: {error}.") from error
-
-
-def parse_json(raw: bytes, where: str, kind: type) -> Any:
-  """JSON of the given type (dict or list); DataError names what is wrong."""
-  try:
-    value = json.loads(raw.decode("utf-8"))
-  except UnicodeDecodeError as error:
-    raise DataError(f"{where} is not UTF-8 text.") from error
-  except (ValueError, RecursionError) as error:  # Numbers, nesting too long.
-    raise DataError(f"{where} is not JSON: {error}.") from error
-  if not isinstance(value, kind):
-    noun = "object" if kind is dict else "list"
-    raise DataError(f"{where} is not a JSON {noun}.")
-  return value
-
-
-def below(root: paths.Path, name: Any, where: str) -> paths.Path:
-  """The file of a relative name; DataError where it would leave `root`."""
-  if not isinstance(name, str) or not name:
-    raise DataError(f"{where} names a file by {name!r}; use a path.")
-  relative = pathlib.PurePosixPath(name)
-  if ".." in relative.parts or relative.is_absolute():
-    raise DataError(f"{where} names {name!r}, which is not below {root}.")
-  return root / relative
-
-
-def as_text(value: Any) -> str:
-  """Text from what TFDS gives for it."""
-  return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def digest(*parts: bytes | str) -> str:
-  """A fingerprint of the parts."""
-  encoded = (p.encode() if isinstance(p, str) else p for p in parts)
-  return hashlib.sha256(b"\0".join(encoded)).hexdigest()[:16]
-
-
-class TfdsRecords:
-  """The records of a split that TFDS has prepared, read on first use.
-
-  Args:
-    path: the folder that holds dataset_info.json.
-    split: its name.
-    encoded: features that are left as encoded bytes.
-  """
-
-  def __init__(
-    self, path: paths.Path, split: str, encoded: tuple[str, ...] = ()
-  ):
-    if not paths.is_local(path):
-      raise DataError(
-        f"ArrayRecord files as in {path} are read from a disk; mount "
-        "the bucket (gcsfuse) or copy them."
-      )
-    self._path = path
-    self._split = split
-    self._encoded = encoded
-    raw = read_file(
-      path / "dataset_info.json", "give the folder of a prepared data set"
-    )
-    info = parse_json(raw, str(path / "dataset_info.json"), dict)
-    try:
-      self._counts = {
-        str(s["name"]): sum(map(int, s["shardLengths"])) for s in info["splits"]
-      }
-    except (KeyError, TypeError, ValueError) as error:
-      raise DataError(
-        f"{path / 'dataset_info.json'} has no splits as TFDS writes them."
-      ) from error
-    if split not in self._counts:
-      raise DataError(
-        f"{path} has no split {split!r}; it has {', '.join(self._counts)}."
-      )
-    self.info = raw
-
-  @functools.cached_property
-  def _records(self):
-    import tensorflow_datasets as tfds  # Slow to import; workers start lazily.
-
-    builder = tfds.builder_from_directory(str(self._path))
-    skip = tfds.decode.SkipDecoding()
-    return builder.as_data_source(
-      split=self._split, decoders=dict.fromkeys(self._encoded, skip)
-    )
-
-  def __getstate__(self):
-    return {k: v for k, v in self.__dict__.items() if k != "_records"}
-
-  def __len__(self) -> int:
-    return self._counts[self._split]
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return self._records[index]
