@@ -27,7 +27,6 @@ _FREE = (  # They change no number that is learned.
 _ACCEPTED = {  # With a flag.
   "--accept_changed_data": ("data.*", "*.train.global_batch_size"),
   "--change_settings": (
-    "data.warmup_steps",
     "eval.*",
     "loss.*",
     "tokenizer_training.*",
@@ -142,8 +141,7 @@ def _flag_of(key: str) -> str:
   if _is_any(key, _FREE):
     return ""
   if not _is_any(key, _FIXED):
-    # The more special of two lists stands later.
-    for flag, patterns in reversed(_ACCEPTED.items()):
+    for flag, patterns in _ACCEPTED.items():
       if _is_any(key, patterns):
         return flag
   return "never"
