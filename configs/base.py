@@ -158,10 +158,13 @@ def _stage(*, learning_rate: float, steps: int, batch: int) -> ConfigDict:
   # A step that takes this many times the median, and a minute, is reported with
   # every thread's stack in stacks.txt; 0: none is.
   s.train.stall_factor = 20.0
-  # So many steps in a row without a finite loss or gradient end the run; 0:
-  # none do.
+  # So many steps in a row without a finite loss, gradient and update end the
+  # run; 0: none do.
   s.train.max_skipped = 20
   s.train.compute_dtype = "bfloat16"  # Or "float32".
-  s.train.param_dtype = "float32"  # Of the weights; or "bfloat16".
+  # Of the weights. "bfloat16" takes half of the bytes; updates are then rounded
+  # at random, so that small ones count on average. Moments and the average of
+  # the weights (ema_decay) are in float32 always.
+  s.train.param_dtype = "float32"
   s.train.remat = "full"  # What is recomputed: "none", "dots", "full".
   return s

@@ -137,7 +137,12 @@ def _is_file(value: Any) -> bool:
 
 
 def _inside(value: Any) -> bytes:
-  """What a record itself holds."""
+  """What a record itself holds; of a file in a bucket, its size."""
+  if isinstance(value, os.PathLike):
+    try:
+      return b"%d %s" % (paths.size(value), os.fspath(value).encode())
+    except OSError:
+      return b"missing"
   if isinstance(value, bytes):
     return value
   if isinstance(value, np.ndarray):

@@ -21,7 +21,8 @@ _REMEDY = (
 _SCALES = (1, 255, 65535)  # What soft masks may reach up to.
 _NEAR_END = 0.1  # Of the scale: both ends of a soft mask must lie so near.
 _MIDDLE = 0.25  # Of the scale: gray levels farther from both ends are "middle".
-_MANY = 24  # Levels of a smooth mask; fewer are steps that may mean something.
+_MANY = 24  # Levels of a smooth mask, whose ends may be areas of 1 or 254, too.
+_FEW = 3  # Levels that are no soft edge; up to twice as many are looked at.
 _STRAY = 0.02  # Of the object's pixels: so many middle ones far from both ends.
 _SLACK = 4 / 255  # Areas of one level so near to an end are rounding.
 _MAX_PARTS = 4  # Colors of the parts of one object; more are a label map.
@@ -231,7 +232,7 @@ def _of_soft(
     )
   share = values.astype(np.float32) / np.float32(scale)
   middle = ((share > _MIDDLE) & (share < 1 - _MIDDLE)).astype(np.uint8)
-  width = max(5, min(values.shape) // 50)
+  width = max(7, min(values.shape) // 50)
   area = np.ones((width, width), np.uint8)
   low_near = cv2.erode(share, area) <= _MIDDLE
   high_near = cv2.dilate(share, area) >= 1 - _MIDDLE
@@ -249,6 +250,16 @@ def _of_soft(
   return Reading(share > MASK_THRESHOLD, kind, f"0 to {scale}")
 
 
+def _spread(share: Shaped[np.ndarray, "h w"], count: int) -> bool:
+  """Whether the levels between both ends are those of edges, not the numbers
+  of classes beside a 255 that means "ignore"."""
+  inner = np.unique(share[(share > share.min()) & (share < share.max())])
+  if count <= 2 * _FEW:
+    return inner.min() >= 2 * _SLACK
+  middle = (inner > _NEAR_END) & (inner < 1 - _NEAR_END)
+  return 3 * np.count_nonzero(middle) >= len(inner)
+
+
 def _require_smooth(
   share: Shaped[np.ndarray, "h w"], count: int, said: str
 ) -> None:
@@ -258,8 +269,7 @@ def _require_smooth(
   flat = cv2.erode(share, square) == cv2.dilate(share, square)
   slack = _SLACK if count >= _MANY else 0
   flat &= (share > share.min() + slack) & (share < share.max() - slack)
-  steps = share[(share > 0) & (share < share.max())]
-  if count == 3 or flat.any() or (count < _MANY and steps.min() < 2 * _SLACK):
+  if count <= _FEW or flat.any() or not _spread(share, count):
     raise DataError(
       f'{said}, of which some may be classes, instances or "ignore"; {_REMEDY}.'
     )

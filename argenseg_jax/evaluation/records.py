@@ -98,8 +98,11 @@ def records(
     has_mask = number < len(predictions)
     prediction = predictions[number] if has_mask else np.zeros_like(truth)
     last = number == len(truths) - 1
+    ignore = sample.load_ignore(sample.num_past_masks + number)
+    ignored = {} if ignore is None else {"ignore": masks.run_lengths(ignore)}
     made.append(
       common
+      | ignored
       | {
         "number": number,
         "has_mask": has_mask,

@@ -392,6 +392,9 @@ def changes(config: RunConfig, what: str, mesh: Mesh) -> list[str]:
   if mesh.shape["data"] > 1:
     found.append("mesh.data=1 and mesh.fsdp=-1, so that no parameter is copied")
   if train.param_dtype == "float32":
-    found.append(f"{what}.train.param_dtype=bfloat16")
+    found.append(
+      f"{what}.train.param_dtype=bfloat16 (half of the bytes of parameters; "
+      "updates are rounded at random)"
+    )
   found.append("more chips, over which fsdp splits the parameters")
   return found

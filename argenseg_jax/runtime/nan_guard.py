@@ -1,16 +1,27 @@
-"""What a run does about steps whose loss or gradient is NaN or infinite.
+"""What a run does about steps that give NaN or infinite numbers.
 
-The step itself leaves everything as it was (see `training/step`). Here their
-batches are named, and too many in a row end the run.
+A step whose loss, gradient or update is not finite leaves everything as it was
+(see `training/step`). Here its records are named; too many such steps in a row
+end the run.
 """
 
 import json
 import pathlib
 import sys
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int
+
+
+class Verdict(NamedTuple):
+  """What a step says of itself, the same on every host."""
+
+  skipped: Bool[Array, ""]  # Nothing but the step count changed.
+  update_only: Bool[Array, ""]  # Loss and gradient were finite.
+  # Those whose part of the batch had the NaN; -1 for all others.
+  records: Int[Array, "b"]
 
 
 class Diverged(Exception):
@@ -30,15 +41,13 @@ class NonFinite:
     self._path = path
     self._limit = limit
     self._active = active
-    self._waiting: list[tuple[int, Bool[Array, ""], np.ndarray]] = []
+    self._waiting: list[tuple[int, Verdict]] = []
     self._in_row = 0
     self.skipped = 0
 
-  def note(
-    self, step: int, skipped: Bool[Array, ""], sample_id: Int[np.ndarray, "b"]
-  ) -> None:
-    """Remembers a step: whether it was skipped, and this host's records."""
-    self._waiting.append((step, skipped, sample_id))
+  def note(self, step: int, verdict: Verdict) -> None:
+    """Remembers a step, whose verdict may still be on its way."""
+    self._waiting.append((step, verdict))
 
   def check(self, last: int) -> None:
     """Waits for the steps noted up to `last`, reports those that were skipped.
@@ -48,33 +57,44 @@ class NonFinite:
     """
     due = [noted for noted in self._waiting if noted[0] <= last]
     self._waiting = self._waiting[len(due) :]
-    flags = jax.device_get([skipped for _, skipped, _ in due])
-    for (step, _, records), skipped in zip(due, flags, strict=True):
+    flags = jax.device_get([verdict.skipped for _, verdict in due])
+    for (step, verdict), skipped in zip(due, flags, strict=True):
       if not skipped:
         self._in_row = 0
         continue
       self._in_row += 1
       self.skipped += 1
+      verdict = jax.device_get(verdict)
+      what = "update" if verdict.update_only else "loss or gradient"
       if self._active:
-        self._report(step, records)
+        self._report(step, what, verdict.records)
       if self._in_row == self._limit:
-        raise Diverged(
-          f"loss or gradient was not finite in {self._limit} steps in a row, "
-          f"the last of them {step}; {self._path.name} in the work directory "
-          "names their records. The "
-          "weights are those before them: lower the learning rate or mend the "
-          "records, and start again."
-        )
+        raise Diverged(_advice(step, what, self._limit, self._path.name))
 
-  def _report(self, step: int, records: np.ndarray) -> None:
+  def _report(self, step: int, what: str, records: np.ndarray) -> None:
     print(
-      f"step {step} skipped: its loss or gradient is not finite.",
+      f"step {step} skipped: its {what} is not finite.",
       file=sys.stderr,
       flush=True,
     )
-    line = {"step": step, "records": [int(i) for i in records]}
+    named = sorted({int(i) for i in records if i >= 0})
+    line = {"step": step, "not_finite": what, "records": named}
     try:
       with self._path.open("a") as file:
         file.write(json.dumps(line) + "\n")
     except OSError as error:  # The log is worth less than the run.
       print(f"{line} is not written: {error}", file=sys.stderr, flush=True)
+
+
+def _advice(step: int, what: str, limit: int, log: str) -> str:
+  remedy = (
+    f"fix the records that {log} in the work directory names, or lower the "
+    "learning rate"
+  )
+  if what == "update":
+    remedy = "raise optimizer.eps or lower the learning rate"
+  return (
+    f"the {what} was not finite in {limit} steps in a row, the last of them "
+    f"{step}. The last checkpoint holds the weights before them: {remedy} (add "
+    "--change_settings), then rerun the same command."
+  )

@@ -372,7 +372,7 @@ def _take_steps(
     scores.add_loss(metrics["loss"])
     state = task.between_steps(config, graph, state, step, run.rows, run.mesh)
     try:
-      log.dispatched(step, metrics, batch)
+      log.dispatched(step, metrics)
     except Diverged:
       save(wait=True)
       raise

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
 
 from argenseg_jax.config import ConfigError, OptimizerConfig
 
@@ -150,6 +152,41 @@ def _last_two_axes(params):
     return optax.contrib.MuonDimensionNumbers((x.ndim - 2,), (x.ndim - 1,))
 
   return jax.tree.map(dimensions, params)
+
+
+def apply_updates(
+  params: nnx.State, updates: nnx.State, key: Array
+) -> nnx.State:
+  """Parameters after an update, in their own dtypes.
+
+  bfloat16 keeps eight bits of a weight; an update below half of the last one
+  would be lost in every step. So the sum, taken in float32, is rounded up or
+  down at random, and is right on average.
+
+  Args:
+    params: in float32 or bfloat16.
+    updates: to add, in float32.
+    key: of the step.
+  """
+  leaves, tree = jax.tree.flatten(params)
+  changes = tree.flatten_up_to(updates)
+  moved = []
+  for number, (leaf, change) in enumerate(zip(leaves, changes, strict=True)):
+    value = leaf.astype(jnp.float32) + change.astype(jnp.float32)
+    if leaf.dtype == jnp.bfloat16:
+      value = round_at_random(value, jax.random.fold_in(key, number))
+    moved.append(value.astype(leaf.dtype))
+  return jax.tree.unflatten(tree, moved)
+
+
+def round_at_random(x: Float[Array, "..."], key: Array) -> Float[Array, "..."]:
+  """One of the two bfloat16 neighbors of each float32 number; the nearer one is
+  the likelier, so that the mean over keys is the number itself."""
+  bits = lax.bitcast_convert_type(x, jnp.uint32)
+  below = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  rounded = (bits + below) & jnp.uint32(0xFFFF0000)
+  rounded = lax.bitcast_convert_type(rounded, jnp.float32)
+  return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
 def init_moments(

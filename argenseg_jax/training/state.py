@@ -27,7 +27,8 @@ class TrainState(NamedTuple):
   fixed: nnx.State
   optimizer: Any
   usage: Array  # int32 [codes]: since the last revival (image tokenizer only).
-  # Exponential average of params, or None. It is what others get to see.
+  # Exponential average of params in float32, or None. It is what others get to
+  # see; in bfloat16 it would stand still.
   average: nnx.State | None = None
 
   @property
@@ -66,7 +67,7 @@ class Described(NamedTuple):
     average = None
     if self.state.average is not None:
       # A copy: the step gives its inputs' memory away.
-      average = jax.tree.map(jnp.copy, params)
+      average = jax.tree.map(_float32_copy, params)
     state = TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
@@ -131,10 +132,18 @@ def describe(
     fixed=fixed,
     optimizer=jax.eval_shape(lambda p: init_moments(optimizer, p), params),
     usage=jax.ShapeDtypeStruct((num_codes,), jnp.int32),
-    average=params if stage.optimizer.ema_decay else None,
+    average=(
+      jax.eval_shape(lambda p: jax.tree.map(_float32_copy, p), params)
+      if stage.optimizer.ema_decay
+      else None
+    ),
   )
   state = sharding.placed(state, sharding.state_shardings(state, mesh))
   return Described(graph, optimizer, state)
+
+
+def _float32_copy(x: Array) -> Array:
+  return jnp.array(x, jnp.float32, copy=True)
 
 
 def state_part(variables: nnx.State, part: nnx.State) -> nnx.State:

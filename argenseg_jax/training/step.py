@@ -15,16 +15,22 @@ import optax
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from argenseg_jax import sharding
 from argenseg_jax.config import ConfigError, RunConfig, TrainConfig
+from argenseg_jax.runtime.nan_guard import Verdict
+from argenseg_jax.training.optimizer import apply_updates
 from argenseg_jax.training.state import TrainState
 from argenseg_jax.training.tasks import Task
 from argenseg_jax.types import Batch
 
-# (params, fixed, batch, noise, counts) -> (gradients, sums).
-Gradients = Callable[[nnx.State, nnx.State, Batch, Any, Any], tuple[Any, Any]]
+# (params, fixed, batch, noise, counts) -> (gradients, sums, whether the part
+# that each row belongs to was finite).
+Gradients = Callable[
+  [nnx.State, nnx.State, Batch, Any, Any], tuple[Any, Any, Bool[Array, "b"]]
+]
+_ROUNDING = 3  # Folded into a step's key; `draw_noise` takes what is below.
 
 
 def make_train_step(
@@ -38,8 +44,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """A function (state, batch) -> (state, metrics), to be jitted.
 
-  Where the loss or the gradient's norm is not finite, only the step count
-  changes and the metric "skipped" is True.
+  Where the loss, the gradient's norm or a parameter after the update is not
+  finite, only the step count changes; the metric "verdict" says so.
 
   Args:
     graph: of the module that `task` trains.
@@ -63,14 +69,33 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     model = nnx.merge(graph, state.params, state.fixed)
     noise, counts = task.shared(model, batch, config, key)
-    grads, sums = gradients(state.params, state.fixed, batch, noise, counts)
+    grads, sums, rows_finite = gradients(
+      state.params, state.fixed, batch, noise, counts
+    )
     metrics, usage = task.metrics(sums, state.usage, config, warm=warm)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    new = _updated(state, grads, usage, optimizer, stage.optimizer.ema_decay)
+    new = _updated(
+      state,
+      grads,
+      usage,
+      optimizer,
+      stage.optimizer.ema_decay,
+      jax.random.fold_in(key, _ROUNDING),
+    )
     metrics["grad_norm"] = optax.tree.norm(grads)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    given = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    finite = given & _all_finite(new.params)
     new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
-    metrics["skipped"] = ~finite
+    # A part that gathers can spoil the gradients of all others.
+    blamed = ~rows_finite | (~given & jnp.all(rows_finite))
+    metrics["verdict"] = Verdict(
+      skipped=~finite,
+      update_only=given & ~finite,
+      records=jnp.where(blamed, batch.sample_id, -1),
+    )
+    metrics["verdict"] = lax.with_sharding_constraint(
+      metrics["verdict"], sharding.replicated(mesh)
+    )
     return new._replace(step=state.step + 1), metrics
 
   return step
@@ -115,24 +140,36 @@ def _in_turns(
   part_loss: Callable[..., tuple[Array, Any]], train: TrainConfig
 ) -> Gradients:
   """Gradients of all parts that this code sees, one after the other."""
-  grad = jax.grad(part_loss, has_aux=True)
   accumulate = train.accumulate_steps
+
+  def grad(params, fixed, batch, noise, counts):
+    (loss, sums), grads = jax.value_and_grad(part_loss, has_aux=True)(
+      params, fixed, batch, noise, counts
+    )
+    return grads, sums, jnp.isfinite(loss) & _all_finite(_own(grads))
 
   def gradients(params, fixed, batch, noise, counts):
     cast = _cast_split((params, fixed), train.compute_dtype)
+    b = batch.sample_id.shape[0]
     if accumulate == 1:
-      return grad(*cast, batch, noise, counts)
+      grads, sums, finite = grad(*cast, batch, noise, counts)
+      return grads, sums, jnp.full((b,), finite)
     turns = jax.tree.map(
       functools.partial(_split_rows, accumulate), (batch, noise)
     )
 
     def add(total, turn):
-      new = grad(*cast, *turn, counts)
-      return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new), None
+      *new, finite = grad(*cast, *turn, counts)
+      total = jax.tree.map(
+        lambda t, n: t + n.astype(t.dtype), total, tuple(new)
+      )
+      return total, finite
 
     first = jax.tree.map(lambda x: x[0], turns)
-    shapes = jax.eval_shape(grad, *cast, *first, counts)
-    return lax.scan(add, jax.tree.map(_zeros, shapes), turns)[0]
+    *shapes, _ = jax.eval_shape(grad, *cast, *first, counts)
+    zeros = jax.tree.map(_zeros, tuple(shapes))
+    (grads, sums), finite = lax.scan(add, zeros, turns)
+    return grads, sums, jnp.repeat(finite, b // accumulate)
 
   return gradients
 
@@ -156,9 +193,9 @@ def _over_mesh(gradients: Gradients, mesh: Mesh) -> Gradients:
   rows = PartitionSpec(sharding.BATCH_AXES)
 
   def local(params, fixed, batch, noise, counts):
-    grads, sums = gradients(params, fixed, batch, noise, counts)
+    grads, sums, finite = gradients(params, fixed, batch, noise, counts)
     sums = jax.tree.map(lambda x: lax.psum(x, sharding.BATCH_AXES), sums)
-    return sharding.sum_gradients(grads), sums
+    return sharding.sum_gradients(grads), sums, finite
 
   def whole(params, fixed, batch, noise, counts):
     specs = sharding.local_specs(params)
@@ -167,7 +204,7 @@ def _over_mesh(gradients: Gradients, mesh: Mesh) -> Gradients:
       local,
       mesh=mesh,
       in_specs=(specs, fixed_specs, rows, rows, PartitionSpec()),
-      out_specs=(specs, PartitionSpec()),
+      out_specs=(specs, PartitionSpec(), rows),
       axis_names=manual,
       check_vma=False,
     )(params, fixed, batch, noise, counts)
@@ -181,10 +218,11 @@ def _updated(
   usage: Int[Array, "codes"],
   optimizer: optax.GradientTransformation,
   ema_decay: float,
+  key: Array,
 ) -> TrainState:
-  """The state after an update, its step not counted yet."""
+  """The state after an update, its step not counted yet; `key` rounds it."""
   updates, moments = optimizer.update(grads, state.optimizer, state.params)
-  params = optax.apply_updates(state.params, updates)
+  params = apply_updates(state.params, updates, key)
   average = state.average
   if average is not None:
     average = update_average(average, params, state.step, ema_decay)
@@ -199,8 +237,23 @@ def update_average(
   """Moves the average towards `params`, faster at the beginning."""
   keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
   return jax.tree.map(
-    lambda a, p: (a + (1 - keep) * (p - a)).astype(a.dtype), average, params
+    lambda a, p: (a + (1 - keep) * (p.astype(a.dtype) - a)).astype(a.dtype),
+    average,
+    params,
   )
+
+
+def _all_finite(tree: Any) -> Bool[Array, ""]:
+  found = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+  return functools.reduce(jnp.logical_and, found, jnp.asarray(True))
+
+
+def _own(grads: Any) -> list[Array]:
+  """Gradients that no other device has been added to yet."""
+  leaves = jax.tree.leaves(grads, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  if sharding.gathers():
+    leaves = [leaf for leaf in leaves if not sharding.is_split(leaf)]
+  return jax.tree.leaves(leaves)
 
 
 def _cast_split(state: Any, dtype: str) -> Any:

@@ -1,10 +1,10 @@
 """What a run says of its steps: metrics files, progress, skipped steps."""
 
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
 from argenseg_jax.config import TrainConfig
 from argenseg_jax.evaluation.evaluator import headline
@@ -12,7 +12,6 @@ from argenseg_jax.runtime.goodput import Goodput
 from argenseg_jax.runtime.metric_writer import MetricsWriter, Progress
 from argenseg_jax.runtime.nan_guard import NonFinite
 from argenseg_jax.runtime.throughput import Pace
-from argenseg_jax.types import Batch
 
 
 class StepLog:
@@ -48,23 +47,20 @@ class StepLog:
     self._guard = NonFinite(
       folder / "non_finite.jsonl", train.max_skipped, active=active
     )
-    self._due: tuple[int, dict[str, Array]] | None = None
+    self._due: tuple[int, dict[str, Any]] | None = None
     self._last = train.steps
 
-  def dispatched(
-    self, step: int, metrics: dict[str, Array], batch: Batch
-  ) -> None:
+  def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
     """Notes a step that the device works on; logs the one before if it is due.
 
     Args:
       step: counted from 1.
       metrics: on their way from the device.
-      batch: of this host.
 
     Raises:
       Diverged: too many steps in a row were skipped.
     """
-    self._guard.note(step, metrics.pop("skipped"), batch.sample_id)
+    self._guard.note(step, metrics.pop("verdict"))
     self._write_due()
     if self._every and (step % self._every == 0 or step == self._last):
       self._due = step, metrics

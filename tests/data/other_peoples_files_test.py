@@ -21,6 +21,7 @@ from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.sources import registry
 from argenseg_jax.data.sources.registry import open_source
+from argenseg_jax.evaluation import records
 
 SIZE = (48, 64)
 OBJECT = np.zeros(SIZE, bool)
@@ -107,6 +108,14 @@ MASKS_REFUSED = {
   ),
   "only 1 and 255": (_saved(_gray(~STRIP * 1 + STRIP * 255)), "holds 1, 255"),
   "two instances": (_saved(_gray(SEVERAL)), "holds 0, 1, 2"),
+  "twenty classes": (
+    _saved(_gray(np.where(STRIP, 255, np.arange(64) % 21))),
+    "holds 0, 1, 2",
+  ),
+  "thin classes": (
+    _saved(_gray(np.where(np.arange(48)[:, None] % 3, 0, SEVERAL * 40))),
+    "holds 0, 40, 80",
+  ),
   "three grays": (_saved(_gray(SEVERAL * 127)), "holds 0, 127, 254"),
   "classes in 16 bits": (
     _saved(_gray(SEVERAL * 1000, np.uint16)),
@@ -168,8 +177,16 @@ def test_masks_that_are_refused(what):
     masks.load_seg_mask(stored, size=SIZE, where="here")
 
 
-def test_soft_masks_have_one_threshold():
-  soft = _gray(OBJECT * 255).filter(ImageFilter.GaussianBlur(1.5))
+@pytest.mark.parametrize("radius", [0.5, 0.7, 1, 1.5, 2])
+@pytest.mark.parametrize("size", [2, 3, 4, 6, 12, 30])
+def test_soft_masks_have_one_threshold(radius, size):
+  shape = np.zeros(SIZE, bool)
+  shape[8 : 8 + size, 10 : 10 + size] = True
+  soft = _gray(shape * 255).filter(ImageFilter.GaussianBlur(radius))
+  if np.array(soft).max() < 230:  # Too faint to be sure.
+    with pytest.raises(DataError, match="may be classes"):
+      masks.read(_saved(soft))
+    return
   reading = masks.read(_saved(soft))
   assert reading.kind == "soft"
   np.testing.assert_array_equal(reading.seg_mask, np.array(soft) > 127)
@@ -574,6 +591,9 @@ def test_ignored_shapes_are_neither_object_nor_background(tmp_path):
   assert ignore.sum() == 64
   assert not (seg_mask & ignore).any()
   assert (seg_mask | ignore)[2:18, 2:21].all()
+  for answer, score in ((seg_mask | ignore, 1.0), (seg_mask & False, 0.0)):
+    (line,) = records.records(0, sample, [answer], [seg_mask], text="")
+    assert records.Scorer().add(line) == pytest.approx(score)
   smaller = _shape("target", (7, 7), (9, 7), (9, 9), (7, 9))
   sample = open_source(_reason(tmp_path, OUTER, HOLE, smaller))[0]
   assert sample.load_seg_mask()[7:10, 7:10].all()

@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from argenseg_jax.data import pipeline, text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.ref_shapes import builder
-from argenseg_jax.data.sources.registry import open_source
+from argenseg_jax.data.sources.registry import Mixture, open_source
 from argenseg_jax.types import CODE_TARGET, Batch
 
 TOKENIZER = text.TextTokenizer()
@@ -31,6 +32,7 @@ def config(tmp_path_factory):
   )
   return DataConfig(
     path=str(folder),
+    source="ref_shapes",
     request="free",
     answer="<mask>",
     protocol="per_expression",
@@ -108,6 +110,22 @@ def test_each_epoch_visits_every_record_in_a_new_order(config):
   assert not (epochs[1] == epochs[2]).all()
   other = _take(pipeline.TrainIterator(_rows(config, seed=4), 10), 5)
   assert not (_join(other).sample_id == epochs[0]).all()
+
+
+def test_sources_of_a_mixture_are_shuffled_anew_each_epoch(config):
+  source = _rows(config).source
+  mixture = Mixture((source, source), (1.0, 1.0), ("", ""))
+  order = pipeline._order(SimpleNamespace(config=config, source=mixture))
+  drawn = np.array([order[i] for i in range(4 * NUM_TRAIN)])
+  first, second = (
+    drawn[(drawn >= start) & (drawn < start + NUM_TRAIN)] - start
+    for start in mixture.offsets[:2]
+  )
+  epochs = [*first.reshape(2, -1), *second.reshape(2, -1)]
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(NUM_TRAIN))
+  for one, other in itertools.combinations(epochs, 2):
+    assert not (one == other).all()
 
 
 @pytest.mark.parametrize(

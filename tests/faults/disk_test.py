@@ -16,7 +16,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from argenseg_jax.checkpoint import CheckpointError, Checkpoints, manifest
 from argenseg_jax.runtime.metric_writer import MetricsWriter
-from argenseg_jax.runtime.nan_guard import NonFinite
+from argenseg_jax.runtime.nan_guard import NonFinite, Verdict
 from argenseg_jax.tools import cli
 
 
@@ -180,7 +180,8 @@ def test_skipped_steps_are_said_where_they_cannot_be_written(tmp_path, capsys):
   path = tmp_path / "non_finite.jsonl"
   path.mkdir()
   guard = NonFinite(path, limit=0)
-  guard.note(1, jnp.asarray(True), np.array([7]))
+  yes = jnp.asarray(True)
+  guard.note(1, Verdict(yes, ~yes, np.array([7])))
   guard.check(1)
   assert "'records': [7]" in capsys.readouterr().err
 

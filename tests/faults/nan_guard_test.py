@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from argenseg_jax.runtime.nan_guard import Diverged, NonFinite
+from argenseg_jax.runtime.nan_guard import Diverged, NonFinite, Verdict
 from argenseg_jax.training.best_checkpoint import Scores
 
 
 def _note(guard, flags, first=1):
   for step, skipped in enumerate(flags, first):
-    guard.note(step, jnp.asarray(skipped), np.array([step * 10, step * 10 + 1]))
+    records = np.array([step * 10, step * 10 + 1, -1])
+    verdict = Verdict(jnp.asarray(skipped), jnp.asarray(False), records)
+    guard.note(step, verdict)
 
 
 def test_skipped_steps_are_named_once_with_their_records(tmp_path, capsys):

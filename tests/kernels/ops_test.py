@@ -11,6 +11,7 @@ from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from argenseg_jax.kernels.linear_cross_entropy import xla as loss_xla
 from argenseg_jax.kernels.nearest_code import nearest_code
 from argenseg_jax.kernels.scale_prediction import scale_prediction
+from argenseg_jax.kernels.scale_prediction import xla as prediction_xla
 
 FAST = ["xla", "tpu"]
 DTYPES = ["float32", "bfloat16"]
@@ -160,6 +161,16 @@ def test_prediction_sampled(top_k, implementation):
     key=jax.random.key(3),
     temperature=0.7,
     top_k=top_k,
+  )
+
+
+def test_rows_of_later_blocks_draw_noise_of_their_own(monkeypatch):
+  monkeypatch.setattr(prediction_xla, "_rows", lambda head: 8)
+  assert_same_prediction(
+    prediction_inputs(2, 13, 8, 57, "float32"),
+    "xla",
+    key=jax.random.key(3),
+    temperature=1.0,
   )
 
 

@@ -151,3 +151,25 @@ def test_traffic_grows_with_turns_and_shrinks_with_parts():
   assert traffic(parts=16) < traffic()
   assert traffic(fsdp=16) < traffic()
   assert traffic(accumulate_steps=2) > traffic()
+
+
+def test_the_optimizer_reads_and_writes_what_trains():
+  """Seven numbers of a weight: it, both moments, read and written; and the
+  gradient read."""
+  values = base.get_config()
+  values.data.path = "unused"
+  stage = run_config(values).mllm
+  product = flops.Product("llm.layers", 16, 8, 4)
+
+  def traffic(fsdp, frozen=()):
+    optimizer = dataclasses.replace(stage.optimizer, frozen=frozen)
+    return flops.hbm_bytes(
+      [product],
+      dataclasses.replace(stage, optimizer=optimizer),
+      parts=1,
+      fsdp=fsdp,
+    )
+
+  assert traffic(fsdp=1) - traffic(fsdp=2) == 7 * 4 * (8 * 4) / 2
+  frozen = ("llm.layers",)
+  assert traffic(1, frozen) == traffic(2, frozen)

@@ -124,14 +124,14 @@ def test_odd_masks_are_counted_and_shown(capsys, tmp_path):
   soft.filter(ImageFilter.GaussianBlur(1)).save(tmp_path / "masks" / "left.png")
   records.append(records[3] | {"mask": ["masks/right.png"]})
   records[-1]["conversations"] = layouts.chat("<image>\nit", "<mask>")
-  ask = {"image": "a.jpg", "question": "Which?", "kind": "choice"}
-  records.append(ask | {"answer": "C"})  # Without choices.
+  asked = layouts.chat("<image>\nIs there a box?", "maybe")
+  records.append({"image": "a.jpg", "conversations": asked, "kind": "yes_no"})
   path = layouts.write_lines(tmp_path / "data.jsonl", records)
   code, said, _ = _data(capsys, "check", f"jsonl={path}")
   assert code == 1
   assert "masks: 3 soft: 0 to 255" in said
   assert "masks: 3 two values: 0, 255" in said
-  assert "line 7: true answer 'C' is none of the options" in said
+  assert "line 7: true answer 'maybe' is neither yes nor no" in said
   out = tmp_path / "odd.png"
   code, _, _ = _data(capsys, "show", f"jsonl={path}", f"--out={out}", "--odd")
   assert code == 0

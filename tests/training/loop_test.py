@@ -227,6 +227,11 @@ def test_directory_of_another_config_is_refused(config, workdir):
     loop.run(other, workdir)
 
 
+def test_an_image_tokenizer_has_no_text_tokenizer(workdir):
+  assert (workdir / "mllm" / "tokenizer.json").is_file()
+  assert not (workdir / "vqvae" / "tokenizer.json").exists()
+
+
 def test_image_tokenizer_does_not_predict(workdir):
   loaded = checkpoint.load(workdir / "vqvae")
   with pytest.raises(checkpoint.CheckpointError, match="image tokenizer only"):

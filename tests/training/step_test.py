@@ -1,5 +1,6 @@
 """One step: any mesh and any accumulation give what one device gives."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,10 +17,11 @@ from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.planning import hlo
+from argenseg_jax.runtime.nan_guard import Verdict
 from argenseg_jax.training.optimizer import init_moments, trainable_filter
 from argenseg_jax.training.state import TrainState
 from argenseg_jax.training.step import make_train_step, update_average
-from argenseg_jax.training.tasks import TASKS
+from argenseg_jax.training.tasks import IMAGE_TOKENIZER, TASKS
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, Batch
 
 ROWS, LENGTH = 8, 32
@@ -93,7 +95,9 @@ def make_batch() -> Batch:
   )
 
 
-def start(config: RunConfig, sizes, task="mllm", slices=1):
+def start(
+  config: RunConfig, sizes, name="mllm", *, slices=1, task=None, optimizer=None
+):
   """Jitted step, its state on a mesh, and the mesh.
 
   Plain gradient descent: new parameters show the gradients.
@@ -102,13 +106,13 @@ def start(config: RunConfig, sizes, task="mllm", slices=1):
     MeshConfig(*sizes), jax.devices()[: slices * np.prod(sizes)], slices=slices
   )
   whole = make_model()
-  model = whole if task == "mllm" else whole.vqvae
-  trains = trainable_filter(config.stage(task).optimizer, nnx.state(model))
+  model = whole if name == "mllm" else whole.vqvae
+  trains = trainable_filter(config.stage(name).optimizer, nnx.state(model))
   graph, params, fixed = nnx.split(model, trains, ...)
   params, fixed = jax.device_put(
     (params, fixed), sharding.state_shardings((params, fixed), mesh)
   )
-  optimizer = optax.sgd(1.0)
+  optimizer = optimizer or optax.sgd(1.0)
   everywhere = sharding.replicated(mesh)
   state = TrainState(
     step=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
@@ -117,12 +121,15 @@ def start(config: RunConfig, sizes, task="mllm", slices=1):
     optimizer=optimizer.init(params),
     usage=jax.device_put(jnp.zeros((11,), jnp.int32), everywhere),
   )
-  return jax.jit(
-    make_train_step(graph, optimizer, config, TASKS[task], mesh=mesh)
-  ), (
-    state,
-    sharding.put_batch(make_batch(), mesh),
+  step = make_train_step(
+    graph,
+    optimizer,
+    config,
+    task or TASKS[name],
+    mesh=mesh,
+    warm=task is not None,
   )
+  return jax.jit(step), (state, sharding.put_batch(make_batch(), mesh))
 
 
 def take(config, sizes, **kwargs):
@@ -148,7 +155,7 @@ def started():
   """Step, state and batch of each task on one device."""
   with jax.numpy_dtype_promotion("standard"):
     config = make_config()
-    return {t: start(config, (1, 1, 1), task=t) for t in ("mllm", "vqvae")}
+    return {t: start(config, (1, 1, 1), t) for t in ("mllm", "vqvae")}
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +212,7 @@ def test_mixed_meshes_give_loss_and_gradients_of_one_device(
 
 def test_image_tokenizer_on_a_mesh_in_turns(one_device):
   config = make_config(**{"vqvae.train.accumulate_steps": 2})
-  actual = take(config, (2, 1, 1), task="vqvae", slices=2)
+  actual = take(config, (2, 1, 1), name="vqvae", slices=2)
   assert_same(actual, one_device["vqvae"])
 
 
@@ -223,22 +230,80 @@ def test_gradients_of_layers_and_head_are_reduce_scattered(over_fsdp):
   assert len(gathered) == 14
 
 
-@pytest.mark.parametrize("weight", [np.nan, np.inf])
-def test_a_step_without_a_finite_loss_changes_nothing(started, weight):
-  step, (state, batch) = started["mllm"]
-  weights = np.ones(ROWS, np.float32)
-  weights[2] = weight
-  after, metrics = step(state, batch._replace(sample_weight=weights))
-  assert metrics["skipped"]
+def assert_skipped(started, weights=None, **changes) -> Verdict:
+  """The verdict on a step that must change nothing."""
+  step, (state, batch) = started
+  if weights is not None:
+    batch = batch._replace(sample_weight=weights)
+  state = state._replace(**changes)
+  after, metrics = step(state, batch)
+  verdict = jax.device_get(metrics["verdict"])
+  assert verdict.skipped
   assert int(after.step) == int(state.step) + 1
   jax.tree.map(
     np.testing.assert_array_equal, after._replace(step=state.step), state
   )
+  return verdict
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf])
+def test_a_step_without_a_finite_loss_changes_nothing(started, weight):
+  weights = np.ones(ROWS, np.float32)
+  weights[2] = weight
+  verdict = assert_skipped(started["mllm"], weights)
+  assert not verdict.update_only
+  assert sorted(verdict.records) == list(range(ROWS))
+
+
+def test_records_are_named_by_the_part_that_was_not_finite():
+  """Two rows a device; a sum of row 3 overflows, its count does not."""
+  weights = np.ones(ROWS, np.float32)
+  weights[3] = 1e38
+  verdict = assert_skipped(start(make_config(), (2, 2, 1)), weights)
+  assert sorted(set(verdict.records)) == [-1, 2, 3]
+
+
+def toy(loss):
+  """The image tokenizer's task with another loss, which takes the model."""
+
+  def part(model, batch, config, **_):
+    value = loss(model)
+    return value, {"reconstruction": value, "vq": jnp.zeros(())}
+
+  return dataclasses.replace(IMAGE_TOKENIZER, loss=part)
+
+
+def _moved(model):
+  return jnp.sum((model.quantizer.codebook[...] - 1.0) ** 2)
+
+
+def _gradient_of_nan(model):
+  """Whose value is 0."""
+  return jnp.sqrt(0.0 * jnp.sum(model.quantizer.codebook[...]))
+
+
+@pytest.mark.parametrize(
+  ("loss", "optimizer", "update_only"),
+  [
+    (_gradient_of_nan, optax.adam(1.0), False),
+    # Most parameters have no gradient: 0 / 0.
+    (_moved, optax.adam(1.0, eps=0.0), True),
+  ],
+)
+def test_no_other_number_that_is_not_finite_changes_anything(
+  loss, optimizer, update_only
+):
+  started = start(
+    make_config(), (1, 1, 1), "vqvae", task=toy(loss), optimizer=optimizer
+  )
+  average = jax.tree.map(jnp.copy, started[1][0].params)
+  assert assert_skipped(started, average=average).update_only == update_only
 
 
 def test_a_finite_step_is_not_skipped(one_device):
   for _, metrics in one_device.values():
-    assert not metrics["skipped"]
+    assert not metrics["verdict"].skipped
+    assert set(metrics["verdict"].records) == {-1}
 
 
 def test_frozen_parts_have_no_gradient_and_no_moment():

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +51,9 @@ class JsonLines:
 
   @functools.cached_property
   def _file(self) -> int:
-    return input_files.open_regular(self.path)
+    descriptor = input_files.open_regular(self.path)
+    weakref.finalize(self, os.close, descriptor)
+    return descriptor
 
   @functools.cached_property
   def _data(self) -> bytes:
@@ -60,10 +63,6 @@ class JsonLines:
     return {
       k: v for k, v in self.__dict__.items() if k not in ("_data", "_file")
     }
-
-  def __del__(self):
-    if "_file" in self.__dict__:
-      os.close(self._file)
 
   def __len__(self) -> int:
     return len(self._numbers)
