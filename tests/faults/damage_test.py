@@ -158,7 +158,9 @@ def test_another_dtype_is_named(workdir):
   checkpoints.close()
 
 
-def test_verify_names_every_damaged_file(workdir, capsys):
+def test_verify_names_every_damaged_file(tmp_path, capsys):
+  workdir = tmp_path / "run"
+  _whole_model(workdir)
   assert cli.main(["checkpoint", "verify", str(workdir)]) == 0
   _truncate(workdir / "checkpoints" / "1")
   assert cli.main(["checkpoint", "verify", str(workdir)]) == 1
@@ -326,9 +328,10 @@ def _whole_model(workdir):
   shutil.copy(text.SHIPPED, workdir / "tokenizer.json")
   (workdir / checkpoint.KEPT).mkdir()
   (workdir / checkpoint.KEPT / "config.json").write_text("{}")
-  checkpoints = Checkpoints(workdir)
+  checkpoints = Checkpoints(workdir, keep=2)
   meta = {"task": "vqvae", "model": config_parsing.to_dict(config)}
-  checkpoints.save(1, nnx.state(make()), None, meta)
+  for step in (1, 2):
+    checkpoints.save(step, nnx.state(make()), None, meta)
   checkpoints.close()
   return checkpoint.step_directory(workdir)
 
