@@ -103,6 +103,7 @@ def _main(name: str, rest: list[str], from_shell: bool) -> int:
     from argenseg_jax.runtime import compilation_cache
 
     compilation_cache.enable()
+  rest = [_with_underscores(argument) for argument in rest]
   skips = SKIP in rest
   rest = [argument for argument in rest if argument != SKIP]
   command = importlib.import_module(module_of(name))
@@ -188,6 +189,14 @@ def _lasting_streams():
     for name in ("stdout", "stderr"):
       with contextlib.suppress(OSError):
         getattr(sys, name).flush()
+
+
+def _with_underscores(argument: str) -> str:
+  """--a-b=c-d as the flags are spelled, --a_b=c-d."""
+  name, equals, value = argument.partition("=")
+  if not name.startswith("--") or any(c.isspace() for c in name):
+    return argument
+  return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
 def module_of(command: str) -> str:

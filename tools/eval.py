@@ -13,6 +13,7 @@ from typing import Any
 from argenseg_jax import config_parsing
 from argenseg_jax.config import ConfigError, DataConfig, EvalConfig, MeshConfig
 from argenseg_jax.config_parsing import to_dict
+from argenseg_jax.inference import requests
 from argenseg_jax.runtime import paths
 from argenseg_jax.runtime.paths import Path
 from argenseg_jax.tools import train as train_tool
@@ -220,6 +221,8 @@ def _checked(args: argparse.Namespace, config_flags: list[str]) -> Path | None:
   if args.report and (not args.out or args.what == "tokenizer"):
     raise ConfigError("--report needs --out=DIR, and a whole model.")
   out = paths.as_path(args.out) if args.out else None
+  if out is not None and paths.is_local(out):
+    requests.require_folder(out)
   if out is not None and (out / RESULTS).exists():
     raise ConfigError(f"{out / RESULTS} exists; give another --out.")
   return out

@@ -23,6 +23,8 @@ IGNORE_LABEL = -100  # The authors' mark for "no loss here".
 MAX_CHARACTERS = 1 << 18
 IMAGE = "<image>"  # In a human turn.
 MASK = SPECIAL_TOKENS["mask"]  # In an answer.
+USER = "<|im_start|>user\n"  # How a turn begins.
+ASSISTANT = "<|im_start|>assistant\n"
 _PLACEHOLDERS = re.compile(f"{IMAGE}|{MASK}")
 
 INTERNVL_SYSTEM_MESSAGE = (
@@ -177,8 +179,8 @@ def tokenize_chat(
   pieces = [_bos(tokenizer)]
   labels = [np.full(len(pieces[0]), IGNORE_LABEL, np.int32)]
   requests = [np.zeros(len(pieces[0]), np.int32)]
-  assistant = len(tokenizer.encode("<|im_start|>assistant\n"))
-  user = len(tokenizer.encode("<|im_start|>user\n"))
+  assistant = len(tokenizer.encode(ASSISTANT))
+  user = len(tokenizer.encode(USER))
   human_turns = 0
   slots = SPECIAL_TOKENS["mask_context"] * (num_codes - 1)
   codes = f"{SPECIAL_TOKENS['ge_start']}{slots}{SPECIAL_TOKENS['ge_end']}"
@@ -228,7 +230,7 @@ def chat_prompt(
   """
   blocks = _chat_blocks(tokenizer, turns, image_tokens, system_message)
   text = "".join(block for _, block in blocks)
-  return f"{text}<|im_start|>assistant\n{tokenizer.escape(answer_prefix)}"
+  return f"{text}{ASSISTANT}{tokenizer.escape(answer_prefix)}"
 
 
 def encode_prompt(
@@ -291,9 +293,9 @@ def _chat_blocks(
       for _ in range(text.count(IMAGE) if image_tokens else 0):
         context = SPECIAL_TOKENS["img_context"] * next(counts)
         text = text.replace(IMAGE, f"<img>{context}</img>", 1)
-      blocks.append((role, f"<|im_start|>user\n{text}<|im_end|>\n"))
+      blocks.append((role, f"{USER}{text}<|im_end|>\n"))
     elif role == "gpt":
-      blocks.append((role, f"<|im_start|>assistant\n{text}<|im_end|>\n"))
+      blocks.append((role, f"{ASSISTANT}{text}<|im_end|>\n"))
     else:
       raise DataError(f"a conversation has a turn from {role!r}.")
   return blocks

@@ -206,7 +206,9 @@ class TextTokenizer:
   def _encode_escaped(self, text: str) -> Int[np.ndarray, "t"]:
     twin, parts, start = self._twin, [], 0
     for found in self._control.finditer(text):
-      parts += [_typed(text[start : found.start()]), twin.names[found[0]]]
+      # One that is no token of its own is read as its characters.
+      name = twin.names.get(found[0], found[0])
+      parts += [_typed(text[start : found.start()]), name]
       start = found.end()
     parts.append(_typed(text[start:]))
     ids = twin.model.encode("".join(parts), add_special_tokens=False).ids
@@ -225,7 +227,8 @@ class TextTokenizer:
     values = json.loads(self._model.to_str())
     added, values["added_tokens"] = values["added_tokens"], []
     twin = tokenizers.Tokenizer.from_str(json.dumps(values))
-    size = twin.get_vocab_size()
+    # Ids may have gaps.
+    size = max(twin.get_vocab().values(), default=-1) + 1
     controls = set(_controls(self._model))
     names, real = {}, {}
     for number, entry in enumerate(added):
@@ -241,7 +244,7 @@ class TextTokenizer:
       real[name] = self._model.token_to_id(token)
     twin.add_tokens([tokenizers.AddedToken(_BREAK, normalized=False)])
     real[_BREAK] = -1
-    ids = np.arange(twin.get_vocab_size(), dtype=np.int32)
+    ids = np.arange(max(twin.get_vocab().values()) + 1, dtype=np.int32)
     forbidden = np.zeros(len(ids), np.bool_)
     own = self._control_ids[self._control_ids < size]
     forbidden[own] = True
@@ -263,7 +266,7 @@ class TextTokenizer:
   def encode(self, text: str) -> Int[np.ndarray, "t"]:
     """Ids of a text, nothing prepended.
 
-    Special tokens in it are recognised, but for those that `escape` marked.
+    Special tokens in it are recognized, but for those that `escape` marked.
     The array is shared between calls and cannot be written to.
 
     Raises:

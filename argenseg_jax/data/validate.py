@@ -46,11 +46,10 @@ class Findings:
 
 
 class _Look(NamedTuple):
-  """A request that was read, or what is wrong with it."""
+  """A request that was read without a fault."""
 
-  fault: str
-  sample: Sample | None = None
-  row: Row | None = None
+  sample: Sample
+  row: Row
   stored: tuple[str, ...] = ()
   left_out: int = 0
   ignores: int = 0
@@ -80,8 +79,8 @@ def check(
       some = range(first, min(first + 64 * threads, total))
       looks = pool.map(lambda index: _look(rows, index, judge), some)
       for index, look in zip(some, looks, strict=True):
-        if look.fault:
-          faults.append(f"record {index}: {look.fault}")
+        if isinstance(look, str):
+          faults.append(f"record {index}: {look}")
         else:
           count = counts.setdefault(look.sample.dataset, Counts())
           _add(count, look)
@@ -89,22 +88,22 @@ def check(
   return Findings(counts, faults, rows.source.notes)
 
 
-def _look(rows: RowMaker, index: int, judge: Judge) -> _Look:
+def _look(rows: RowMaker, index: int, judge: Judge) -> _Look | str:
+  """A request, or what is wrong with it."""
   try:
     sample = rows.source[index]
     row = rows.row(sample)
     fault = row.error or judge(sample)
     if fault:
-      return _Look(fault)
+      return fault
     new = range(sample.num_past_masks, len(sample.seg_masks))
     if sample.target != "mask":
-      return _Look("", sample, row)
+      return _Look(sample, row)
     readings = [sample.read_mask(sample.seg_masks[i]) for i in new]
     ignores = [sample.load_ignore(i) for i in new]
   except DataError as error:
-    return _Look(str(error))
+    return str(error)
   return _Look(
-    "",
     sample,
     row,
     tuple(": ".join(filter(None, (r.kind, r.found))) for r in readings),

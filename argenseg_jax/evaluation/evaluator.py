@@ -11,8 +11,8 @@ from flax import nnx
 
 from argenseg_jax import checkpoint, sharding
 from argenseg_jax.config import EvalConfig, RunConfig
+from argenseg_jax.data import chat, pipeline
 from argenseg_jax.data import examples as rows_lib
-from argenseg_jax.data import pipeline
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample
 from argenseg_jax.evaluation import records as predictions
@@ -259,12 +259,9 @@ def _asked(rows: pipeline.RowMaker, row) -> tuple[np.ndarray, np.ndarray]:
   used = np.count_nonzero(segment_ids)
   special = rows.tokenizer.token_ids
   turns = np.flatnonzero(tokens[:used] == special.im_start)
-  header = len(rows.tokenizer.encode(_HEADER))
+  header = len(rows.tokenizer.encode(chat.ASSISTANT))
   end = turns[-1] + header if turns.size else 0
   return tokens[:end], ~is_prompt[:end]
-
-
-_HEADER = "<|im_start|>assistant\n"
 
 
 def _is_whole(rows: pipeline.RowMaker, sample: Sample, tokens) -> bool:

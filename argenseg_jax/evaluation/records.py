@@ -54,7 +54,7 @@ def true_seg_masks(sample: Sample) -> list[Bool[np.ndarray, "h w"]]:
   """What each due mask should be, at the image's own size."""
   numbers = range(sample.num_past_masks, len(sample.seg_masks))
   if numbers:
-    return [sample.load_seg_mask(i) > 0 for i in numbers]
+    return [sample.load_seg_mask(i) for i in numbers]
   if not due_masks(sample):
     return []
   return [np.zeros(sample.load_image().shape[:2], bool)]
@@ -223,4 +223,4 @@ def rescore(path: str | pathlib.Path) -> dict[str, Any]:
 
 def pixels(coded: dict[str, Any]) -> np.ndarray:
   """The bool [h w] mask of COCO's run lengths."""
-  return masks.load_seg_mask(coded) > 0
+  return masks.load_seg_mask(coded)

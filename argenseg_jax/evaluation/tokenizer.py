@@ -110,6 +110,25 @@ def _distance_to(edge: np.ndarray) -> np.ndarray:
   )
 
 
+def _round_trip(graph: nnx.GraphDef, every_prefix: bool):
+  """(state, seg_masks) -> codes and uint8 images, of each prefix of scales."""
+
+  @jax.jit
+  def round_trip(state, seg_masks):
+    model = nnx.merge(graph, state)
+    b, m = seg_masks.shape[:2]
+    pixels = normalize_seg_masks(seg_masks)
+    codes = model.encode(pixels.reshape(b * m, *pixels.shape[2:]))
+    if every_prefix:
+      decoded = model.decode_prefixes(codes)
+    else:
+      decoded = model.decode(codes)[:, None]
+    found = (codes, to_uint8(decoded))
+    return jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), found)
+
+  return round_trip
+
+
 def tokenizer_ceiling(
   graph: nnx.GraphDef,
   state: nnx.State,
@@ -136,20 +155,7 @@ def tokenizer_ceiling(
     number of scales of {"side", "ciou", "giou", "boundary_f", "codes_used",
     "perplexity"}, the last two of that scale alone.
   """
-
-  @jax.jit
-  def round_trip(state, seg_masks):
-    model = nnx.merge(graph, state)
-    b, m = seg_masks.shape[:2]
-    pixels = normalize_seg_masks(seg_masks)
-    codes = model.encode(pixels.reshape(b * m, *pixels.shape[2:]))
-    if every_prefix:
-      decoded = model.decode_prefixes(codes)
-    else:
-      decoded = model.decode(codes)[:, None]
-    found = (codes, to_uint8(decoded))
-    return jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), found)
-
+  round_trip = _round_trip(graph, every_prefix)
   mesh = sharding.mesh_of(state)
   shards = 1 if mesh is None else sharding.num_shards(mesh)
   size = -(-batch_size // shards) * shards
@@ -168,14 +174,13 @@ def tokenizer_ceiling(
         continue
       if sample.target == "picture":
         sums += image_score(decoded[i, j], batch.seg_masks[i, j])
-        np.add.at(counts, (scales.scale_of_code, codes[i, j]), 1)
-        continue
-      truth = sample.load_seg_mask(j) > 0
-      drawn = [
-        seg_mask_at_size(x, truth.shape, pad_square=rows.config.pad_square)
-        for x in decoded[i, j]
-      ]
-      sums += ceiling_score(drawn, truth)
+      else:
+        truth = sample.load_seg_mask(j)
+        drawn = [
+          seg_mask_at_size(x, truth.shape, pad_square=rows.config.pad_square)
+          for x in decoded[i, j]
+        ]
+        sums += ceiling_score(drawn, truth)
       np.add.at(counts, (scales.scale_of_code, codes[i, j]), 1)
   own = [[np.asarray(v).tolist() for v in (*vars(sums).values(), counts)]]
   parts = zip(*distributed.gathered(own), strict=True)

@@ -107,7 +107,8 @@ class Predictor:
     `segment(image, request)` about this one.
 
     Args:
-      image: uint8 RGB [h w 3] of any size, a PIL image or a file.
+      image: RGB [h w 3] of any size (uint8, or as `transforms.image_pixels`
+        takes it), a PIL image or a file.
       request: what to segment, in the wording of the model's training; the
         request template of its data is put around it.
       **options: see `segment_batch`.
@@ -307,20 +308,12 @@ class Picture:
 
 
 def _pixels(image: AnyImage) -> np.ndarray:
-  """uint8 RGB [h w 3]."""
+  """uint8 RGB [h w 3], as the image's file would give it."""
   if isinstance(image, (str, pathlib.Path)):
     return transforms.decode_image(pathlib.Path(image))
   if isinstance(image, Image.Image):
-    image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-  image = np.asarray(image)
-  if image.ndim == 2:
-    image = np.repeat(image[..., None], 3, -1)
-  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-    raise DataError(
-      f"an image is {image.dtype} of shape {image.shape}; give uint8 [h w 3] "
-      "or [h w], a PIL image or a file."
-    )
-  return image
+    return transforms.image_pixels(ImageOps.exif_transpose(image))
+  return transforms.image_pixels(np.asarray(image))
 
 
 def _chunks(count: int, size: int) -> list[slice]:

@@ -176,11 +176,15 @@ def require_writable(
     if file.is_dir():
       raise ConfigError(f"{file} is a folder; give another --out.")
   for folder in {file.parent for file in files}:
-    _require_folder(folder)
+    require_folder(folder)
 
 
-def _require_folder(folder: pathlib.Path) -> None:
-  """Refuses a folder that is none, or cannot be made or written to."""
+def require_folder(folder: pathlib.Path) -> None:
+  """Refuses a folder that is none, or cannot be made or written to.
+
+  Raises:
+    ConfigError: it is so.
+  """
   there = folder.absolute()
   while not there.exists() and there != there.parent:
     there = there.parent

@@ -40,7 +40,9 @@ def make(ids: TokenIds) -> tokenizers.Tokenizer:
   free = [i for i in range(ids.first_code) if i not in special.values()]
   if len(free) >= len(_BYTES):
     vocabulary = dict(zip(_BYTES, free, strict=False))
-    model = tokenizers.Tokenizer(models.BPE(vocabulary | special, []))
+    model = tokenizers.Tokenizer(
+      models.BPE(_whole(vocabulary, special, free), [])
+    )
     model.pre_tokenizer = pre_tokenizers.ByteLevel(
       add_prefix_space=False, use_regex=False
     )
@@ -48,7 +50,7 @@ def make(ids: TokenIds) -> tokenizers.Tokenizer:
   elif len(free) > 1:
     vocabulary = dict(zip((_UNKNOWN, *_COMMON), free, strict=False))
     model = tokenizers.Tokenizer(
-      models.WordLevel(vocabulary | special, unk_token=_UNKNOWN)
+      models.WordLevel(_whole(vocabulary, special, free), unk_token=_UNKNOWN)
     )
     model.normalizer = normalizers.Lowercase()
     model.pre_tokenizer = pre_tokenizers.Split(
@@ -68,3 +70,11 @@ def make(ids: TokenIds) -> tokenizers.Tokenizer:
       single="<s> $A", special_tokens=[("<s>", ids.bos)]
     )
   return model
+
+
+def _whole(
+  vocabulary: dict[str, int], special: dict[str, int], free: list[int]
+) -> dict[str, int]:
+  """All of it, without gaps: tokens that are added later come behind it."""
+  unused = set(free) - set(vocabulary.values())
+  return vocabulary | {f"<unused_{i}>": i for i in unused} | special

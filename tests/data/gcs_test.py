@@ -32,7 +32,6 @@ class _Bucket(MemoryFileSystem):
 
 @pytest.fixture(autouse=True)
 def bucket(monkeypatch):
-  pytest.importorskip("etils.epath")
   for name in ("gs", "gcs"):
     fsspec.register_implementation(name, _Bucket, clobber=True)
   yield _Bucket(finalize_on_close=True)

@@ -1,6 +1,7 @@
 """What users type is text: in every part of a chat, for every special token of
 every family of text tokenizers."""
 
+import json
 import pickle
 
 import numpy as np
@@ -247,3 +248,20 @@ def test_the_corpus_is_read_the_same_with_and_without_the_twin():
     np.testing.assert_array_equal(
       tokenizer._encode_escaped(line), tokenizer.encode(line)
     )
+
+
+def test_special_tokens_that_the_vocabulary_splits_stay_split(tmp_path):
+  """They stand in the vocabulary, but are no tokens of their own."""
+  model = tokenizers.Tokenizer.from_str(text.TextTokenizer()._model.to_str())
+  values = json.loads(model.to_str())
+  values["added_tokens"] = [
+    t for t in values["added_tokens"] if t["content"] != "<mask>"
+  ]
+  (tmp_path / "x.json").write_text(json.dumps(values))
+  tokenizer = text.TextTokenizer(tmp_path / "x.json")
+  typed = tokenizer.escape("a <mask> <img>")
+  both = "<|im_start|>" + typed + "<mask>"
+  assert tokenizer.token_ids.mask not in tokenizer.encode(both)
+  assert _controls(tokenizer, tokenizer.encode(both)) == [
+    tokenizer.token_ids.im_start
+  ]

@@ -189,6 +189,40 @@ def test_a_killed_run_goes_on_to_the_same_numbers(run, whole, tmp_path):
   assert _records(half) == _records(whole)
 
 
+def test_changed_data_are_not_mixed_with_older_answers(
+  run, whole, tmp_path, capsys
+):
+  half = tmp_path / "half"
+  shutil.copytree(whole, half)
+  (half / "results.json").unlink()
+  claim = json.loads((half / "eval.json").read_text())
+  assert len(claim["fingerprints"]["train"]) == 16
+  claim["fingerprints"]["train"] = "of other data"
+  (half / "eval.json").write_text(json.dumps(claim))
+  before = _records(half)
+  assert cli.main(_command(run, half)) == 2
+  assert "data that has changed since (train)" in capsys.readouterr().err
+  assert _records(half) == before
+
+
+def test_outputs_and_limits_are_checked_first(run, tmp_path, capsys):
+  (tmp_path / "file").write_text("")
+  for out, more, message in (
+    (tmp_path / "file", (), "is a file; give a folder"),
+    (tmp_path / "file/out", (), "is a file; give a folder"),
+    (tmp_path / "out", ("--max_samples=-1",), "--max_samples is -1"),
+  ):
+    assert cli.main(_command(("", "no checkpoint"), out, *more)) == 2
+    assert message in capsys.readouterr().err
+  assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_results_name_the_rules_of_words(whole):
+  found = json.loads((whole / "results.json").read_text())
+  assert found["rules"]["pope_accuracy"].startswith("POPE")
+  assert found["rules"].keys() <= found["metrics"]["train"].keys()
+
+
 def test_tokenizer_is_measured_by_prefix(run, tmp_path, capsys):
   out = tmp_path / "out"
   assert cli.main(_command(run, out, "--what=tokenizer")) == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argenseg_jax.tools import cli, quickstart
+from argenseg_jax.tools import cli, predict, quickstart
 
 
 def run(capsys, *argv):
@@ -117,3 +117,13 @@ def test_summary_names_every_split(tmp_path):
   assert "testB" in text
   assert "cIoU 0.900" in text
   assert "1.00 M parameters, 1.0 minutes" in text
+
+
+def test_flags_may_be_spelled_with_hyphens(monkeypatch):
+  asked = []
+  monkeypatch.setattr(predict, "main", lambda argv: asked.append(argv) or 0)
+  given = ["--answer-prefix=a-b", "--num-scales", "2", "-x-y", "--a b-c", "--"]
+  assert cli.main(["predict", *given]) == 0
+  assert asked == [
+    ["--answer_prefix=a-b", "--num_scales", "2", "-x-y", "--a b-c", "--"]
+  ]

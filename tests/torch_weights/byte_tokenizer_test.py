@@ -22,6 +22,7 @@ def test_any_text_is_read_with_the_models_own_ids(variant, tmp_path):
   ids = variants.get(variant).token_ids
   tokenizer = _opened(ids, tmp_path)
   tokenizer.require(ids)
+  assert tokenizer._model.get_vocab_size() == ids.first_code
   for said in ("the red cup", "दो ไม่ é 🦔", "\n\t", "<|im_start|>x", ""):
     read = tokenizer.encode(tokenizer.escape(said))
     assert tokenizer.decode(read, keep_special=True) == said

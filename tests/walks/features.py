@@ -56,7 +56,7 @@ FEATURES = (
       "--config.data.sequence_length=4096 --workdir=runs/512 "
       "--config.data.path=mine.jsonl",
       "argenseg predict --checkpoint=runs/512/mllm --image=PHOTO.jpg "
-      '--text="the left box" --out=512.png --answer-prefix ""',
+      '--text="the left box" --out=512.png --answer_prefix ""',
     ),
     ("a mask of",),
   ),

@@ -31,6 +31,7 @@ def sizes_of(words: list[str]) -> list[str]:
     return [
       *walking.small_variant(*walking.REAL_SCALES),
       "--config.data.text_tokenizer=tokenizer.json",
+      "--config.data.sequence_length=2560",
       "--config.mllm.train.steps=1",
     ]
   sizes = walking.small_tiny()

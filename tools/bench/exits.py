@@ -17,10 +17,10 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--checkpoint", required=True)
   parser.add_argument("--split", default="val")
   parser.add_argument("--max_samples", type=int, default=256)
-  parser.add_argument("--batch-size", type=int, default=1)
+  parser.add_argument("--batch_size", type=int, default=1)
   args = parser.parse_args(argv)
   if args.max_samples < 1 or args.batch_size < 1:
-    parser.error("--max_samples and --batch-size must be positive")
+    parser.error("--max_samples and --batch_size must be positive")
   import jax
   import numpy as np
 

@@ -176,16 +176,19 @@ class Sample:
     Raises:
       DataError: the annotations say another one.
     """
-    known = self.frame or self.resized or self.upright
-    frame = self.frame if known else self._read_frame()
-    turned = frame is not None and frame.orientation != 1
-    fitting = (None, size, frame.size) if turned else (None, size)
-    if self.size not in fitting:
+    frame = self.frame
+    if frame is None and not (self.resized or self.upright):
+      frame = self._read_frame()
+    turned = frame if frame is not None and frame.orientation != 1 else None
+    fitting = (size, turned.size) if turned is not None else (size,)
+    if self.size is not None and self.size not in fitting:
       raise DataError(
         f"{self.where}: its image has {size[1]}x{size[0]} pixels, the "
         f"annotations say {self.size[1]}x{self.size[0]}."
       )
-    if turned:  # Its own size says which way up the annotations are.
+    if (
+      turned is not None
+    ):  # Its own size says which way up the annotations are.
       return dataclasses.replace(self, frame=frame)
     return dataclasses.replace(self, size=size, frame=frame)
 
