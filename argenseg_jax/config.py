@@ -65,7 +65,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
-  """Decoder-only language model: InternLM2, Qwen2 and InternVL families."""
+  """Decoder-only language model: InternLM2, Qwen2 and Qwen3 families."""
 
   vocab_size: int
   width: int
@@ -74,6 +74,8 @@ class LLMConfig:
   num_kv_heads: int
   head_dim: int
   mlp_width: int
+  # Whose names of tensors and config.json import reads and export writes.
+  family: Literal["internlm2", "qwen2", "qwen3"] = "internlm2"
   norm_eps: float = 1e-5
   rope_theta: float = 1e6
   rope_scaling: Literal["none", "linear", "dynamic"] = "none"
@@ -355,6 +357,20 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+  """Low-rank adapters for the decoder's task, see `models/lora.py`."""
+
+  rank: Count  # 0: no adapters, the weights themselves train.
+  alpha: Positive  # Adapters count alpha / rank times.
+  # Patterns of projections: "llm.layers.attention.*".
+  targets: tuple[str, ...]
+  # Patterns of parameters that train in full beside them: "vision.connector".
+  train: tuple[str, ...]
+  # How everything else, which stands still, is kept.
+  base: Literal["float32", "bfloat16", "int8"]
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
   """How one task trains."""
 
@@ -378,9 +394,14 @@ class RunConfig:
   vqvae: StageConfig
   mllm: StageConfig
   loss: LossConfig
+  lora: LoRAConfig
   tokenizer_training: TokenizerTrainingConfig
   mesh: MeshConfig
   eval: EvalConfig
+
+  def adapters(self, task: str) -> LoRAConfig | None:
+    """Settings of the adapters that a task trains instead of the weights."""
+    return self.lora if self.lora.rank and task == "mllm" else None
 
   def stage(self, task: str) -> StageConfig:
     """The settings of one of `tasks`."""

@@ -45,7 +45,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 def make_mesh(
   config: MeshConfig,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
   *,
   slices: int | None = None,
 ) -> Mesh:

@@ -99,6 +99,18 @@ def get_config() -> ConfigDict:
   # every so many steps, and at the last one; 0: at the last one only.
   c.tokenizer_training.entropy_every = 100
 
+  # Adapters (low-rank updates of frozen weights) for the decoder's task.
+  c.lora = ConfigDict()
+  c.lora.rank = 0  # Of each adapter; 0: no adapters, the weights train.
+  c.lora.alpha = 32.0  # Adapters count alpha / rank times.
+  # Projections that get one, by pattern: * stands for anything.
+  c.lora.targets = ("llm.layers.attention.*", "llm.layers.mlp.*")
+  # What trains in full beside them, by pattern: ("vision.connector",).
+  c.lora.train = ()
+  # How the frozen base is kept: "bfloat16", "float32", or "int8" (the decoder's
+  # matrices in eight bits, everything else in bfloat16).
+  c.lora.base = "bfloat16"
+
   c.mesh = ConfigDict()  # Devices along each axis; one may be -1: the rest.
   c.mesh.data = 1  # Splits the batch.
   c.mesh.fsdp = -1  # Splits the batch, parameters and moments.

@@ -46,7 +46,14 @@ def _uses(tree: ast.Module) -> collections.Counter:
       found[node.id] += 1
     elif isinstance(node, ast.Attribute):
       found[node.attr] += 1
+    elif isinstance(node, ast.Constant) and _is_dotted(node.value):
+      found.update(node.value.split("."))
   return found
+
+
+def _is_dotted(value: object) -> bool:
+  """Whether a string is MODULE.NAME, as a registry has it."""
+  return isinstance(value, str) and bool(re.fullmatch(r"\w+(\.\w+)+", value))
 
 
 def _recursive(tree: ast.Module, name: str) -> int:

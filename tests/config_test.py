@@ -32,7 +32,8 @@ def test_config_resolves(name):
   values = importlib.import_module(f"argenseg_jax.configs.{name}").get_config()
   values.data.path = "somewhere"
   config = run_config(values)
-  variants.get(config.model.variant, config.model.changes())
+  if config.model.variant:  # Else the model is that of `init_from`.
+    variants.get(config.model.variant, config.model.changes())
   assert set(config_parsing.to_dict(config)) == set(base.get_config())
 
 

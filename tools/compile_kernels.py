@@ -31,6 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from argenseg_jax.kernels.chips import CHIPS
+from argenseg_jax.kernels.dispatch import Implementation
 from argenseg_jax.kernels.linear_cross_entropy import (
   linear_cross_entropy,
 )
@@ -58,7 +59,7 @@ class Case(NamedTuple):
   avoided: int  # Bytes of the matrix that the kernel never stores.
 
 
-def cases(implementation: str) -> Iterator[Case]:
+def cases(implementation: Implementation) -> Iterator[Case]:
   """All kernels at all production shapes, as functions of `Case.inputs`.
 
   Args:
@@ -205,7 +206,9 @@ def _compile_all(chips, options) -> int:
       start = time.monotonic()
       try:
         compiled = compile_for(chip, case.function, case.inputs)
-        temp = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        memory = compiled.memory_analysis()
+        assert memory is not None  # XLA always tells.
+        temp = memory.temp_size_in_bytes / 2**20
         done[case.name], result = temp, f"{temp:.2f}"
       except jax.errors.JaxRuntimeError as error:
         result = "failed: " + str(error).split("\n\n")[0][:200]

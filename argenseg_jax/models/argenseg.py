@@ -22,7 +22,8 @@ def normalize_images(
   images: UInt8[Array, "*b h w 3"],
 ) -> Float[Array, "*b h w 3"]:
   """RGB bytes to the vision tower's float32 input."""
-  mean, std = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
+  mean = np.asarray(IMAGENET_MEAN, np.float32)
+  std = np.asarray(IMAGENET_STD, np.float32)
   return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 

@@ -80,7 +80,9 @@ def collectives(text: str) -> list[Collective]:
     scatters = "reduce-scatter" in name
     for line in lines:
       match = _INSTRUCTION.match(line)
-      opcode = match and match[3].removesuffix("-start")
+      if match is None:
+        continue
+      opcode = match[3].removesuffix("-start")
       if opcode not in KINDS:
         continue
       group = _group(line)
@@ -202,10 +204,10 @@ def _group(line: str) -> tuple[int, ...]:
   iota = _IOTA.search(line)
   if iota:
     sizes, source, order = (
-      tuple(map(int, g.split(","))) if g else None for g in iota.groups()
+      tuple(map(int, g.split(","))) if g else () for g in iota.groups()
     )
     ids = np.arange(math.prod(source)).reshape(source)
-    if order is not None:
+    if order:
       ids = ids.transpose(order)
     return tuple(int(i) for i in ids.reshape(sizes)[0])
   named = _NAMED.search(line)

@@ -21,6 +21,7 @@ from argenseg_jax.config import ModelConfig, RunConfig, TrainConfig
 from argenseg_jax.inference.segment import answer_batch
 from argenseg_jax.kernels import chips
 from argenseg_jax.models import flops
+from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.planning import hlo
 from argenseg_jax.planning.topology import Topology
 from argenseg_jax.training import initialize
@@ -97,12 +98,15 @@ def compile_training(config: RunConfig, name: str, mesh: Mesh) -> Program:
   sharding.check_hosts(mesh, stage.train.global_batch_size)
   model = initialize.model_config(config, config.init_from)
   described = train_state.describe(
-    *_abstract_model(task.model, stage.train, model),
+    *nnx.split(
+      nnx.eval_shape(initialize.constructor(config, name, task.model, model))
+    ),
     stage,
     num_codes=model.vqvae.num_codes,
     mesh=mesh,
+    adapters=config.adapters(name),
   )
-  graph, optimizer, state = described
+  graph, optimizer, state, _ = described
   rows = sharding.batch_sharding(mesh)
   batch = abstract_batch(config, model, task)
   batch = sharding.placed(batch, jax.tree.map(lambda _: rows, batch))
@@ -151,6 +155,7 @@ def compile_generation(config: RunConfig, mesh: Mesh) -> Program:
 
   def generate(variables, tokens, valid, images):
     bound = nnx.merge(graph, variables)
+    assert isinstance(bound, ARGenSeg)
     return answer_batch(bound, tokens, valid, images, config=config.eval)
 
   return _compile(
@@ -245,7 +250,9 @@ def report(
     result["excess"] = program.excess
     result["change"] = changes(config, what, mesh)
     return result
-  memory = program.compiled.memory_analysis()
+  memory, text = program.compiled.memory_analysis(), program.compiled.as_text()
+  assert memory is not None  # XLA always tells.
+  assert text is not None
   result["bytes"]["temporary"] = memory.temp_size_in_bytes
   task = TASKS.get(what)
   if task:
@@ -257,7 +264,7 @@ def report(
     result["fits"] = result["peak"] <= result["hbm"]
     if not result["fits"]:
       result["change"] = changes(config, what, mesh)
-  found = hlo.collectives(program.compiled.as_text())
+  found = hlo.collectives(text)
   result["collectives"] = _summary(found, mesh)
   result["whole_gradients_all_reduced"] = [
     list(shape)
@@ -326,7 +333,8 @@ def _times(
   stage, data = config.stage(task.name), task.data(config.data)
   train = stage.train
   products = tuple(task.products(model, data))
-  count = flops.train_step(products, stage, constant=task.constant)
+  kinds = {"constant": task.constant, "adapters": config.adapters(task.name)}
+  count = flops.train_step(products, stage, **kinds)
   result: dict[str, Any] = {
     "model_flops": count.model,
     "recomputed_flops": count.recomputed,
@@ -344,16 +352,16 @@ def _times(
       stage,
       parts=sharding.num_shards(mesh),
       fsdp=mesh.shape["fsdp"],
-      constant=task.constant,
+      **kinds,
     )
     / (chip.bandwidth / chip.devices),
     # A chip's links carry half of their rate in each direction.
     "links": sum(c.sent for c in local) / (chip.links / chip.devices / 2),
   }
-  if remote and chip.dcn is None:
-    result["note"] = f"no published DCN rate for {topology.name}: left out."
-  elif remote:
+  if remote and chip.dcn is not None:
     seconds["dcn"] = sum(c.sent for c in remote) / chip.dcn
+  elif remote:
+    result["note"] = f"no published DCN rate for {topology.name}: left out."
   work = max(seconds["compute"], seconds["hbm"])
   traffic = seconds["links"] + seconds.get("dcn", 0.0)
   result["seconds"] = seconds

@@ -83,7 +83,7 @@ def prepare(topology: Topology) -> None:
     if jax.config.values["jax_num_cpu_devices"] != topology.num_chips:
       jax.config.update("jax_num_cpu_devices", topology.num_chips)
     return
-  platform = topology.chip.platform
+  platform = CHIPS[topology.name].platform
   if not has_compiler(platform):
     raise ConfigError(
       f"the compiler for {topology.name} is missing; {install_hint(platform)}"
@@ -104,7 +104,9 @@ def install_hint(platform: str) -> str:
   return f'install it with: pip install "{package}"'
 
 
-def devices(topology: Topology) -> Sequence[jax.Device]:
+def devices(
+  topology: Topology,
+) -> Sequence[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
   """Devices to compile for.
 
   Raises:
@@ -115,7 +117,7 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
   sides = "x".join(map(str, topology.sides))
   options = {"num_slices": topology.slices} if topology.slices > 1 else {}
   try:
-    if topology.chip.platform == "tpu":
+    if CHIPS[topology.name].platform == "tpu":
       return topologies.get_topology_desc(
         platform="tpu", topology_name=f"{topology.name}:{sides}", **options
       ).devices

@@ -7,7 +7,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -217,6 +216,7 @@ class _Run:
   rows: pipeline.RowMaker
   described: train_state.Described
   checkpoints: checkpoint.Checkpoints
+  base: initialize.Base | None  # Of adapters.
 
 
 def _open(
@@ -229,6 +229,9 @@ def _open(
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_hosts(mesh, stage.train.global_batch_size)
 
+  base = None
+  if config.adapters(task.name) is not None:
+    base = initialize.open_base(config, task.name, init_from, model, mesh)
   tokenizer = None
   if task.reads_text:
     tokenizer = initialize.text_tokenizer(config, model, init_from)
@@ -244,6 +247,7 @@ def _open(
       stage,
       num_codes=model.vqvae.num_codes,
       mesh=mesh,
+      adapters=config.adapters(task.name),
     ),
     checkpoints=checkpoint.Checkpoints(
       workdir,
@@ -251,27 +255,32 @@ def _open(
       keep_every=stage.train.keep_every,
       keep_best=stage.train.keep_best,
     ),
+    base=base,
   )
 
 
 def _constructor(config: RunConfig, task: Task, model: ModelConfig):
   """Makes what the task trains, as it is before the first step."""
-  train = config.stage(task.name).train
-  return checkpoint.model_factory(
-    task.model,
-    model,
-    seed=config.seed,
-    dtype=jnp.dtype(train.compute_dtype),
-    param_dtype=jnp.dtype(train.param_dtype),
-  )
+  return initialize.constructor(config, task.name, task.model, model)
 
 
 def _restore_or_begin(
   run: _Run, config: RunConfig, workdir: Path, init_from: str | None
 ) -> tuple[train_state.TrainState, dict[str, Any] | None]:
   """The newest good checkpoint and its data state, else the first state."""
-  if (latest := run.checkpoints.newest_good()) is not None:
+  latest, base = run.checkpoints.newest_good(), run.base
+  if latest is not None and base is not None:
+    found = checkpoint.describe(run.checkpoints.directory / str(latest))
+    checkpoint.refuse_other_base(
+      base.adapters.base_path, base.adapters.base, found
+    )
+    return run.described.restore(run.checkpoints, latest, base.variables)
+  if latest is not None:
     return run.described.restore(run.checkpoints, latest)
+  if base is not None:
+    if init_from is not None and distributed.is_main():
+      initialize.keep_files(init_from, workdir)
+    return run.described.begin(base.variables), None
   make = _constructor(config, run.task, run.model)
   _, variables = sharding.create_sharded(make, run.mesh)
   if init_from is not None:
@@ -284,7 +293,10 @@ def _restore_or_begin(
 def _pace(run: _Run, config: RunConfig, *, start: int) -> throughput.Pace:
   data, stage = run.rows.config, config.stage(run.task.name)
   count = flops.train_step(
-    run.task.products(run.model, data), stage, constant=run.task.constant
+    run.task.products(run.model, data),
+    stage,
+    constant=run.task.constant,
+    adapters=config.adapters(run.task.name),
   )
   return throughput.Pace(
     flops=count.model,
@@ -343,7 +355,7 @@ def _take_steps(
     with goodput.spent("save"), watchdog.paused():
       run.checkpoints.save(
         step,
-        state.variables,
+        run.described.saved(state),
         state.counters,
         meta | {"data": data_state},
         score=scores(train.best_by, step),
@@ -408,11 +420,14 @@ def _is_due(step: int, every: int) -> bool:
 
 def _meta(run: _Run, config: RunConfig) -> dict[str, Any]:
   """What checkpoints say of themselves."""
-  return {
+  meta = {
     "task": run.task.model,
     "model": config_parsing.to_dict(run.model),
     "run": config_parsing.to_dict(config),
   }
+  if run.base is not None:
+    meta["adapters"] = config_parsing.to_dict(run.base.adapters)
+  return meta
 
 
 def _stopped_at(step: int) -> str:

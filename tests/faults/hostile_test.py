@@ -15,7 +15,7 @@ from data import layouts
 from argenseg_jax.config import ConfigError, DataConfig
 from argenseg_jax.data import chat, mask_image, masks, text, transforms
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.sources.refer import read_refs
+from argenseg_jax.data.sources.refer import parse_refs
 from argenseg_jax.data.sources.registry import open_source
 from argenseg_jax.torch_weights import tensors
 from argenseg_jax.torch_weights.parity import compare
@@ -66,7 +66,7 @@ def test_a_pickle_holds_plain_values_only(raw, said, tmp_path):
   path = tmp_path / "refs(unc).p"
   path.write_bytes(raw)
   with pytest.raises(DataError, match=said):
-    read_refs(path)
+    parse_refs(path.read_bytes(), path)
 
 
 @pytest.mark.parametrize("field", ["split", "image_id", "sentences", "ann_id"])

@@ -25,8 +25,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-from faults.tiny_run import options
-from runtime.distributed_test import COMMAND
+from tiny_run import COMMAND, options
 
 from argenseg_jax import checkpoint
 from argenseg_jax.checkpoint import manifest

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.experimental import multihost_utils
-from training.loop_test import _standard_promotion, config, losses  # noqa: F401
+from tiny_run import both_tasks, losses
 
 from argenseg_jax import checkpoint, sharding
 from argenseg_jax.checkpoint import manifest
@@ -22,6 +22,17 @@ from argenseg_jax.data import pipeline
 from argenseg_jax.evaluation import evaluator
 from argenseg_jax.runtime import preemption
 from argenseg_jax.training import loop
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _standard_promotion():
+  with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes.
+    yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  return both_tasks(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -95,7 +106,7 @@ MOMENTS = {
 
 
 @pytest.mark.usefixtures("_compiled_once")
-def test_a_run_stopped_everywhere_equals_one_that_was_not(config, tmp_path):  # noqa: F811
+def test_a_run_stopped_everywhere_equals_one_that_was_not(config, tmp_path):
   stage = config.mllm.train
   stage = dataclasses.replace(
     stage, steps=10, eval_every=4, save_every=6, log_every=1, keep=9

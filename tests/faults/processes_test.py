@@ -8,8 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from faults.tiny_run import options
-from runtime.distributed_test import COMMAND
+from tiny_run import COMMAND, options
 
 from argenseg_jax.checkpoint import manifest
 from argenseg_jax.data.ref_shapes import builder

@@ -59,7 +59,7 @@ _argenseg = _of(f"{_MODELS}/argenseg.py", _GENERATE)
 _losses = _of(f"{_MODELS}/losses.py", _LOSSES)
 _vq = _of(f"{_MODELS}/vq.py", _VQ)
 _generate = _of("argenseg_jax/inference/generate.py", _GENERATE)
-_text = _of("argenseg_jax/data/text.py", _TEXT, _PREPROCESS)
+_text = _of("argenseg_jax/data/chat.py", _TEXT, _PREPROCESS)
 _masks = _of("argenseg_jax/data/masks.py", _MASKS)
 _transforms = _of(
   "argenseg_jax/data/transforms.py", "tests/data/transforms_test.py"
@@ -78,7 +78,11 @@ MUTATIONS = (
   _layers(
     "a * cos - b * sin", "a * cos + b * sin", _golden("internlm2_linear")
   ),
-  _layers("y -= jnp.mean(y, -1, keepdims=True)", "y -= 0.0", _VIT),
+  _layers(
+    "y -= jnp.mean(y, -1, keepdims=True)",
+    "y -= 0.0",
+    _golden("internvit_rmsnorm"),
+  ),
   _layers(
     "return self.scale[...].astype(x.dtype) * y.astype(x.dtype)",
     "return y.astype(x.dtype)",
@@ -164,12 +168,18 @@ MUTATIONS = (
   _masks("value -= 1 << shift", "value -= 1 << (shift - 1)"),
   _masks("if len(runs) > 2 else", "if len(runs) > 1 else"),
   _masks("flat.reshape(width, height).T", "flat.reshape(height, width)"),
-  _transforms("return grey > 127", "return grey > 128", _PREPROCESS),
+  _transforms(
+    "gray > MASK_THRESHOLD * 255", "gray > MASK_THRESHOLD * 256", _PREPROCESS
+  ),
   _transforms(
     "(side - height) // 2, (side - width) // 2",
     "(side - width) // 2, (side - height) // 2",
   ),
-  _transforms("if seg_mask.size and", "if not", _PREPROCESS),
+  _transforms(
+    "seg_mask = seg_mask.astype(np.uint8) * np.uint8(255)",
+    "seg_mask = seg_mask.astype(np.uint8) * np.uint8(254)",
+    _PREPROCESS,
+  ),
   Mutation(
     "argenseg_jax/inference/segment.py",
     "((x + 1) / 2 * 255)",
@@ -182,7 +192,7 @@ MUTATIONS = (
     'jnp.isfinite(metrics["loss"])',
   ),
   _step("(1.0 + step) / (10.0 + step)", "(10.0 + step) / (1.0 + step)"),
-  _step("a + (1 - keep) * (p - a)", "a + keep * (p - a)"),
+  _step("a + (1 - keep) * (p.astype", "a + keep * (p.astype"),
   _step("lambda x: lax.psum(x, ", "lambda x: lax.pmax(x, "),
   Mutation(
     "argenseg_jax/training/objectives.py",

@@ -5,15 +5,12 @@ import json
 
 import jax
 import pytest
-from training.loop_test import OVERRIDES
+from tiny_run import OVERRIDES, VOCAB
 
 from argenseg_jax.config import ConfigError
-from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.planning import plan, topology
 from argenseg_jax.tools import cli
 from argenseg_jax.tools import plan as plan_tool
-
-VOCAB = TextTokenizer().token_ids.first_code + 16
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import os
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -27,9 +28,31 @@ def test_devices_divide_every_batch(monkeypatch, cores, batches, devices):
   assert cpu.num_devices(*batches) == devices
 
 
-def test_a_device_count_that_is_set_stays():
+@pytest.mark.parametrize(
+  ("is_set", "data", "updates"),
+  [
+    (-1, -1, [("jax_num_cpu_devices", 2)]),
+    (8, -1, []),  # The user's choice.
+    (-1, 2, []),  # A mesh of fixed size.
+  ],
+)
+def test_devices_are_made_where_nobody_has_chosen(
+  monkeypatch, is_set, data, updates
+):
   c = tiny.get_config()
   c.data.path = "somewhere"
-  assert jax.config.jax_num_cpu_devices == 8
-  cpu.use_all_cores(run_config(c))
-  assert jax.config.jax_num_cpu_devices == 8
+  c.mesh.data = data
+  config, made = run_config(c), []
+  monkeypatch.setattr(cpu, "num_devices", lambda *_: 2)
+  monkeypatch.setattr(
+    jax,
+    "config",
+    SimpleNamespace(
+      jax_num_cpu_devices=is_set,
+      values={"jax_num_cpu_devices": is_set},
+      update=lambda *update: made.append(update),
+    ),
+  )
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+  cpu.use_all_cores(config)
+  assert made == updates

@@ -1,53 +1,25 @@
 """One config on one device, eight devices, two and four processes: equal
 losses."""
 
-import json
 import os
-import pathlib
 import socket
 import subprocess
-import sys
 
 import pytest
-from training.loop_test import OVERRIDES
+import tiny_run
 
 from argenseg_jax.config import ConfigError
-from argenseg_jax.data.ref_shapes import builder
-from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.runtime import distributed
-
-ROOT = pathlib.Path(__file__).parents[2]
-VOCAB = TextTokenizer().token_ids.first_code + 16
-COMMAND = [
-  *(sys.executable, "-m", "argenseg_jax.tools.cli", "train"),
-  f"--config={ROOT / 'configs' / 'tiny.py'}",
-  f"--config.model.overrides={(*OVERRIDES, f'llm.vocab_size={VOCAB}')!r}",
-  "--config.tasks=('mllm',)",
-  "--config.data.warmup_steps=0",
-  "--config.mllm.train.steps=5",
-  "--config.mllm.train.global_batch_size=8",
-  "--config.mllm.train.log_every=1",
-  "--config.mllm.train.eval_every=0",
-]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  return builder.prepare(
-    tmp_path_factory.mktemp("data"), num_train=24, num_eval=8, seed=0
-  )
+  return tiny_run.write_data(tmp_path_factory.mktemp("data"))
 
 
 def start(data, workdir, devices, *arguments) -> subprocess.Popen:
-  workdir.mkdir(exist_ok=True)
-  (workdir / "results.json").write_text("{}")  # Nothing to evaluate.
   return subprocess.Popen(
-    [
-      *COMMAND,
-      f"--config.data.path={data}",
-      f"--workdir={workdir}",
-      *arguments,
-    ],
+    [*tiny_run.COMMAND, *tiny_run.options(data, workdir), *arguments],
     env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -59,9 +31,7 @@ def losses(workdir, processes) -> dict[int, float]:
   for process in processes:
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-  lines = (workdir / "mllm" / "metrics.jsonl").read_text().splitlines()
-  values = [json.loads(line) for line in lines]
-  return {v["step"]: v["loss"] for v in values if "loss" in v}
+  return tiny_run.losses(workdir / "mllm")
 
 
 def start_together(data, workdir, processes, *arguments):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from etils import epath
-from runtime.distributed_test import COMMAND, data  # noqa: F401 - a fixture.
+from tiny_run import COMMAND, write_data
 
 from argenseg_jax.config import ConfigError
 from argenseg_jax.runtime import gcs_lock
@@ -24,6 +24,11 @@ from google.cloud import storage
 
 DRIVER = pathlib.Path(__file__).with_name("gcs_driver.py")
 RUN = f"gs://{gcs_emulator.BUCKET}/run"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ def argenseg(environment):
 
 
 @pytest.fixture(scope="module")
-def trained(argenseg, bucket, data, tmp_path_factory):  # noqa: F811
+def trained(argenseg, bucket, data, tmp_path_factory):
   """The same run on a disk and in the bucket, and how to call it again."""
   local = tmp_path_factory.mktemp("local")
   (local / "results.json").write_text("{}")  # Nothing to evaluate.

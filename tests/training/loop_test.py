@@ -8,34 +8,18 @@ import signal
 import jax
 import numpy as np
 import pytest
+import tiny_run
 from flax import nnx
+from tiny_run import losses
 
 from argenseg_jax import checkpoint, config_parsing, sharding
 from argenseg_jax.checkpoint import manifest
 from argenseg_jax.config import ConfigError, MeshConfig, RunConfig
-from argenseg_jax.config_parsing import run_config
-from argenseg_jax.configs import tiny
-from argenseg_jax.data.ref_shapes import builder
-from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.evaluation import records
 from argenseg_jax.inference.predictor import Predictor
 from argenseg_jax.runtime import preemption
 from argenseg_jax.tools import cli
 from argenseg_jax.training import initialize, loop, step_log
-
-OVERRIDES = (
-  "vision.width=16",
-  "vision.stem_blocks=1",
-  "llm.width=16",
-  "llm.num_layers=1",
-  "llm.head_dim=8",
-  "llm.mlp_width=16",
-  "vqvae.width=8",
-  "vqvae.scales=(1, 4)",
-  "vqvae.patch_side=16",
-  "vqvae.width_multipliers=(1,)",
-  "vqvae.num_codes=16",
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,34 +30,7 @@ def _standard_promotion():
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> RunConfig:
-  path = builder.prepare(
-    tmp_path_factory.mktemp("data"), num_train=48, num_eval=8, seed=0
-  )
-  c = tiny.get_config()
-  c.data.path = str(path)
-  c.data.warmup_steps = 2
-  c.data.sequence_length = 128
-  c.mesh.data, c.mesh.fsdp = 4, 2
-  vocab_size = TextTokenizer().token_ids.first_code + 16
-  c.model.overrides = (*OVERRIDES, f"llm.vocab_size={vocab_size}")
-  for stage in (c.vqvae, c.mllm):
-    stage.train.steps = 6
-    stage.train.global_batch_size = 8
-    stage.train.log_every = 1
-    stage.train.save_every = 3
-    stage.train.keep = 3
-    stage.optimizer.warmup_steps = 1
-  c.mllm.train.eval_every = 0
-  c.tokenizer_training.warm_start_steps = 2
-  c.tokenizer_training.kmeans_seg_masks = 16
-  c.tokenizer_training.kmeans_iterations = 2
-  c.tokenizer_training.revive_every = 2
-  c.tokenizer_training.entropy_from = 4
-  c.tokenizer_training.entropy_every = 2
-  c.eval.max_samples = 8
-  c.eval.batch_size = 4
-  c.eval.splits = ("val",)
-  return run_config(c)
+  return tiny_run.both_tasks(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +39,6 @@ def workdir(config, tmp_path_factory):
   path = tmp_path_factory.mktemp("whole")
   loop.run(config, path)
   return path
-
-
-def losses(path):
-  lines = (path / "metrics.jsonl").read_text().splitlines()
-  values = [json.loads(line) for line in lines]
-  return {v["step"]: v["loss"] for v in values if "loss" in v}
 
 
 def variables(path):

@@ -100,6 +100,8 @@ def trained(tmp_path_factory):
 
 
 def sizes_of(words: list[str]) -> list[str]:
+  if words[:2] == ["data", "build"]:
+    return ["--workers=1"]  # Its workers would run pytest once more.
   if words[0] == "quickstart":
     return ["--minutes=0.01"]
   if words[0] not in ("train", "plan"):
@@ -111,6 +113,7 @@ def sizes_of(words: list[str]) -> list[str]:
     "--config.data.sequence_length=256",
     "--config.data.mask_side=32",
     "--config.data.text_tokenizer=tokenizer.json",
+    *(["--config.vqvae.train.global_batch_size=16"] * (words[0] == "plan")),
   ]
 
 

@@ -16,7 +16,7 @@ import shlex
 import jax
 from data import layouts
 from PIL import Image
-from training.loop_test import OVERRIDES
+from tiny_run import OVERRIDES
 
 from argenseg_jax.data.text import SPECIAL_TOKENS, TextTokenizer
 from argenseg_jax.tools import cli

@@ -37,20 +37,20 @@ def _load_plain(raw: bytes) -> Any:
   return _Builtins(io.BytesIO(raw), encoding="latin1").load()
 
 
-def read_refs(path: Path) -> list[Any]:
-  """The references of a `refs(...).p` or `grefs(...).json`.
-
-  Raises:
-    DataError: unreadable, not such a file, or one that would run code.
-  """
-  return _parse_refs(_read(path), path)
-
-
 def _read(path: Path) -> bytes:
   return read_file(path, "give refs(...).p or grefs(...).json, or its folder")
 
 
-def _parse_refs(raw: bytes, path: Path) -> list[Any]:
+def parse_refs(raw: bytes, path: Path) -> list[Any]:
+  """The references of a `refs(...).p` or `grefs(...).json`.
+
+  Args:
+    raw: its bytes.
+    path: its name, whose ending says which of the two.
+
+  Raises:
+    DataError: not such a file, or one that would run code.
+  """
   if path.suffix == ".json":
     refs = parse_json(raw, str(path), list)
   else:
@@ -111,7 +111,7 @@ class ReferSource:
     self.split = split
     self.root = as_path(root) if root else path.parent / "images"
     raw_refs = _read(path)
-    self._refs, self.notes = _of_split(_parse_refs(raw_refs, path), path, split)
+    self._refs, self.notes = _of_split(parse_refs(raw_refs, path), path, split)
     self._instances = coco.Instances(
       path.parent / "instances.json",
       images=_ids(self._refs, "image_id"),

@@ -78,6 +78,8 @@ class Answer:
     # An answer that was not cut short must also end by itself here.
     ended = self.recorded_ids[0, -1] == self.model.config.token_ids.im_end
 
+    given = None if given_codes is None else jnp.asarray(given_codes)
+
     @jax.jit
     def run(state):
       model = nnx.merge(self.graph, state)
@@ -90,7 +92,7 @@ class Answer:
         max_masks=self.max_masks,
         guidance=self.guidance,
         collect=True,
-        given_codes=given_codes,
+        given_codes=given,
       )
       raw = jnp.einsum("bmnd,vd->bmnv", out.hidden, model.code_head)
       return out, raw
