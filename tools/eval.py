@@ -317,7 +317,8 @@ def _measure_model(
 
     evaluation_report.write(
       out / "report.html",
-      title=f"{loaded.path.parent.parent.name} at step {loaded.path.name}",
+      title=f"{checkpoint.workdir_of(loaded.path).name} at step "
+      f"{loaded.path.name}",
       splits=results,
       evaluator=evaluator,
       state=state,

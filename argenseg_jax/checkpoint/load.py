@@ -14,17 +14,19 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from argenseg_jax import config_parsing, sharding
-from argenseg_jax.checkpoint.layout import (
-  CheckpointError,
-  step_directory,
-  text_tokenizer_path,
+from argenseg_jax.checkpoint import layout
+from argenseg_jax.checkpoint.layout import CheckpointError, step_directory
+from argenseg_jax.config import (
+  ConfigError,
+  LoRAConfig,
+  MeshConfig,
+  ModelConfig,
 )
-from argenseg_jax.config import LoRAConfig, MeshConfig, ModelConfig
 from argenseg_jax.data import text
 from argenseg_jax.models import int8, lora
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.vqvae import VQVAE
-from argenseg_jax.runtime.paths import Path
+from argenseg_jax.runtime.paths import Path, said
 
 FORMAT = 1
 
@@ -89,7 +91,8 @@ def text_tokenizer(found: Description) -> text.TextTokenizer:
     CheckpointError: there is none beside the checkpoint.
     DataError: it is of another model.
   """
-  path = text_tokenizer_path(found.path)
+  path = layout.text_tokenizer_path(found.path)
+  layout.require_unchanged(found.path, path.name)
   if not path.is_file():
     raise CheckpointError(
       f"checkpoint {found.path} has no text tokenizer; import it again with "
@@ -111,14 +114,20 @@ def describe(path: str | Path) -> Description:
   where = step_directory(path)
   meta = read_meta(where)
   try:
-    config = config_parsing.from_mapping(ModelConfig, meta["model"])
-    task = meta["task"]
-    adapters = None
-    if meta.get("adapters") is not None:
-      adapters = config_parsing.from_mapping(Adapters, meta["adapters"])
+    task, config, adapters = _described(meta)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise _unreadable_meta(where, error) from error
   return Description(task, config, meta, where, adapters=adapters)
+
+
+def _described(
+  meta: dict[str, Any],
+) -> tuple[str, ModelConfig, Adapters | None]:
+  config = config_parsing.from_mapping(ModelConfig, meta["model"])
+  adapters = None
+  if meta.get("adapters") is not None:
+    adapters = config_parsing.from_mapping(Adapters, meta["adapters"])
+  return meta["task"], config, adapters
 
 
 def read_meta(step: Path) -> dict[str, Any]:
@@ -180,7 +189,7 @@ def load(
   mesh = mesh or sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
   make = model_factory(found.task, found.config, dtype=dtype)
   graph, abstract = nnx.split(nnx.eval_shape(make))
-  model = nnx.merge(graph, read_onto(found.path, abstract, mesh))
+  model: Any = nnx.merge(graph, read_onto(found.path, abstract, mesh))
   if adapters is not None:
     return _with_adapters(found, model, describe(adapters), mesh, weights)
   if weights is not None:
@@ -273,11 +282,21 @@ def load_adapters(
   found = describe(path)
   if found.adapters is None:
     raise CheckpointError(f"checkpoint {found.path} holds no adapters.")
-  config, make = found.adapters.lora, model_factory(found.task, found.config)
-  model = nnx.eval_shape(lambda: _adapted(make(), config, None))
-  trains = lora.trainable_filter(config, nnx.state(model))
-  _, wanted, _ = nnx.split(model, trains, ...)
+  wanted = _abstract_state(found.task, found.config, found.adapters)
   return found, read_onto(found.path, wanted, mesh)
+
+
+def _abstract_state(
+  task: str, config: ModelConfig, adapters: Adapters | None
+) -> nnx.State:
+  """Shapes of what a checkpoint of a model, or of its adapters, holds."""
+  make = model_factory(task, config)
+  if adapters is None:
+    return nnx.state(nnx.eval_shape(make))
+  model = nnx.eval_shape(lambda: _adapted(make(), adapters.lora, None))
+  trains = lora.trainable_filter(adapters.lora, nnx.state(model))
+  _, wanted, _ = nnx.split(model, trains, ...)
+  return wanted
 
 
 def read_onto(step: Path, wanted: nnx.State, mesh: Mesh) -> nnx.State:
@@ -343,9 +362,38 @@ def model_factory(
 
 
 def stored_tree(item: Path) -> Any:
-  """Shapes and dtypes of an item on disk."""
-  with ocp.StandardCheckpointer() as reader:
-    return reader.metadata(item).item_metadata.tree
+  """Shapes and dtypes of an item on disk.
+
+  Raises:
+    CheckpointError: nothing there can be restored.
+  """
+  try:
+    with ocp.StandardCheckpointer() as reader:
+      return reader.metadata(item).item_metadata.tree
+  except (OSError, ValueError, KeyError, AttributeError) as error:
+    raise CheckpointError(
+      f"checkpoint {item.parent} cannot be restored: files of its "
+      f"{item.name!r} are missing or damaged ({said(error)})."
+    ) from error
+
+
+def structure_faults(step: Path) -> tuple[str, ...]:
+  """Why a step cannot be restored, whatever its manifest says; empty if it can.
+
+  Compares names and shapes with the model that its meta data describe, without
+  reading arrays.
+  """
+  try:
+    meta = read_meta(step)
+    wanted = nnx.to_pure_dict(_abstract_state(*_described(meta)))
+    compare(wanted, stored_tree(step / "model"), step)
+    if (step / "optimizer").exists():
+      stored_tree(step / "optimizer")
+  except (CheckpointError, ConfigError) as error:
+    return (str(error),)
+  except (KeyError, TypeError, ValueError) as error:
+    return (str(_unreadable_meta(step, error)),)
+  return ()
 
 
 def with_values(state: nnx.State, values: dict[str, Any]) -> nnx.State:

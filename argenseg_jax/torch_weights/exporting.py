@@ -78,6 +78,7 @@ def export_weights(
   if part == "llm" and not loaded.is_whole:
     raise WeightsError(f"{source_path} is an image tokenizer, without llm.")
   refuse_variants(loaded.config, part)
+  checkpoint.require_unchanged(loaded.path)
   with fetched(checkpoint.kept_files(loaded.path)) as kept:
     return _write(loaded, kept, target, part, dtype, files_from, max_file_bytes)
 

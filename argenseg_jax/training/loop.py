@@ -45,6 +45,7 @@ def run(
   workdir: str | Path,
   *,
   accept_changed_data: bool = False,
+  change_settings: bool = False,
 ) -> dict[str, Any]:
   """Runs every task of a config, resuming where an earlier call stopped.
 
@@ -54,6 +55,7 @@ def run(
       trains a whole model, `results.json` with its metrics on every split. On
       a disk or in a gs:// bucket.
     accept_changed_data: resume although the data changed.
+    change_settings: resume with other lengths, rates, losses or evaluations.
 
   Returns:
     The final metrics of each task.
@@ -67,6 +69,14 @@ def run(
   workdir = paths.as_path(workdir)
   grace = config.stage(config.tasks[-1]).train.grace_seconds
   with workdir_lib.held(workdir), preemption.listening(grace) as stop:
+    changed = workdir_lib.claim(
+      config,
+      workdir,
+      saved=checkpoint.newest_steps(workdir, config.tasks),
+      accept_changed_data=accept_changed_data,
+      change_settings=change_settings,
+    )
+    workdir_lib.forget_results(workdir, changed)
     return _run(config, workdir, accept_changed_data, stop)
 
 
@@ -76,7 +86,6 @@ def _run(
   accept_changed_data: bool,
   stop: preemption.Stopping,
 ) -> dict[str, Any]:
-  workdir_lib.claim(config, workdir, accept_changed_data=accept_changed_data)
   results, init_from = {}, config.init_from
   for name in config.tasks:
     results[name] = train(
@@ -88,7 +97,7 @@ def _run(
     )
     init_from = str(workdir / name)
   scores = workdir / "results.json"
-  scored = distributed.agree(scores.exists())
+  scored = distributed.agree(paths.read_json(scores) is not None)
   last = TASKS[config.tasks[-1]]
   if last.reads_text and not scored:
     loaded = checkpoint.load(workdir / last.name)
@@ -123,9 +132,9 @@ def train(
   Returns:
     Final metrics; read back when the task is done already.
   """
-  done = workdir / "results.json"
-  if distributed.agree(done.exists()):
-    return json.loads(done.read_text())
+  done = paths.read_json(workdir / "results.json")
+  if distributed.agree(done is not None):
+    return done or paths.read_json(workdir / "results.json") or {}
   task, train = TASKS[name], config.stage(name).train
   with (
     preemption.listening(train.grace_seconds) as stop,
@@ -349,7 +358,7 @@ def _take_steps(
         run.described.saved(state),
         state.counters,
         meta | {"data": data_state},
-        score=scores(train.best_by),
+        score=scores(train.best_by, step),
       )
       if wait:
         run.checkpoints.wait()
@@ -390,7 +399,7 @@ def _take_steps(
         contextlib.suppress(preemption.Interrupted),  # It saves below.
       ):
         values = evaluate(state.variables, stop.check)
-        scores.ciou = values.get("ciou")
+        scores.add_ciou(step, values.get("ciou"))
         log.evaluated(step, config.eval.splits[0], values)
 
     # A checkpoint.

@@ -326,10 +326,14 @@ def test_an_imported_model_knows_its_text_tokenizer(tmp_path, tiny, folder):
   assert predictor.config.token_ids.im_start == 5
   assert predictor.data.image_side == config.vision.image_side
   _write_toy_tokenizer(tmp_path / "checkpoint/tokenizer.json", config.token_ids)
-  with pytest.raises(
-    DataError, match=r"im_start\|> the id 3, the model has it"
+  found = checkpoint.describe(step)
+  with pytest.raises(checkpoint.CheckpointError, match="beside it has changed"):
+    checkpoint.text_tokenizer(found)
+  with (
+    checkpoint.manifest.unverified(),
+    pytest.raises(DataError, match=r"im_start\|> the id 3, the model has it"),
   ):
-    checkpoint.text_tokenizer(checkpoint.describe(step))
+    checkpoint.text_tokenizer(found)
 
 
 def test_a_text_tokenizer_without_special_tokens_is_refused(
