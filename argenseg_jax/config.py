@@ -65,7 +65,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
-  """Decoder-only language model: InternLM2, Qwen2 and InternVL families."""
+  """Decoder-only language model: InternLM2, Qwen2 and Qwen3 families."""
 
   vocab_size: int
   width: int
@@ -74,6 +74,8 @@ class LLMConfig:
   num_kv_heads: int
   head_dim: int
   mlp_width: int
+  # Whose names of tensors and config.json import reads and export writes.
+  family: Literal["internlm2", "qwen2", "qwen3"] = "internlm2"
   norm_eps: float = 1e-5
   rope_theta: float = 1e6
   rope_scaling: Literal["none", "linear", "dynamic"] = "none"
@@ -128,7 +130,7 @@ class DataConfig:
   # "meta" mixes several.
   source: str = "jsonl"
   split: str = "train"  # Where the layout has splits.
-  root: str | None = None  # Where its pictures are, if not in the usual place.
+  root: str | None = None  # Where its images are, if not in the usual place.
   # A tokenizer.json; None: that of the start's model, else the shipped one.
   text_tokenizer: str | None = None
   # Request template, how expressions are joined in it, and whether a request
@@ -150,7 +152,7 @@ class DataConfig:
     "free",
   ] = "referring"
   # Ask for each mask by a point or box of it, in words or drawn in red on the
-  # picture, in place of its expressions; "": do not.
+  # image, in place of its expressions; "": do not.
   interactive: Literal["", "point", "box", "drawn_point", "drawn_box"] = ""
   join: Literal["training", "evaluation"] = "training"
   protocol: Literal["merged", "per_expression"] = "merged"
@@ -164,11 +166,11 @@ class DataConfig:
   # Masks take this size on the way.
   mask_intermediate_side: PositiveInt | None = 512
   mask_channels: Literal[1, 3] = 1
-  max_images: Count = 1  # Places for pictures of a sample; 0: pictures unread.
+  max_images: Count = 1  # Images of an example; 0: images are not read.
   max_masks: Count = 1
-  pack: PositiveInt = 1  # Samples of a row in training.
-  pad_square: bool = False  # Keep the aspect of pictures and masks.
-  # Above 0: in training, pictures pass through JPEG of a quality drawn from
+  pack: PositiveInt = 1  # Examples of a row in training.
+  pad_square: bool = False  # Keep the aspect of images and masks.
+  # Above 0: in training, images pass through JPEG of a quality drawn from
   # this one to 100.
   jpeg_quality: Annotated[int, Range(0, 100)] = 0
   resize: Literal["pillow", "opencv"] = "pillow"
@@ -176,8 +178,8 @@ class DataConfig:
   workers: Count = 0  # Processes that make batches; 0: threads of this one.
   threads: Count = 4
   prefetch: Count = 8  # Batches made in advance.
-  cache: bool = False  # Keep resized pictures and masks in memory.
-  # Tokenise every mask once before the decoder trains, not in every step.
+  cache: bool = False  # Keep resized images and masks in memory.
+  # Tokenize every mask once before the decoder trains, not in every step.
   cache_codes: bool = False
   codes: str = ""  # A file of `argenseg data tokenize` instead.
   # An easier split (of ref_shapes) that the first steps are drawn from.
@@ -295,7 +297,7 @@ class TokenizerTrainingConfig:
   """What training an image tokenizer from scratch on masks needs."""
 
   reconstruction: Literal["mse", "bce_dice"]
-  warm_start_steps: Count  # Steps without the quantiser.
+  warm_start_steps: Count  # Steps without the quantizer.
   kmeans_iterations: Count  # Of the codebook's start; 0 keeps the random one.
   # Masks whose latents the start and the prior see.
   kmeans_seg_masks: PositiveInt
@@ -355,6 +357,20 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+  """Low-rank adapters for the decoder's task, see `models/lora.py`."""
+
+  rank: Count  # 0: no adapters, the weights themselves train.
+  alpha: Positive  # Adapters count alpha / rank times.
+  # Patterns of projections: "llm.layers.attention.*".
+  targets: tuple[str, ...]
+  # Patterns of parameters that train in full beside them: "vision.connector".
+  train: tuple[str, ...]
+  # How everything else, which stands still, is kept.
+  base: Literal["float32", "bfloat16", "int8"]
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
   """How one task trains."""
 
@@ -378,9 +394,14 @@ class RunConfig:
   vqvae: StageConfig
   mllm: StageConfig
   loss: LossConfig
+  lora: LoRAConfig
   tokenizer_training: TokenizerTrainingConfig
   mesh: MeshConfig
   eval: EvalConfig
+
+  def adapters(self, task: str) -> LoRAConfig | None:
+    """Settings of the adapters that a task trains instead of the weights."""
+    return self.lora if self.lora.rank and task == "mllm" else None
 
   def stage(self, task: str) -> StageConfig:
     """The settings of one of `tasks`."""

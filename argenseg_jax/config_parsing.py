@@ -93,7 +93,7 @@ def _in_range(value: float, allowed: Range, where: str) -> float:
 def to_dict(config: Any) -> dict[str, Any]:
   """The reverse of `from_mapping`, with lists for tuples (JSON-ready)."""
 
-  def plain(value):
+  def plain(value: Any) -> Any:
     if isinstance(value, dict):
       return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -130,12 +130,12 @@ def run_config(
     ConfigError: an unknown or missing key, a value out of its range, values
       that contradict each other, or no data.
   """
-  values = to_plain(values)
-  values["init_from"] = values.get("init_from") or None
-  data = values.get("data", {})
+  plain: dict[str, Any] = to_plain(values)
+  plain["init_from"] = plain.get("init_from") or None
+  data = plain.get("data", {})
   for key in ("root", "text_tokenizer", "mask_intermediate_side"):
     data[key] = data.get(key) or None
-  config = from_mapping(RunConfig, values)
+  config = from_mapping(RunConfig, plain)
   if needs_data and not config.data.path:
     raise ConfigError(
       "config key 'data.path' is empty; give --config.data.path."
@@ -153,8 +153,8 @@ def _require_scores(config: RunConfig, task: str) -> None:
   if not train.keep_best or train.best_by != "ciou":
     return
   key = f"config key '{task}.train.best_by' is 'ciou', "
-  if task != "mllm":
-    raise ConfigError(f"{key}which is measured for 'mllm' only; use 'loss'.")
+  if task == "vqvae" and config.data.mask_channels == 3:
+    raise ConfigError(f"{key}which images as targets have not; use 'loss'.")
   both = math.lcm(train.eval_every, train.save_every)
   if not 0 < both < train.steps:
     raise ConfigError(

@@ -1,11 +1,11 @@
 """Named model sizes, from `tiny` to `argenseg_8b`.
 
-InternVL2.5 sizes are facts of their released `config.json` files; the code rows
+InternVL's sizes are facts of their released `config.json` files; the code rows
 follow the text vocabulary, as in ARGenSeg-8B.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from argenseg_jax import config as config_lib
 from argenseg_jax import config_parsing
@@ -58,23 +58,51 @@ def _internlm2(name: str, llm: dict[str, Any]) -> ModelConfig:
   )
 
 
-def _qwen2(name: str, llm: dict[str, Any]) -> ModelConfig:
-  """Qwen2.5 sizes: the tokenizer counts 151,674 words with InternVL's own."""
-  text_vocab = 151674
+def _qwen(
+  name: str, family: Literal["qwen2", "qwen3"], llm: dict[str, Any]
+) -> ModelConfig:
+  """Qwen2.5 and Qwen3 sizes, with InternVL's nine tokens behind Qwen's own."""
+  qwen2 = family == "qwen2"
+  own = 151665 if qwen2 else 151669
+  text_vocab = own + 9
   return ModelConfig(
     name=name,
     vision=VisionConfig(),
     llm=LLMConfig(
       vocab_size=text_vocab + 4 + _NUM_CODES,
+      family=family,
       norm_eps=1e-6,
-      qkv_bias=True,
+      qkv_bias=qwen2,
+      qk_norm=not qwen2,
+      max_positions=32768 if qwen2 else 40960,
       **llm,
     ),
     vqvae=VQVAEConfig(),
     token_ids=_token_ids(
-      text_vocab, 151665, pad=151643, im_start=151644, im_end=151645
+      text_vocab, own, pad=151643, im_start=151644, im_end=151645
     ),
   )
+
+
+# Keys of `LLMConfig` in the columns below.
+_COLUMNS = ("width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+_COLUMNS = (*_COLUMNS, "mlp_width")
+_QWEN_SIZES: dict[str, tuple[Literal["qwen2", "qwen3"], tuple[int, ...]]] = {
+  # On InternVL2.5 (Qwen2.5 of 0.5B and 3B).
+  "argenseg_1b": ("qwen2", (896, 24, 14, 2, 64, 4864)),
+  "argenseg_4b": ("qwen2", (2048, 36, 16, 2, 128, 11008)),
+  # On InternVL3 (Qwen2.5).
+  "argenseg_v3_1b": ("qwen2", (896, 24, 14, 2, 64, 4864)),
+  "argenseg_v3_2b": ("qwen2", (1536, 28, 12, 2, 128, 8960)),
+  "argenseg_v3_8b": ("qwen2", (3584, 28, 28, 4, 128, 18944)),
+  "argenseg_v3_14b": ("qwen2", (5120, 48, 40, 8, 128, 13824)),
+  # On InternVL3.5 (Qwen3).
+  "argenseg_v35_1b": ("qwen3", (1024, 28, 16, 8, 128, 3072)),
+  "argenseg_v35_2b": ("qwen3", (2048, 28, 16, 8, 128, 6144)),
+  "argenseg_v35_4b": ("qwen3", (2560, 36, 32, 8, 128, 9728)),
+  "argenseg_v35_8b": ("qwen3", (4096, 36, 32, 8, 128, 12288)),
+  "argenseg_v35_14b": ("qwen3", (5120, 40, 40, 8, 128, 17408)),
+}
 
 
 def _tiny() -> ModelConfig:
@@ -163,35 +191,17 @@ def _variants() -> dict[str, ModelConfig]:
       width=4096, num_layers=32, num_heads=32, num_kv_heads=8, mlp_width=14336
     ),
   )
+  qwen = {
+    name: _qwen(name, family, dict(zip(_COLUMNS, sizes, strict=True)))
+    for name, (family, sizes) in _QWEN_SIZES.items()
+  }
   return {
     "tiny": _tiny(),
     "bench": _bench(),
-    "argenseg_1b": _qwen2(
-      "argenseg_1b",
-      dict(
-        width=896,
-        num_layers=24,
-        num_heads=14,
-        num_kv_heads=2,
-        head_dim=64,
-        mlp_width=4864,
-      ),
-    ),
     "argenseg_2b": _internlm2(
       "argenseg_2b",
       dict(
         width=2048, num_layers=24, num_heads=16, num_kv_heads=8, mlp_width=8192
-      ),
-    ),
-    "argenseg_4b": _qwen2(
-      "argenseg_4b",
-      dict(
-        width=2048,
-        num_layers=36,
-        num_heads=16,
-        num_kv_heads=2,
-        head_dim=128,
-        mlp_width=11008,
       ),
     ),
     "argenseg_8b": eight,
@@ -203,6 +213,7 @@ def _variants() -> dict[str, ModelConfig]:
         "vqvae.scales": SCALES_512,
       },
     ),
+    **qwen,
   }
 
 

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
   c.data = ConfigDict()
   c.data.source = "jsonl"  # The layout of the path: docs/data.md lists them.
   c.data.path = ""  # The file or folder of that layout.
-  c.data.root = ""  # Where pictures are; "": where the layout has them.
+  c.data.root = ""  # Where images are; "": where the layout has them.
   c.data.split = "train"  # Where the layout has splits.
   # A tokenizer.json; "": that of a whole model in `init_from`, else the shipped
   # small one.
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
   # Template: a key of REQUEST_TEMPLATES in argenseg_jax/data/text.py.
   c.data.request = "referring"
   # Ask for a mask by a "point" or "box" of it in words, or by a "drawn_point"
-  # or "drawn_box" on its picture; "": by its expressions.
+  # or "drawn_box" on its image; "": by its expressions.
   c.data.interactive = ""
   # How a request joins expressions: as in "training" or in "evaluation".
   c.data.join = "training"
@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
   c.data.threads = 4
   c.data.prefetch = 8  # Batches made in advance; 0: none.
   c.data.cache = False  # Keep resized images and masks in memory.
-  # Tokenise every mask once before the decoder trains, not in every step.
+  # Tokenize every mask once before the decoder trains, not in every step.
   c.data.cache_codes = False
   c.data.codes = ""  # A file of `argenseg data tokenize`, to be used instead.
   # An easier split (of ref_shapes) that the decoder's first steps draw from.
@@ -98,6 +98,18 @@ def get_config() -> ConfigDict:
   c.tokenizer_training.entropy_from = 0  # Counted from this step on,
   # every so many steps, and at the last one; 0: at the last one only.
   c.tokenizer_training.entropy_every = 100
+
+  # Adapters (low-rank updates of frozen weights) for the decoder's task.
+  c.lora = ConfigDict()
+  c.lora.rank = 0  # Of each adapter; 0: no adapters, the weights train.
+  c.lora.alpha = 32.0  # Adapters count alpha / rank times.
+  # Projections that get one, by pattern: * stands for anything.
+  c.lora.targets = ("llm.layers.attention.*", "llm.layers.mlp.*")
+  # What trains in full beside them, by pattern: ("vision.connector",).
+  c.lora.train = ()
+  # How the frozen base is kept: "bfloat16", "float32", or "int8" (the decoder's
+  # matrices in eight bits, everything else in bfloat16).
+  c.lora.base = "bfloat16"
 
   c.mesh = ConfigDict()  # Devices along each axis; one may be -1: the rest.
   c.mesh.data = 1  # Splits the batch.

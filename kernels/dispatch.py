@@ -14,7 +14,7 @@ _FILES = {
   "reference": "reference",
   "xla": "xla",
   "tpu": "pallas_tpu",
-  "gpu": "pallas_gpu",
+  "gpu": "pallas_hopper",
 }
 _HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 
@@ -71,6 +71,20 @@ def load(op: str, implementation: str | None) -> ModuleType:
     )
   file = _FILES[implementation]
   return importlib.import_module(f"argenseg_jax.kernels.{op}.{file}")
+
+
+def copies_stacks() -> bool:
+  """Whether a loop over stacked layers copies each layer's weights first.
+
+  XLA does so on CPUs and GPUs, where it triples the bytes of a pass of few
+  tokens (docs/benchmarks.md); TPUs read the stack itself.
+  """
+  return target().platform != "tpu"
+
+
+def copies_slices() -> bool:
+  """Whether a program copies the slices that it takes of its inputs."""
+  return target().platform == "gpu"
 
 
 def partitioned() -> bool:

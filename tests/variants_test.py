@@ -15,6 +15,15 @@ BILLIONS = {
   "argenseg_4b": (3.6, 4.4),
   "argenseg_8b": (8.215, 8.225),
   "argenseg_8b_512": (8.215, 8.235),
+  "argenseg_v3_1b": (1.03, 1.08),
+  "argenseg_v3_2b": (2.17, 2.26),
+  "argenseg_v3_8b": (7.92, 8.25),
+  "argenseg_v3_14b": (14.97, 15.58),
+  "argenseg_v35_1b": (1.15, 1.20),
+  "argenseg_v35_2b": (2.42, 2.52),
+  "argenseg_v35_4b": (4.77, 4.96),
+  "argenseg_v35_8b": (8.50, 8.85),
+  "argenseg_v35_14b": (14.97, 15.58),
 }
 
 

@@ -26,7 +26,8 @@ def main(argv: list[str]) -> int:
     prog="argenseg checkpoint",
     description="ls: steps, sizes, the last loss before each, what evaluations "
     "measured, and whether every file is there with its size. verify: compare "
-    "every byte with the manifest (exit code 1 if one is damaged). inspect: "
+    "every byte with the manifest and what is stored with the model (exit code "
+    "1 if a step is damaged). inspect: "
     "names, shapes, dtypes and shardings. diff: what differs between two "
     "checkpoints (exit code 1 if anything does).",
     epilog=_EPILOG,
@@ -39,45 +40,29 @@ def main(argv: list[str]) -> int:
   two.add_argument("path")
   two.add_argument("other")
   args = parser.parse_args(argv)
+  from argenseg_jax import checkpoint
+
   path = paths.as_path(args.path)
   if args.command == "ls":
-    return _list(_steps(path))
+    return _list(checkpoint.steps_below(path))
   if args.command == "verify":
-    return _verify(_steps(path))
+    return _verify(checkpoint.steps_below(path))
   if args.command == "inspect":
     return _inspect(path)
   return _diff(path, paths.as_path(args.other))
 
 
-def _steps(path: Path) -> list[Path]:
-  """All steps under a directory, also those of several tasks."""
-  from argenseg_jax.checkpoint import CheckpointError, is_step
-
-  if not path.exists():
-    raise CheckpointError(f"checkpoint {path} does not exist.")
-  if path.name.isdigit():
-    return [path]
-  found = [*path.glob("*")]
-  if paths.is_local(path):
-    found += path.rglob("checkpoints/*")
-  else:  # A bucket is not asked for every name below one.
-    found += [*path.glob("checkpoints/*"), *path.glob("*/checkpoints/*")]
-  found = list(filter(is_step, found))
-  if not found:
-    raise CheckpointError(f"{path} holds no checkpoint.")
-  return sorted(found, key=lambda d: (d.parent, int(d.name)))
-
-
 def _list(steps: list[Path]) -> int:
-  from argenseg_jax.checkpoint import manifest
+  from argenseg_jax.checkpoint import manifest, step_number, workdir_of
 
-  for directory, group in itertools.groupby(steps, lambda step: step.parent):
+  for directory, found in itertools.groupby(steps, lambda step: step.parent):
+    group = list(found)
     print(f"{directory}:")
     print(_LINE.format("step", "MiB", "saved", "files", "loss", "scores"))
-    log = _log(directory.parent)
+    log = _log(workdir_of(group[0]))
     losses = {number: v["loss"] for number, v in log.items() if "loss" in v}
     for step in group:
-      number = int(step.name)
+      number = step_number(step)
       entries = paths.tree(step).values()
       saved = time.localtime(max((e.modified for e in entries), default=0))
       before = max((s for s in losses if s <= number), default=None)
@@ -96,24 +81,30 @@ def _list(steps: list[Path]) -> int:
 def _log(workdir: Path) -> dict[int, dict[str, float]]:
   """The numbers of `metrics.jsonl` by step; what was written last counts."""
   path, found = workdir / "metrics.jsonl", {}
-  for line in path.read_text().splitlines() if path.is_file() else ():
+  text = path.read_text(errors="replace") if path.is_file() else ""
+  for line in text.splitlines():
     try:
       values = _numbers(json.loads(line))
       found.setdefault(int(values["step"]), {}).update(values)
-    except (ValueError, KeyError):  # Cut off by a kill.
-      continue
+    except (ValueError, KeyError, OverflowError, RecursionError):
+      continue  # Cut off by a kill, or not ours.
   return found
 
 
 def _numbers(values: Any) -> dict[str, float]:
   """Those that a JSON object holds."""
   pairs = values.items() if isinstance(values, dict) else ()
-  return {k: v for k, v in pairs if isinstance(v, (int, float))}
+  return {
+    k: v
+    for k, v in pairs
+    if isinstance(v, (int, float)) and not isinstance(v, bool)
+  }
 
 
 def _scores(step: Path, logged: dict[str, float]) -> list[str]:
   """What was measured at a step: by evaluations in training, by the one after
   the last step, and the score that `train.keep_best` goes by."""
+  from argenseg_jax.checkpoint import step_number, workdir_of
   from argenseg_jax.evaluation.evaluator import headline
 
   measured: dict[str, dict[str, float]] = {}
@@ -121,13 +112,14 @@ def _scores(step: Path, logged: dict[str, float]) -> list[str]:
     split, _, metric = name.rpartition("/")
     measured.setdefault(split, {})[metric] = value
   measured.pop("", None)
-  workdir = step.parent.parent
-  if _read(workdir / "results.json").get("steps") == int(step.name):
+  workdir = workdir_of(step)
+  if _read(workdir / "results.json").get("steps") == step_number(step):
     results = _read(workdir.parent / "results.json")
-    for split, values in results.get("splits", results).items():
+    splits = results.get("splits", results)
+    for split, values in splits.items() if isinstance(splits, dict) else ():
       measured[split] = _numbers(values)
   said = [f"{k}: {v}" for k, x in measured.items() if (v := headline(x))]
-  kept_by = _read(step / "metrics" / "metrics").get("score")
+  kept_by = _numbers(_read(step / "metrics" / "metrics")).get("score")
   return said if kept_by is None else [*said, f"score {kept_by:.4f}"]
 
 
@@ -135,17 +127,21 @@ def _read(path: Path) -> dict[str, Any]:
   """A JSON object of a file; none where there is no such file."""
   try:
     found = json.loads(path.read_text())
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return {}
   return found if isinstance(found, dict) else {}
 
 
 def _verify(steps: list[Path]) -> int:
+  from argenseg_jax import checkpoint
   from argenseg_jax.checkpoint import manifest
 
   damaged = 0
   for step in steps:
-    faults = manifest.faults(step)
+    faults = manifest.faults(step) or (
+      *manifest.faults_beside(step, checkpoint.beside(step)),
+      *checkpoint.structure_faults(step),
+    )
     damaged += bool(faults)
     print(f"{step}: {'damaged' if faults else 'good'}")
     for fault in faults:

@@ -4,20 +4,21 @@ import contextlib
 import errno
 import importlib
 import os
+import signal
 import sys
 from typing import TextIO
 
 # Command -> what `argenseg --help` says of it; see `module_of`.
 COMMANDS = {
-  "quickstart": "from nothing to a trained model and a picture of what it does",
+  "quickstart": "from nothing to a trained model and an image of what it does",
   "data": "check, show and pack training data",
   "train": "train an image tokenizer or a model from a config",
   "eval": "measure a checkpoint on a data set",
-  "predict": "segment pictures with a checkpoint",
+  "predict": "segment images with a checkpoint",
   "warmup": "compile what predict will need, for later processes too",
   "generate": "draw images for texts",
   "demo": "serve a page in the browser that segments images",
-  "plan": "say what a run needs and costs on hardware that is not here",
+  "plan": "say what a run needs and costs on hardware you do not have",
   "checkpoint": "list, verify, inspect and compare checkpoints",
   "import": "turn PyTorch weights into a checkpoint",
   "export": "turn a checkpoint into PyTorch weights",
@@ -26,7 +27,7 @@ COMMANDS = {
 }
 # Their programs are kept on disk when they are called from a shell.
 _CACHED = ("eval", "predict", "warmup")
-INTERRUPTED = 130  # Exit code after Ctrl-C, as shells have it.
+INTERRUPTED = 128 + signal.SIGINT  # Exit code after Ctrl-C, as shells do.
 _RERUN = "what was written before is as it was. {}, then rerun the same command"
 _SPACE = _RERUN.format("Free up space (or fix the disk)")
 # What the system says -> what to do about it.

@@ -65,12 +65,15 @@ def _evaluate(
   from argenseg_jax.evaluation import metrics_table, resume
   from argenseg_jax.runtime import distributed
 
-  settings = _settings(checkpoint.describe(args.checkpoint), config_flags)
+  settings = _settings(
+    checkpoint.describe(args.adapters or args.checkpoint), config_flags
+  )
   loaded = checkpoint.load(
     args.checkpoint,
     mesh=sharding.make_mesh(settings.mesh),
     dtype=args.dtype,
     weights=args.weights or None,
+    adapters=args.adapters,
   )
   asked = _data_sets(settings.data, settings.eval.splits, args)
   report: dict[str, Any] = {
@@ -147,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
     allow_abbrev=False,
   )
   parser.add_argument("--checkpoint", default="")
+  parser.add_argument(
+    "--adapters",
+    metavar="DIR",
+    help="adapters that were trained on --checkpoint",
+  )
   parser.add_argument(
     "--what",
     choices=("model", "tokenizer"),
@@ -309,7 +317,8 @@ def _measure_model(
 
     evaluation_report.write(
       out / "report.html",
-      title=f"{loaded.path.parent.parent.name} at step {loaded.path.name}",
+      title=f"{checkpoint.workdir_of(loaded.path).name} at step "
+      f"{loaded.path.name}",
       splits=results,
       evaluator=evaluator,
       state=state,

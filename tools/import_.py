@@ -9,6 +9,7 @@ examples:
   argenseg import --from InternVL2_5-8B --vqvae vae_ch160v4096z32.pth \\
       --to runs/start
   argenseg import --from vae_ch160v4096z32.pth --to runs/vae
+  argenseg import --from adapters --base runs/argenseg_8b --to runs/mine
 
 docs/weights.md says what is renamed and how to verify it.
 """
@@ -33,8 +34,14 @@ def main(argv: list[str]) -> int:
   add(
     "--tokenizer",
     metavar="FILE",
-    help="text tokenizer (default: the folder's tokenizer.json); bytes: make "
-    "one that reads any text byte by byte, to try things out",
+    help="tokenizer.json (default: the folder's own, or one made from its "
+    "tokenizer.model, or from vocab.json and merges.txt); bytes: make one that "
+    "reads any text byte by byte, to try things out",
+  )
+  add(
+    "--base",
+    metavar="CHECKPOINT",
+    help="what the adapters of a PEFT folder adapt",
   )
   add(
     "--scales",
@@ -55,15 +62,27 @@ def main(argv: list[str]) -> int:
       scales = tuple(int(side) for side in args.scales.split(","))
     except ValueError:
       parser.error(f"--scales {args.scales!r} is no list like 1,2,3,4")
+  from argenseg_jax.torch_weights import peft_adapters
   from argenseg_jax.torch_weights.importing import (
     conversion_mesh,
     import_weights,
   )
 
+  mesh = conversion_mesh(args.fsdp)
+  if peft_adapters.is_peft(args.source):
+    if not args.base:
+      parser.error(f"{args.source} holds adapters: add --base CHECKPOINT.")
+    count = peft_adapters.import_adapters(
+      args.source, args.target, base=args.base, mesh=mesh
+    )
+    print(f"{args.target}: {count} tensors (adapters).")
+    return 0
+  if args.base:
+    parser.error(f"--base is for adapters, and {args.source} holds none.")
   imported = import_weights(
     args.source,
     args.target,
-    mesh=conversion_mesh(args.fsdp),
+    mesh=mesh,
     vqvae_path=args.vqvae,
     scales=scales,
     text_tokenizer=args.tokenizer,
@@ -77,9 +96,9 @@ def main(argv: list[str]) -> int:
     )
   if imported.task == "mllm" and not imported.text_tokenizer:
     print(
-      "No text tokenizer: train, eval and predict need a tokenizer.json; give "
-      "--tokenizer FILE (docs/weights.md says how to make one), or "
-      "--tokenizer bytes to try things out.",
+      "No text tokenizer: the folder has no tokenizer.json, tokenizer.model or "
+      "vocab.json with merges.txt; train, eval and predict need one, so give "
+      "--tokenizer FILE, or --tokenizer bytes to try things out.",
       file=sys.stderr,
     )
   return 0

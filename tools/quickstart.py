@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 # Minutes that the full recipe takes on two quiet cores; `--minutes` scales the
 # steps of training around it.
 FULL_MINUTES = 14.0
+MOST_MINUTES = 10_000
 
 
 def main(argv: list[str]) -> int:
@@ -16,7 +17,7 @@ def main(argv: list[str]) -> int:
     prog="argenseg quickstart",
     description="Builds ref_shapes, trains the image tokenizer and the "
     "decoder, evaluates, and leaves results.json, checkpoints and reports. "
-    "Interrupted, it goes on where it was.",
+    "Interrupted, the same command resumes.",
     epilog="Example: argenseg quickstart --workdir=runs/quickstart",
   )
   parser.add_argument("--workdir", default="runs/quickstart")
@@ -34,8 +35,10 @@ def main(argv: list[str]) -> int:
   from argenseg_jax.runtime.nan_guard import Diverged
   from argenseg_jax.training import loop, quickstart
 
-  if args.minutes <= 0:
-    raise ConfigError("--minutes must be above 0.")
+  if not 0 < args.minutes <= MOST_MINUTES:
+    raise ConfigError(
+      f"--minutes={args.minutes:g} must be above 0 and at most {MOST_MINUTES}."
+    )
   workdir = paths.disk_path(args.workdir).absolute()
   config = scaled_config(args.seed, args.minutes / FULL_MINUTES)
   config.data.path = str(workdir / "data")
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> int:
     )
   except preemption.Interrupted as stopped:
     print(f"argenseg quickstart: {stopped}", file=sys.stderr)
-    return preemption.INTERRUPTED
+    return stopped.code
   except Diverged as error:
     print(f"argenseg quickstart: {error}", file=sys.stderr)
     return loop.DIVERGED
@@ -98,7 +101,7 @@ def summary(results: dict, workdir: pathlib.Path) -> str:
     f"{total / 60:.1f} minutes",
     "",
     f"Look at {workdir / 'report.html'}.",
-    "Next, segment any picture:",
+    "Next, segment any image:",
     f"  argenseg predict --checkpoint={workdir / 'mllm'} --image=FILE \\",
     '    --text="the red circle" --out=mask.png',
     "or train on your own masks: docs/own_masks.md.",

@@ -12,15 +12,21 @@ from argenseg_jax.runtime import paths
 HELP = """\
 argenseg train --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
   [--coordinator=HOST:PORT --num_processes=N --process_id=I]
-  [--heartbeat_seconds=100] [--accept_changed_data]
+  [--heartbeat_seconds=100] [--start_seconds=300]
+  [--accept_changed_data] [--change_settings]
 
-Trains the tasks of a config in order and goes on where an earlier call stopped;
-data that changed meanwhile are refused unless you accept them.
-configs/base.py explains every key. On several hosts run the same command on
-each, with one --workdir that all see, for example gs://BUCKET/RUN: TPU hosts
-and Slurm tasks find each other, the rest name process 0 and their own number
-(docs/pods.md). When one is silent for --heartbeat_seconds, the others end with
-an error.
+Trains the tasks of a config in order and resumes where an earlier call stopped.
+On resume, what changes no number may differ (logging, saving, workers, remat,
+mesh, accumulate_steps); other data need --accept_changed_data; other steps,
+learning rates, losses and evaluations need --change_settings; the rest is
+refused. configs/base.py explains every key.
+
+On several hosts run the same command on each, with one --workdir that all see,
+for example gs://BUCKET/RUN: TPU hosts and Slurm tasks find each other, the rest
+name process 0 and their own number (docs/pods.md). They wait --start_seconds
+for each other; when one is silent for --heartbeat_seconds, the others end with
+an error. Ctrl-C and SIGTERM save first (exit codes 130 and 3); a second Ctrl-C
+ends at once.
 
 Example, on your own masks (one JSON object a line, see docs/own_masks.md):
   argenseg train --config=configs/own_masks.py --workdir=runs/mine \\
@@ -38,7 +44,9 @@ def main(argv: list[str]) -> int:
   flags.DEFINE_integer("num_processes", 0, "", flag_values=values)
   flags.DEFINE_integer("process_id", -1, "", flag_values=values)
   flags.DEFINE_integer("heartbeat_seconds", 100, "", flag_values=values)
+  flags.DEFINE_integer("start_seconds", 300, "", flag_values=values)
   flags.DEFINE_boolean("accept_changed_data", False, "", flag_values=values)
+  flags.DEFINE_boolean("change_settings", False, "", flag_values=values)
   config = parse(values, argv)
   if not values.workdir:
     raise ConfigError("give a work directory: --workdir=DIR.")
@@ -50,6 +58,7 @@ def main(argv: list[str]) -> int:
     values.num_processes,
     values.process_id,
     values.heartbeat_seconds,
+    values.start_seconds,
   )
   from argenseg_jax.runtime import preemption
   from argenseg_jax.runtime.nan_guard import Diverged
@@ -60,10 +69,11 @@ def main(argv: list[str]) -> int:
       config,
       paths.as_path(values.workdir),
       accept_changed_data=values.accept_changed_data,
+      change_settings=values.change_settings,
     )
   except preemption.Interrupted as stopped:
     print(f"argenseg train: {stopped}", file=sys.stderr)
-    return preemption.INTERRUPTED
+    return stopped.code
   except Diverged as error:
     print(f"argenseg train: {error}", file=sys.stderr)
     return loop.DIVERGED

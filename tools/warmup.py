@@ -50,6 +50,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
   """Options that decide which programs run; `predict` has them too."""
   parser.add_argument("--checkpoint", required=True)
   parser.add_argument(
+    "--adapters",
+    metavar="DIR",
+    help="adapters that were trained on --checkpoint",
+  )
+  parser.add_argument(
     "--answer_prefix",
     metavar="WORDS",
     help="the answer's words, right before its mask; skips generating text "
@@ -85,11 +90,12 @@ def open_predictor(args: argparse.Namespace, *, batch_size: int):
   from argenseg_jax.checkpoint import describe
   from argenseg_jax.inference.predictor import Predictor
 
-  run = describe(args.checkpoint).meta["run"]
+  run = describe(args.adapters or args.checkpoint).meta["run"]
   settings = config_parsing.from_mapping(config_lib.EvalConfig, run["eval"])
   return Predictor.from_checkpoint(
     args.checkpoint,
     dataclasses.replace(settings, batch_size=batch_size),
     bfloat16=args.bfloat16,
     weights=args.weights or None,
+    adapters=args.adapters,
   )

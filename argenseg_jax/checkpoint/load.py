@@ -14,17 +14,19 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from argenseg_jax import config_parsing, sharding
-from argenseg_jax.checkpoint.layout import (
-  CheckpointError,
-  step_directory,
-  text_tokenizer_path,
+from argenseg_jax.checkpoint import layout
+from argenseg_jax.checkpoint.layout import CheckpointError, step_directory
+from argenseg_jax.config import (
+  ConfigError,
+  LoRAConfig,
+  MeshConfig,
+  ModelConfig,
 )
-from argenseg_jax.config import MeshConfig, ModelConfig
 from argenseg_jax.data import text
-from argenseg_jax.models import int8
+from argenseg_jax.models import int8, lora
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.vqvae import VQVAE
-from argenseg_jax.runtime.paths import Path
+from argenseg_jax.runtime.paths import Path, said
 
 FORMAT = 1
 
@@ -37,6 +39,21 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapters:
+  """What a checkpoint of adapters says of them.
+
+  Attributes:
+    base: `lora.fingerprint` of the model that they were trained on.
+    base_path: where it was.
+    lora: their settings.
+  """
+
+  base: str
+  base_path: str
+  lora: LoRAConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class Description:
   """What a step says of itself.
 
@@ -45,12 +62,14 @@ class Description:
     config: sizes of the whole model.
     meta: everything that it says.
     path: its directory.
+    adapters: what it says of its adapters, if it holds nothing else.
   """
 
   task: str
   config: ModelConfig
   meta: dict[str, Any]
   path: Path
+  adapters: Adapters | None = dataclasses.field(default=None, kw_only=True)
 
   @property
   def is_whole(self) -> bool:
@@ -72,7 +91,8 @@ def text_tokenizer(found: Description) -> text.TextTokenizer:
     CheckpointError: there is none beside the checkpoint.
     DataError: it is of another model.
   """
-  path = text_tokenizer_path(found.path)
+  path = layout.text_tokenizer_path(found.path)
+  layout.require_unchanged(found.path, path.name)
   if not path.is_file():
     raise CheckpointError(
       f"checkpoint {found.path} has no text tokenizer; import it again with "
@@ -94,11 +114,20 @@ def describe(path: str | Path) -> Description:
   where = step_directory(path)
   meta = read_meta(where)
   try:
-    config = config_parsing.from_mapping(ModelConfig, meta["model"])
-    task = meta["task"]
+    task, config, adapters = _described(meta)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise _unreadable_meta(where, error) from error
-  return Description(task, config, meta, where)
+  return Description(task, config, meta, where, adapters=adapters)
+
+
+def _described(
+  meta: dict[str, Any],
+) -> tuple[str, ModelConfig, Adapters | None]:
+  config = config_parsing.from_mapping(ModelConfig, meta["model"])
+  adapters = None
+  if meta.get("adapters") is not None:
+    adapters = config_parsing.from_mapping(Adapters, meta["adapters"])
+  return meta["task"], config, adapters
 
 
 def read_meta(step: Path) -> dict[str, Any]:
@@ -126,22 +155,32 @@ def load(
   mesh: Mesh | None = None,
   dtype: DTypeLike = jnp.float32,
   weights: int8.Weights | None = None,
+  adapters: str | Path | None = None,
 ) -> Loaded:
   """Reads the model of a checkpoint, each variable onto its own shards.
 
-  Variables keep the dtype that they were saved in.
+  Variables keep the dtype that they were saved in. A checkpoint of adapters is
+  read onto the base that it was trained on.
 
   Args:
     path: see `step_directory`.
     mesh: all devices along `data` by default.
     dtype: compute dtype of the returned model.
     weights: eight bits for the decoder's weights, for inference only.
+    adapters: a checkpoint of adapters for `path`, the base.
 
   Raises:
-    CheckpointError: no checkpoint there, a leaf that does not fit, or no
-      decoder for `weights`.
+    CheckpointError: no checkpoint there, a leaf that does not fit, adapters of
+      another base, or no decoder for `weights`.
   """
   found = describe(path)
+  if found.adapters is not None:
+    if adapters is not None:
+      raise CheckpointError(
+        f"{found.path} holds adapters; give their base as the checkpoint."
+      )
+    path, adapters = found.adapters.base_path, path
+    found = _base_of(path, found)
   if weights is not None and not found.is_whole:
     raise CheckpointError(
       f"checkpoint {found.path} holds an image tokenizer only; {weights} "
@@ -150,26 +189,133 @@ def load(
   mesh = mesh or sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
   make = model_factory(found.task, found.config, dtype=dtype)
   graph, abstract = nnx.split(nnx.eval_shape(make))
-  shardings = sharding.state_shardings(abstract, mesh)
-  wanted = nnx.to_pure_dict(
-    jax.tree.map(
-      lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-      abstract,
-      shardings,
-    )
-  )
-  stored = stored_tree(found.path / "model")
-  compare(wanted, stored, found.path)
-  saved = _by_name(stored)
-  wanted = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: leaf.update(dtype=saved[_name(path)].dtype), wanted
-  )
-  with ocp.StandardCheckpointer() as reader:
-    values = reader.restore(found.path / "model", wanted)
-  model = nnx.merge(graph, with_values(abstract, values))
+  model: Any = nnx.merge(graph, read_onto(found.path, abstract, mesh))
+  if adapters is not None:
+    return _with_adapters(found, model, describe(adapters), mesh, weights)
   if weights is not None:
     int8.quantize(model.llm, weights)
   return Loaded(found.task, found.config, found.meta, found.path, model)
+
+
+def _base_of(path: str, adapters: Description) -> Description:
+  try:
+    return describe(path)
+  except CheckpointError as error:
+    raise CheckpointError(
+      f"checkpoint {adapters.path} holds adapters for {path}, which cannot be "
+      "opened here; give that base as --checkpoint and these as --adapters "
+      f"({error})"
+    ) from error
+
+
+def _with_adapters(
+  base: Description,
+  model: nnx.Module,
+  found: Description,
+  mesh: Mesh,
+  weights: int8.Weights | None,
+) -> Loaded:
+  """A base with the adapters of another checkpoint, and the parts that were
+  trained in full beside them; settings and text tokenizer are the adapters'.
+  """
+  if found.adapters is None:
+    raise CheckpointError(
+      f"checkpoint {found.path} holds a whole model, not adapters; give it as "
+      "the checkpoint."
+    )
+  refuse_other_base(base.path, lora.fingerprint(nnx.state(model)), found)
+  config = found.adapters.lora
+  graph, state = nnx.split(model)
+  adapted = nnx.eval_shape(
+    lambda state: _adapted(nnx.merge(graph, state), config, None), state
+  )
+  trains = lora.trainable_filter(config, nnx.state(adapted))
+  _, wanted, _ = nnx.split(adapted, trains, ...)
+  values = read_onto(found.path, wanted, mesh)
+  nnx.update(model, lora.without_adapters(values))
+  model = _adapted(model, config, weights)
+  nnx.update(model, values)
+  return Loaded(
+    found.task,
+    base.config,
+    found.meta,
+    found.path,
+    model,
+    adapters=found.adapters,
+  )
+
+
+def _adapted(model, config: LoRAConfig, weights: int8.Weights | None):
+  if weights is not None:
+    int8.quantize(model.llm, weights)
+  lora.adapt(model, config)
+  return model
+
+
+def refuse_other_base(
+  path: str | Path, base: str, adapters: Description
+) -> None:
+  """Raises `CheckpointError` where adapters were trained on another base.
+
+  Args:
+    path: of the checkpoint that is used as the base.
+    base: `lora.fingerprint` of its model.
+    adapters: describes a checkpoint of adapters.
+  """
+  wanted = adapters.adapters
+  if wanted is not None and base != wanted.base:
+    raise CheckpointError(
+      f"checkpoint {adapters.path} holds adapters for another base than "
+      f"{path}: they were trained on {wanted.base_path}; give that one."
+    )
+
+
+def load_adapters(
+  path: str | Path, *, mesh: Mesh
+) -> tuple[Description, nnx.State]:
+  """What a checkpoint of adapters holds, without its base.
+
+  Raises:
+    CheckpointError: no checkpoint of adapters there, or a leaf that does not
+      fit.
+  """
+  found = describe(path)
+  if found.adapters is None:
+    raise CheckpointError(f"checkpoint {found.path} holds no adapters.")
+  wanted = _abstract_state(found.task, found.config, found.adapters)
+  return found, read_onto(found.path, wanted, mesh)
+
+
+def _abstract_state(
+  task: str, config: ModelConfig, adapters: Adapters | None
+) -> nnx.State:
+  """Shapes of what a checkpoint of a model, or of its adapters, holds."""
+  make = model_factory(task, config)
+  if adapters is None:
+    return nnx.state(nnx.eval_shape(make))
+  model = nnx.eval_shape(lambda: _adapted(make(), adapters.lora, None))
+  trains = lora.trainable_filter(adapters.lora, nnx.state(model))
+  _, wanted, _ = nnx.split(model, trains, ...)
+  return wanted
+
+
+def read_onto(step: Path, wanted: nnx.State, mesh: Mesh) -> nnx.State:
+  """A step's variables on their shards, in the dtypes that they were saved in.
+
+  Raises:
+    CheckpointError: they are not those of `wanted`, or of other shapes.
+  """
+  shardings = sharding.state_shardings(wanted, mesh)
+  abstract = nnx.to_pure_dict(sharding.placed(wanted, shardings))
+  stored = stored_tree(step / "model")
+  compare(abstract, stored, step)
+  saved = _by_name(stored)
+  abstract = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaf.update(dtype=saved[_name(path)].dtype), abstract
+  )
+  with ocp.StandardCheckpointer() as reader:
+    values = reader.restore(step / "model", abstract)
+  return with_values(wanted, values)
 
 
 def stored_variables(step: Path) -> dict[str, Any]:
@@ -216,9 +362,38 @@ def model_factory(
 
 
 def stored_tree(item: Path) -> Any:
-  """Shapes and dtypes of an item on disk."""
-  with ocp.StandardCheckpointer() as reader:
-    return reader.metadata(item).item_metadata.tree
+  """Shapes and dtypes of an item on disk.
+
+  Raises:
+    CheckpointError: nothing there can be restored.
+  """
+  try:
+    with ocp.StandardCheckpointer() as reader:
+      return reader.metadata(item).item_metadata.tree
+  except (OSError, ValueError, KeyError, AttributeError) as error:
+    raise CheckpointError(
+      f"checkpoint {item.parent} cannot be restored: files of its "
+      f"{item.name!r} are missing or damaged ({said(error)})."
+    ) from error
+
+
+def structure_faults(step: Path) -> tuple[str, ...]:
+  """Why a step cannot be restored, whatever its manifest says; empty if it can.
+
+  Compares names and shapes with the model that its meta data describe, without
+  reading arrays.
+  """
+  try:
+    meta = read_meta(step)
+    wanted = nnx.to_pure_dict(_abstract_state(*_described(meta)))
+    compare(wanted, stored_tree(step / "model"), step)
+    if (step / "optimizer").exists():
+      stored_tree(step / "optimizer")
+  except (CheckpointError, ConfigError) as error:
+    return (str(error),)
+  except (KeyError, TypeError, ValueError) as error:
+    return (str(_unreadable_meta(step, error)),)
+  return ()
 
 
 def with_values(state: nnx.State, values: dict[str, Any]) -> nnx.State:

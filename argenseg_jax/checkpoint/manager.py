@@ -2,8 +2,11 @@
 
 import contextlib
 import errno
+import functools
+import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from argenseg_jax.checkpoint import manifest
+from argenseg_jax.checkpoint import layout, manifest
 from argenseg_jax.checkpoint.layout import (
   DAMAGED,
   CheckpointError,
@@ -28,7 +31,31 @@ from argenseg_jax.checkpoint.load import (
 )
 from argenseg_jax.runtime import distributed, paths
 
-_FULL = os.strerror(errno.ENOSPC)
+# What a file system says when it takes no more, wherever that stands in the
+# errors of Orbax and TensorStore.
+_REASONS = tuple(
+  os.strerror(number)
+  for number in (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EIO),
+  )
+)
+
+
+@functools.cache  # Once.
+def _leave_failures_to_us() -> None:
+  """A failed save is one sentence of ours. Orbax logs a traceback for each
+  array, TensorStore prints one for each answer that finds its loop closed."""
+  logging.getLogger("absl").addFilter(
+    lambda record: "orbax" not in record.pathname
+  )
+  before = sys.excepthook
+
+  def hook(kind, error, trace) -> None:
+    if kind is not RuntimeError or str(error) != "Event loop is closed":
+      before(kind, error, trace)
+
+  sys.excepthook = hook
 
 
 class _Manager(ocp.CheckpointManager):
@@ -66,15 +93,21 @@ class Checkpoints:
     concurrent_gb: float = 96,
   ):
     workdir = paths.absolute(paths.as_path(workdir))
-    self.directory = workdir / "checkpoints"
+    if "\\" in str(workdir):  # TensorStore would write elsewhere.
+      raise CheckpointError(
+        f"checkpoints cannot be kept in {workdir}: give a path without "
+        "backslashes."
+      )
+    _leave_failures_to_us()
+    self.directory = layout.steps_directory(workdir)
     self._manager = _Manager(
       self.directory,
       item_handlers={
         "model": ocp.StandardCheckpointHandler(
-          save_concurrent_gb=concurrent_gb
+          save_concurrent_gb=concurrent_gb  # pyright: ignore[reportArgumentType]
         ),
         "optimizer": ocp.StandardCheckpointHandler(
-          save_concurrent_gb=concurrent_gb
+          save_concurrent_gb=concurrent_gb  # pyright: ignore[reportArgumentType]
         ),
         "meta": ocp.JsonCheckpointHandler(),
       },
@@ -129,7 +162,7 @@ class Checkpoints:
     the step gets its final name."""
     for directory in self.directory.iterdir():
       if directory.name.split(".")[0] == str(self._saving):
-        manifest.sign(directory)
+        manifest.sign(directory, layout.beside(directory))
 
   def save(
     self,
@@ -156,12 +189,14 @@ class Checkpoints:
       items["optimizer"] = ocp.args.StandardSave(_flat(optimizer))
     self.wait()  # `_sign` of the last save has run.
     self._saving = step
-    scored = score is not None and math.isfinite(score)
+    metrics = None
+    if score is not None and math.isfinite(score):
+      metrics = {"score": float(score)}
     with self._writing():
       self._manager.save(
         step,
         args=ocp.args.Composite(**items),
-        metrics={"score": float(score)} if scored else None,
+        metrics=metrics,
       )
 
   def restore(
@@ -194,9 +229,9 @@ class Checkpoints:
         meta=ocp.args.JsonRestore(),
       ),
     )
-    leaves = list(restored.optimizer.values())
+    leaves = list(restored["optimizer"].values())
     optimizer = jax.tree.unflatten(jax.tree.structure(optimizer), leaves)
-    return with_values(model, restored.model), optimizer, restored.meta
+    return with_values(model, restored["model"]), optimizer, restored["meta"]
 
   def wait(self) -> None:
     """Blocks until running saves are on disk.
@@ -217,12 +252,11 @@ class Checkpoints:
       yield
     except Exception as error:  # Orbax and TensorStore have kinds of their own.
       said = str(error).strip() or type(error).__name__
-      if _FULL in said:
-        said = _FULL
+      said = next((reason for reason in _REASONS if reason in said), said)
       raise CheckpointError(
         f"cannot write checkpoint {self.directory / str(self._saving)}: "
         f"{said.splitlines()[0].rstrip('.')}; earlier ones are as they were. "
-        "Make room or mend the disk and start again."
+        "Free up space (or fix the disk), then rerun the same command."
       ) from error
 
 
@@ -232,7 +266,7 @@ def _score(metrics: Any) -> float:
 
 def _retention(keep: int, keep_every: int, keep_best: int):
   policy = ocp.checkpoint_managers
-  policies = [policy.LatestN(keep)]
+  policies: list[Any] = [policy.LatestN(keep)]
   if keep_every:
     policies.append(policy.EveryNSteps(keep_every))
   if keep_best:

@@ -12,7 +12,7 @@ import contextvars
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from argenseg_jax.runtime import paths
 from argenseg_jax.runtime.paths import Path
@@ -35,8 +35,13 @@ def unverified() -> Iterator[None]:
     _trusting.reset(token)
 
 
-def sign(step: Path) -> None:
-  """Writes the manifest of a step directory; replaces it atomically."""
+def sign(step: Path, beside: Mapping[str, Path] | None = None) -> None:
+  """Writes the manifest of a step directory; replaces it atomically.
+
+  Args:
+    step: the directory.
+    beside: files outside it that it needs, by name.
+  """
   found = _files(step)
   unread = [name for name, entry in found.items() if not entry.md5]
   with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
@@ -49,7 +54,28 @@ def sign(step: Path) -> None:
     name: {"bytes": entry.size} | hashes.get(name, {"md5": entry.md5})
     for name, entry in found.items()
   }
-  paths.write_whole(step / MANIFEST, json.dumps({"files": entries}, indent=1))
+  others = {n: _digest(path, "sha256") for n, path in (beside or {}).items()}
+  content = {"files": entries, "beside": others}
+  paths.write_whole(step / MANIFEST, json.dumps(content, indent=1))
+
+
+def faults_beside(step: Path, beside: Mapping[str, Path]) -> tuple[str, ...]:
+  """Which files outside a step directory are no longer those that it was signed
+  with. One that is not there is no fault: a step may be copied alone."""
+  if _trusting.get():
+    return ()
+  try:
+    signed = json.loads((step / MANIFEST).read_text()).get("beside", {})
+    digests = {str(name): str(digest) for name, digest in signed.items()}
+  except FileNotFoundError:
+    return ()
+  except (OSError, ValueError, AttributeError, RecursionError):
+    return (f"{MANIFEST} is unreadable",)
+  return tuple(
+    f"{name} beside it has changed"
+    for name, path in sorted(beside.items())
+    if name in digests and not _is(path, "sha256", digests[name])
+  )
 
 
 def faults(step: Path, *, contents: bool = True) -> tuple[str, ...]:
@@ -122,4 +148,7 @@ def _is(path: Path, kind: str, digest: str) -> bool:
 
 def _digest(path: Path, kind: str) -> str:
   with path.open("rb") as file:
-    return hashlib.file_digest(file, kind).hexdigest()
+    content = hashlib.new(kind)
+    while block := file.read(1 << 20):
+      content.update(block)
+    return content.hexdigest()

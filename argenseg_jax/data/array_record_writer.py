@@ -19,6 +19,8 @@ from argenseg_jax.data import beam_writer
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources import array_record
 from argenseg_jax.data.sources.sample import Source
+from argenseg_jax.data.worker_signals import leave_ctrl_c_to_main
+from argenseg_jax.runtime import lock, paths
 from argenseg_jax.runtime.paths import disk_path
 
 _NAME = "packed"
@@ -65,6 +67,31 @@ def build(
   if folder.exists():
     raise DataError(f"{folder} exists; give another folder or remove it.")
   work = folder.with_name(f"{folder.name}.incomplete")
+  with lock.owned(work):  # Two builds would ruin each other's shards.
+    return _build(
+      sources,
+      folder,
+      work,
+      records_per_shard,
+      workers,
+      max_bad_share,
+      resizing,
+      beam,
+      on_progress,
+    )
+
+
+def _build(
+  sources,
+  folder,
+  work,
+  records_per_shard,
+  workers,
+  max_bad_share,
+  resizing,
+  beam,
+  on_progress,
+) -> dict[str, Built]:
   plan = {split: source.fingerprint for split, source in sources.items()}
   sizes = resizing and resizing._asdict()
   settings = {"records_per_shard": records_per_shard, "resizing": sizes}
@@ -106,15 +133,17 @@ def build(
 
 def _begin(work: pathlib.Path, plan: dict[str, Any]) -> None:
   note = work / _PLAN
-  if note.is_file():
-    if json.loads(note.read_text()) != plan:
-      raise DataError(
-        f"{work} holds an interrupted build of other data or with another "
-        "number of records a shard or size of images; remove it."
-      )
-    return
-  work.mkdir(parents=True, exist_ok=True)
-  _write(note, json.dumps(plan).encode())
+  found = paths.read_json(note)
+  if found is None:  # Nothing, or a plan cut off: whose shards are unknown.
+    for left in work.iterdir():
+      if left.name != lock.NAME:
+        left.unlink()
+    _write(note, json.dumps(plan).encode())
+  elif found != plan:
+    raise DataError(
+      f"{work} holds an interrupted build of other data or with another "
+      "number of records a shard or size of images; remove it."
+    )
 
 
 def _run(sources, given: tuple, jobs, workers: int):
@@ -144,6 +173,7 @@ _sources: dict[str, Source] = {}  # Of a worker process.
 
 
 def _set_sources(sources: dict[str, Source]) -> None:
+  leave_ctrl_c_to_main()
   _sources.update(sources)
 
 
@@ -155,7 +185,7 @@ def _write_with_beam(sources, work, resizing, jobs, options: str) -> None:
   """Writes what is missing, so that the rest of the build finds it."""
 
   def missing():
-    return [job for job in jobs if not _shard(work, *job[:2])[1].is_file()]
+    return [job for job in jobs if _written(work, *job[:2]) is None]
 
   def write(job):
     _write_shard(sources[job[0]], work, resizing, *job)
@@ -176,6 +206,17 @@ def _shard(
   return path, path.with_suffix(".json")
 
 
+def _written(
+  work: pathlib.Path, split: str, number: int
+) -> dict[str, Any] | None:
+  """What a complete shard holds; None where its file or note is not whole."""
+  path, note = _shard(work, split, number)
+  found = paths.read_json(note)
+  if found is None or not path.is_file():
+    return None
+  return found if found.get("file_bytes") == path.stat().st_size else None
+
+
 def _write_shard(
   source: Source,
   work: pathlib.Path,
@@ -186,9 +227,9 @@ def _write_shard(
   stop: int,
 ) -> dict[str, Any]:
   """Writes records first..stop-1, unless they are there; what they are."""
+  if (written := _written(work, split, number)) is not None:
+    return written
   path, note = _shard(work, split, number)
-  if note.is_file() and path.is_file():
-    return json.loads(note.read_text())
   from array_record.python.array_record_module import ArrayRecordWriter
 
   serialize, content = _serializer(), hashlib.sha256()
@@ -214,6 +255,7 @@ def _write_shard(
   writer.close()
   partial.rename(path)
   shard = {
+    "file_bytes": path.stat().st_size,
     "records": records,
     "bytes": num_bytes,
     "faults": faults,
@@ -289,6 +331,7 @@ def _finish(work, folder, plan, sizes, shards: dict[str, list[dict]]) -> None:
     for left in work.glob(f"{split}-*"):
       left.unlink()
   (work / _PLAN).unlink()
+  (work / lock.NAME).unlink()  # It is still held, without a name.
   shutil.move(work, folder)
 
 

@@ -14,6 +14,7 @@ from argenseg_jax.config_parsing import to_dict
 from argenseg_jax.data import chat, text, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, Source, Turn
+from argenseg_jax.data.worker_signals import leave_ctrl_c_to_main
 from argenseg_jax.types import Batch
 
 # In an answer: what the source calls the target.
@@ -95,6 +96,10 @@ class RowMaker:
 
   def __getstate__(self):
     return {**self.__dict__, "_cache": {}, "_cached_samples": {}}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    leave_ctrl_c_to_main()  # Workers get their rows so.
 
   @property
   def fingerprint(self) -> str:

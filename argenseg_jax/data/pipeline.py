@@ -72,6 +72,10 @@ class TrainIterator:
     return self._step
 
   @property
+  def global_batch_size(self) -> int:
+    return self._global_batch_size
+
+  @property
   def num_bad_records(self) -> int:
     """Different bad records seen by this iterator."""
     return len(self._bad)

@@ -26,7 +26,6 @@ from argenseg_jax.inference.segment import (
   seg_mask_at_size,
   to_uint8,
 )
-from argenseg_jax.kernels import dispatch
 from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
 from argenseg_jax.models.llm import KVCache
 from argenseg_jax.types import Array
@@ -59,6 +58,7 @@ class Engine:
     self.num_codes = self.config.vqvae.codes_per_mask
     self.tokenizer = checkpoint.text_tokenizer(loaded)
     self.shares_prefixes = not loaded.config.bidirectional_prompt
+    loaded.model.prepare_to_generate()
     graph, state = nnx.split(loaded.model)
     self._state = _in_bfloat16(state) if bfloat16 else state
     # Two threads never compile the same program.
@@ -86,8 +86,7 @@ class Engine:
     @jax.jit
     def begin(state, tokens, vision):
       model = nnx.merge(graph, state)
-      if dispatch.target().platform == "cpu":
-        model.unstack()
+      model.prepare_to_generate()
       return prefill_prefix(model, tokens, vision)
 
     @jax.jit

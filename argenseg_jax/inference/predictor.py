@@ -75,6 +75,7 @@ class Predictor:
     bfloat16: bool = False,
     mesh: Mesh | None = None,
     weights: int8.Weights | None = None,
+    adapters: str | pathlib.Path | None = None,
   ) -> "Predictor":
     """Opens a checkpoint; see `checkpoint.load` for what may go wrong.
 
@@ -82,10 +83,12 @@ class Predictor:
       path: of a work directory or a checkpoint in it.
       settings, bfloat16: see the class.
       mesh: devices that share the work; all along `data` by default.
-      weights: see `checkpoint.load`.
+      weights, adapters: see `checkpoint.load`.
     """
     dtype = jnp.bfloat16 if bfloat16 else jnp.float32
-    loaded = checkpoint.load(path, mesh=mesh, dtype=dtype, weights=weights)
+    loaded = checkpoint.load(
+      path, mesh=mesh, dtype=dtype, weights=weights, adapters=adapters
+    )
     return cls(loaded, settings, bfloat16=bfloat16)
 
   def set_image(self, image: AnyImage) -> "Picture":

@@ -12,7 +12,6 @@ from PIL import Image
 from argenseg_jax.config import EvalConfig
 from argenseg_jax.data import transforms
 from argenseg_jax.inference.generate import generate
-from argenseg_jax.kernels import dispatch
 from argenseg_jax.models.argenseg import (
   ARGenSeg,
   normalize_images,
@@ -66,8 +65,7 @@ def answer_batch(
     flat = normalize_seg_masks(past_seg_masks)
     flat = flat.reshape(b * m, *flat.shape[2:])
     past_codes = model.vqvae.encode(flat).reshape(b, m, -1)
-  if dispatch.target().platform == "cpu":
-    model.unstack()
+  model.prepare_to_generate()
   if images is not None and images.shape[1]:
     vision = model.vision_embeddings(normalize_images(images))
   elif vision is not None:

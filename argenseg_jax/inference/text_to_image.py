@@ -15,7 +15,6 @@ from argenseg_jax.data import chat
 from argenseg_jax.inference.generate import generate
 from argenseg_jax.inference.prompts import left_pad
 from argenseg_jax.inference.segment import to_uint8
-from argenseg_jax.kernels import dispatch
 from argenseg_jax.models.argenseg import ARGenSeg
 
 
@@ -43,13 +42,13 @@ def draw_images(
   twins = [""] * len(texts) if guidance else []
   prompts = [_prompt(tokenizer, data, words) for words in (*texts, *twins)]
   tokens, valid = left_pad(prompts, tokenizer.token_ids.pad)
+  loaded.model.prepare_to_generate()
   graph, state = nnx.split(loaded.model)
 
   @jax.jit
   def run(state, tokens, valid):
     model = nnx.merge(graph, state)
-    if dispatch.target().platform == "cpu":
-      model.unstack()
+    model.prepare_to_generate()
     found = generate(
       model,
       tokens=tokens,

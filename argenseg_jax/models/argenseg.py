@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from argenseg_jax.config import ModelConfig
+from argenseg_jax.kernels import dispatch
 from argenseg_jax.models import layers
 from argenseg_jax.models.llm import Decoder
 from argenseg_jax.models.vit import VisionEncoder
@@ -112,6 +113,17 @@ class ARGenSeg(nnx.Module):
     if self.vision.tower.layers is not None:
       self.vision.tower.layers = layers.unstack(self.vision.tower.layers)
     self.llm.layers = layers.unstack(self.llm.layers)
+
+  def prepare_to_generate(self) -> None:
+    """Takes the layers apart where passes over a stack would copy its weights.
+
+    Call it before the state becomes a program's input, and inside the program:
+    on a GPU a slice of an input is a copy, too. A CPU waits for the program,
+    where slices cost nothing.
+    """
+    traced = isinstance(self.llm.norm.scale[...], jax.core.Tracer)
+    if dispatch.copies_stacks() and (traced or dispatch.copies_slices()):
+      self.unstack()
 
   @property
   def code_head(self) -> Float[Array, "codes d"]:

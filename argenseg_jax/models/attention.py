@@ -1,13 +1,14 @@
 """Softmax attention with grouped queries, and what each query sees.
 
-Two programs give the same numbers. `attend` has the scores of all queries in
+Three programs give the same numbers. `attend` has the scores of all queries in
 memory at once. `attend_in_tiles` has those of some queries and keys at a time,
 and computes them again for the gradient, as FlashAttention does (arXiv
 2205.14135): on a CPU a tile stays in the cache, and tiles that no query sees
-are left out. TPUs have `flash`.
+are left out. GPUs have `attend_by_library`, TPUs `splash_attention`.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from argenseg_jax.kernels import dispatch
 from argenseg_jax.kernels.products import even_blocks
 
+# Of all rows and heads; cuDNN won from there on (docs/benchmarks.md).
+MIN_LIBRARY_SCORES = 2**24
 _MIN_SCORES = 2**22  # Of all rows and heads; fewer stay in the cache anyway.
 _TILE = 2**20  # Scores of all rows and heads: 4 MiB.
 _SIDES = 64, 256  # Fewest and most queries or keys of a tile.
@@ -111,11 +114,53 @@ def attender(
     visible: what is seen; None is everything.
     rows, heads, queries, keys: how many there are.
   """
+  if _library_takes(rows * heads * queries * keys):
+    return functools.partial(attend_by_library, visible=visible)
   on_cpu = dispatch.target().platform == "cpu" and not dispatch.partitioned()
   if on_cpu and rows * heads * queries * keys >= _MIN_SCORES:
     return functools.partial(attend_in_tiles, visible=visible)
   mask = None if visible is None else attention_mask(*visible)
   return functools.partial(attend, mask=mask)
+
+
+def _library_takes(scores: int) -> bool:
+  on_gpu = dispatch.target().platform == "gpu" and not dispatch.partitioned()
+  return on_gpu and scores >= MIN_LIBRARY_SCORES
+
+
+def attend_by_library(
+  queries: Float[Array, "b t heads hd"],
+  keys: Float[Array, "b s kv hd"],
+  values: Float[Array, "b s kv hd"],
+  visible: Visible | None = None,
+) -> Float[Array, "b t heads hd"]:
+  """`attend` by cuDNN, which keeps no scores; the plain form where it refuses.
+
+  It takes even lengths only, so odd ones are padded.
+  """
+  t, s = queries.shape[1], keys.shape[1]
+  mask = None if visible is None else attention_mask(*visible)
+  even_q = _padded(queries, t + t % 2)
+  even_k, even_v = (_padded(x, s + s % 2) for x in (keys, values))
+  options = {}
+  if mask is not None:
+    width = ((0, 0), (0, t % 2), (0, s % 2))
+    options["mask"] = jnp.pad(mask, width)[:, None]
+  elif s % 2:
+    options["key_value_seq_lengths"] = jnp.full(len(keys), s, jnp.int32)
+  try:
+    out = jax.nn.dot_product_attention(
+      even_q, even_k, even_v, implementation="cudnn", **options
+    )
+  except (NotImplementedError, RuntimeError, ValueError) as error:
+    _say_once(f"attention keeps all scores in memory: cuDNN refuses, {error}")
+    return attend(queries, keys, values, mask)
+  return out[:, :t]
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+  logging.getLogger(__name__).warning(text)
 
 
 def attend_in_tiles(

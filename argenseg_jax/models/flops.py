@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from argenseg_jax.config import (
   LLMConfig,
+  LoRAConfig,
   ModelConfig,
   StageConfig,
   VisionConfig,
@@ -69,6 +70,7 @@ def training_passes(
   stage: StageConfig,
   *,
   constant: tuple[str, ...] = (),
+  adapters: LoRAConfig | None = None,
 ) -> Iterator[Pass]:
   """How often each product of one row is run in a training step.
 
@@ -76,11 +78,18 @@ def training_passes(
     products: of the forward pass, in the order that gradients come from.
     stage: frozen parts and remat.
     constant: parts that pass no gradient and get none, whatever is frozen.
+    adapters: if they train instead of the weights; their own products, a
+      hundredth at rank 16 and width 4,096, are left out.
   """
   frozen = (*stage.optimizer.frozen, *constant)
   gradient = False  # Whether something before this product trains.
   for product in products:
     trains = product.weights and not _is_under(product.part, frozen)
+    if adapters is not None:
+      trains = product.weights and _is_under(product.part, adapters.train)
+      gradient = gradient or (
+        product.weights and _has_adapters(product.part, adapters)
+      )
     passes = 1 + gradient + (trains if product.weights else gradient)
     gradient = gradient or trains
     kept = stage.train.remat == "none" or (
@@ -97,9 +106,12 @@ def train_step(
   stage: StageConfig,
   *,
   constant: tuple[str, ...] = (),
+  adapters: LoRAConfig | None = None,
 ) -> Step:
   """FLOPs of a step over the global batch; arguments as `training_passes`."""
-  passes = list(training_passes(products, stage, constant=constant))
+  passes = list(
+    training_passes(products, stage, constant=constant, adapters=adapters)
+  )
   rows = stage.train.global_batch_size
   return Step(
     rows * sum(p.product.flops * p.model for p in passes),
@@ -114,6 +126,7 @@ def hbm_bytes(
   parts: int,
   fsdp: int,
   constant: tuple[str, ...] = (),
+  adapters: LoRAConfig | None = None,
 ) -> Number:
   """Bytes that one device reads and writes in a step, at least.
 
@@ -122,7 +135,7 @@ def hbm_bytes(
   weights and moments, and reads gradients, in float32.
 
   Args:
-    products, stage, constant: as in `training_passes`.
+    products, stage, constant, adapters: as in `training_passes`.
     parts: into how many the batch is split.
     fsdp: into how many the parameters are split.
   """
@@ -131,7 +144,7 @@ def hbm_bytes(
   rows = stage.train.global_batch_size / parts
   total = 0.0
   for product, passes, again, trains in training_passes(
-    products, stage, constant=constant
+    products, stage, constant=constant, adapters=adapters
   ):
     times = passes + again
     operands = product.m * product.k * product.count * rows
@@ -145,6 +158,12 @@ def hbm_bytes(
     else:
       total += width * times * operands
   return total
+
+
+def _has_adapters(part: str, adapters: LoRAConfig) -> bool:
+  return any(
+    target.startswith(("*", f"{part}.")) for target in adapters.targets
+  )
 
 
 def _is_under(part: str, prefixes: tuple[str, ...]) -> bool:

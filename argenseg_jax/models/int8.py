@@ -18,6 +18,10 @@ from argenseg_jax.models.llm import Decoder
 Weights = Literal["int8", "float8_e4m3fn"]
 
 
+class Scale(nnx.Param):
+  """Float32 scales of eight-bit numbers; they are used as they are."""
+
+
 class QuantizedLinear(nnx.Module):
   """y = (x kernel) * scale + bias, with an eight-bit kernel [in out].
 
@@ -31,7 +35,7 @@ class QuantizedLinear(nnx.Module):
     axes = linear.kernel.get_metadata("axes")
     kernel, scale = eight_bits(linear.kernel[...], -2, weights)
     self.kernel = nnx.Param(kernel, axes=axes)
-    self.scale = nnx.Param(scale, axes=(*axes[:-2], axes[-1]))
+    self.scale = Scale(scale, axes=(*axes[:-2], axes[-1]))
     self.bias = linear.bias
 
   def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
@@ -67,7 +71,7 @@ def quantize(llm: Decoder, weights: Weights) -> None:
   table = llm.embedding if llm.untied_head is None else llm.untied_head
   axes = table.get_metadata("axes")
   rows, scale = eight_bits(table[...], -1, weights)
-  llm.head_scale = nnx.data(nnx.Param(scale, axes=axes[:1]))
+  llm.head_scale = nnx.data(Scale(scale, axes=axes[:1]))
   table = nnx.Param(rows, axes=axes)
   if llm.untied_head is None:
     llm.embedding = table

@@ -268,16 +268,26 @@ def first_of(stacked: nnx.Pytree, count: int) -> nnx.Pytree:
 def unstack(stacked: nnx.Pytree) -> nnx.Pytree:
   """The layers of `stack` one by one, for `layer_scan`.
 
-  A CPU copies the layer that a loop cuts out of a stack, each time it runs.
+  See `dispatch.copies_stacks` for where that is worth it.
   """
   if isinstance(stacked, nnx.List):
     return stacked
   graph, state = nnx.split(stacked)
-  depth = jax.tree.leaves(state)[0].shape[0]
+  leaves, tree = jax.tree.flatten(state)
   return nnx.List(
-    nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state))
-    for i in range(depth)
+    nnx.merge(graph, tree.unflatten([_layer(x, i) for x in leaves]))
+    for i in range(leaves[0].shape[0])
   )
+
+
+def _layer(x: Array, i: int) -> Array:
+  """x[i]; outside of programs, all layers of a stack share a compiled one."""
+  return x[i] if isinstance(x, jax.core.Tracer) else _dynamic_layer(x, i)
+
+
+@jax.jit
+def _dynamic_layer(x: Array, i: Int[Array, ""]) -> Array:
+  return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
 def layer_scan(

@@ -98,12 +98,15 @@ def compile_training(config: RunConfig, name: str, mesh: Mesh) -> Program:
   sharding.check_hosts(mesh, stage.train.global_batch_size)
   model = initialize.model_config(config, config.init_from)
   described = train_state.describe(
-    *_abstract_model(task.model, stage.train, model),
+    *nnx.split(
+      nnx.eval_shape(initialize.constructor(config, name, task.model, model))
+    ),
     stage,
     num_codes=model.vqvae.num_codes,
     mesh=mesh,
+    adapters=config.adapters(name),
   )
-  graph, optimizer, state = described
+  graph, optimizer, state, _ = described
   rows = sharding.batch_sharding(mesh)
   batch = abstract_batch(config, model, task)
   batch = sharding.placed(batch, jax.tree.map(lambda _: rows, batch))
@@ -330,7 +333,8 @@ def _times(
   stage, data = config.stage(task.name), task.data(config.data)
   train = stage.train
   products = tuple(task.products(model, data))
-  count = flops.train_step(products, stage, constant=task.constant)
+  kinds = {"constant": task.constant, "adapters": config.adapters(task.name)}
+  count = flops.train_step(products, stage, **kinds)
   result: dict[str, Any] = {
     "model_flops": count.model,
     "recomputed_flops": count.recomputed,
@@ -348,7 +352,7 @@ def _times(
       stage,
       parts=sharding.num_shards(mesh),
       fsdp=mesh.shape["fsdp"],
-      constant=task.constant,
+      **kinds,
     )
     / (chip.bandwidth / chip.devices),
     # A chip's links carry half of their rate in each direction.

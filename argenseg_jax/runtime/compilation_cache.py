@@ -4,6 +4,7 @@ import hashlib
 import os
 import pathlib
 import platform
+from typing import Any
 
 import jax
 
@@ -19,11 +20,15 @@ def enable() -> pathlib.Path | None:
     The directory in use; None without one.
   """
   asked = os.environ.get(SWITCH, "")
-  if jax.config.jax_compilation_cache_dir:
-    return pathlib.Path(jax.config.jax_compilation_cache_dir)
+  settings: Any = jax.config  # JAX declares none of its own.
+  if in_use := settings.jax_compilation_cache_dir:
+    return pathlib.Path(in_use)
   if asked.lower() in ("off", "0"):
     return None
-  directory = pathlib.Path(asked) if asked else _usual_directory()
+  try:
+    directory = pathlib.Path(asked) if asked else _usual_directory()
+  except RuntimeError:  # Neither HOME nor an entry for this user: no cache.
+    return None
   # JAX itself makes the directory and warns where it cannot.
   jax.config.update("jax_compilation_cache_dir", str(directory))
   return directory

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import math
 import os
+from typing import Any
 
 import jax
 
@@ -33,7 +34,8 @@ def use_all_cores(config: RunConfig) -> None:
     _mallopt(option, value)
   mesh = config.mesh
   is_free = mesh.data == -1 and mesh.fsdp == mesh.tensor == 1
-  is_set = jax.config.jax_num_cpu_devices > 0 or (
+  settings: Any = jax.config  # JAX declares none of its own.
+  is_set = settings.jax_num_cpu_devices > 0 or (
     "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   )
   if is_set or not is_free:

@@ -1,9 +1,15 @@
 """Several processes, one a host: how they start, agree and write."""
 
+import contextlib
+import errno
 import glob
 import importlib.util
 import json
 import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from argenseg_jax.config import ConfigError
+from argenseg_jax.runtime import paths
 
 
 def initialize(
@@ -18,6 +25,7 @@ def initialize(
   num_processes: int = 0,
   process_id: int = -1,
   heartbeat_seconds: int = 100,
+  start_seconds: int = 300,
 ) -> None:
   """Joins the other processes of a run; does nothing for a single one.
 
@@ -30,15 +38,22 @@ def initialize(
     num_processes: of the run.
     process_id: of this one, from 0.
     heartbeat_seconds: the others end when one has been silent for so long.
+    start_seconds: how long to wait for the others.
 
   Raises:
-    config.ConfigError: only some of the arguments are given, or no second is.
+    config.ConfigError: only some of the arguments are given, or no second is;
+      the processes do not find each other.
   """
-  if heartbeat_seconds < 1:
-    raise ConfigError(
-      f"--heartbeat_seconds={heartbeat_seconds} must be 1 or more."
-    )
-  patience = {"heartbeat_timeout_seconds": heartbeat_seconds}
+  for flag, seconds in (
+    ("heartbeat_seconds", heartbeat_seconds),
+    ("start_seconds", start_seconds),
+  ):
+    if seconds < 1:
+      raise ConfigError(f"--{flag}={seconds} must be 1 or more.")
+  patience: dict[str, Any] = {
+    "heartbeat_timeout_seconds": heartbeat_seconds,
+    "initialization_timeout": start_seconds + _LATER,
+  }
   given = (bool(coordinator), num_processes > 0, process_id >= 0)
   if any(given):
     if not all(given) or process_id >= num_processes or ":" not in coordinator:
@@ -46,11 +61,69 @@ def initialize(
         "give --coordinator=HOST:PORT, --num_processes=N and --process_id=I "
         "with I below N together."
       )
-    jax.distributed.initialize(
-      coordinator, num_processes, process_id, **patience
-    )
-  elif in_cluster():
-    jax.distributed.initialize(**patience)
+    port = coordinator.rpartition(":")[2]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+      raise ConfigError(
+        f"--coordinator={coordinator} needs a port from 1 to 65535 behind the "
+        "colon."
+      )
+    if process_id == 0:
+      _require_free(int(port))
+    patience |= {
+      "coordinator_address": coordinator,
+      "num_processes": num_processes,
+      "process_id": process_id,
+    }
+  elif not in_cluster():
+    return
+  try:
+    with _ended_after(start_seconds):
+      jax.distributed.initialize(**patience)
+  except Exception as error:  # Each kind of cluster has errors of its own.
+    reason = f"{type(error).__name__}: {paths.said(error)}"
+    raise ConfigError(_NOT_MET.format(reason)) from error
+
+
+_LATER = 60  # Seconds after which JAX would abort, without a sentence.
+_NOT_MET = (
+  "the processes of this run did not find each other ({}); see that every host "
+  "runs the same command with its own number, reaches the coordinator's port "
+  "and has all variables of its cluster (such as SLURM_*), or give "
+  "--coordinator, --num_processes and --process_id, or more --start_seconds."
+)
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: int) -> Iterator[None]:
+  """Ends the process with a sentence where its body takes longer: JAX waits in
+  C, and ends with a dump of its stack."""
+  met = threading.Event()
+
+  def watch() -> None:
+    if not met.wait(seconds):
+      reason = f"one did not come within {seconds} s"
+      print(f"argenseg: {_NOT_MET.format(reason)}", file=sys.stderr, flush=True)
+      os._exit(2)
+
+  threading.Thread(target=watch, name="start", daemon=True).start()
+  try:
+    yield
+  finally:
+    met.set()
+
+
+def _require_free(port: int) -> None:
+  """The coordinator would wait for a port that another program holds."""
+  with socket.socket() as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      probe.bind(("", port))
+    except OSError as error:
+      if error.errno in (errno.EADDRINUSE, errno.EACCES):
+        raise ConfigError(
+          f"port {port} of --coordinator cannot be used on this host "
+          f"({error.strerror}); give another port on every host."
+        ) from error
 
 
 def in_cluster() -> bool:
@@ -58,7 +131,7 @@ def in_cluster() -> bool:
   env = os.environ
   if env.get("JAX_COORDINATOR_ADDRESS"):
     return True
-  if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+  if "SLURM_STEP_NODELIST" in env and env.get("SLURM_NTASKS", "1") != "1":
     return True
   if env.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
     return False
@@ -155,7 +228,8 @@ def stop_noticed() -> bool:
   try:
     from jax._src import distributed as private
 
-    private.global_state.client.key_value_try_get(_NOTICE)
+    client: Any = private.global_state.client
+    client.key_value_try_get(_NOTICE)
   except Exception:  # Also what tells that there is no such key.
     return False
   return True

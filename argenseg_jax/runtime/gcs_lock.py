@@ -142,7 +142,7 @@ class _Object:
         blob.upload_from_string(text, if_generation_match=generation)
       except PreconditionFailed:
         return 0
-    return int(blob.generation)
+    return int(blob.generation or 0)
 
   def read(self) -> tuple[int, str]:
     """Generation and text; 0 and "" where there is no such object."""
@@ -153,7 +153,7 @@ class _Object:
       if blob is None:
         return 0, ""
       try:
-        return int(blob.generation), blob.download_as_text()
+        return int(blob.generation or 0), blob.download_as_text()
       except NotFound:  # That generation has been replaced meanwhile.
         return self.read()
 

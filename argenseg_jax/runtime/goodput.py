@@ -21,7 +21,7 @@ class Goodput:
   def __init__(self, clock: Callable[[], float] = time.monotonic):
     self._clock = clock
     self._began = clock()
-    self._seconds = dict.fromkeys(KINDS, 0.0)
+    self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
 
   def started(self) -> None:
     """The first step is next."""

@@ -13,6 +13,7 @@ from argenseg_jax.config import ConfigError
 from argenseg_jax.runtime import gcs_lock, paths
 
 NAME = "lock.json"
+_KEYS = {"process", "host", "since"}
 
 
 def owned(
@@ -59,16 +60,30 @@ def _owned_on_disk(
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise refused(path.read_text()) from None
+      raise refused(path.read_text(errors="replace")) from None
+    file.seek(0)
+    if not _is_note(file.buffer.read()):
+      raise ConfigError(
+        f"{path} is a file of something else; give a work directory that is "
+        "empty or of an earlier run."
+      )
     file.truncate(0)
     file.write(note)
     file.flush()
     yield
 
 
+def _is_note(content: bytes) -> bool:
+  """Whether a run has written it; a killed one may have written nothing."""
+  try:
+    return not content or set(json.loads(content)) == _KEYS
+  except (ValueError, TypeError, RecursionError):
+    return False
+
+
 def _owner(note: str) -> str:
   try:
     owner = json.loads(note)
     return f"process {owner['process']} on {owner['host']} ({owner['since']})"
-  except (ValueError, KeyError):  # It has not written that yet.
+  except (ValueError, KeyError, TypeError):  # It has not written that yet.
     return "another process"

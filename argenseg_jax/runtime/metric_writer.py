@@ -1,6 +1,7 @@
 """What a person sees of a run: metrics files and progress."""
 
 import json
+import math
 import os
 import pathlib
 import socket
@@ -12,15 +13,30 @@ from typing import Any
 
 import rich.progress
 
+from argenseg_jax.runtime import paths
+
 
 class MetricsWriter:
   """Appends metrics to `metrics.jsonl` and to TensorBoard event files.
 
-  What cannot be written is said once and left out: training is worth more than
-  its log.
+  A number that is NaN or infinite is null in the file, and its name stands
+  under "not_finite". What cannot be written is said once and left out: training
+  is worth more than its log.
+
+  Args:
+    workdir: gets both.
+    active: whether this process writes.
+    start: the step that a resumed run begins with; lines of later ones, which
+      a killed run had written, are taken out.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, *, active: bool = True):
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    active: bool = True,
+    start: int | None = None,
+  ):
     self._active = active
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     self._board = None
@@ -29,7 +45,12 @@ class MetricsWriter:
     if not active:
       return
     try:
-      self._board = _Board(pathlib.Path(workdir) / "tensorboard")
+      if start is not None:
+        self._forget_after(start)
+    except Exception as error:
+      self._warn(error)
+    try:
+      self._board = _Board(pathlib.Path(workdir) / "tensorboard", start)
     except Exception as error:  # Whatever is wrong with it, training goes on.
       self._warn_of_board(error)
 
@@ -42,7 +63,7 @@ class MetricsWriter:
         self._end_line()
       with self._path.open("a") as file:
         self._cut = True
-        file.write(json.dumps({"step": step, **values}) + "\n")
+        file.write(_line(step, values))
       self._cut = False
     except Exception as error:
       self._warn(error)
@@ -51,6 +72,15 @@ class MetricsWriter:
         self._board.write(step, values)
       except Exception as error:  # tensorboardX raises all kinds.
         self._warn_of_board(error)
+
+  def _forget_after(self, start: int) -> None:
+    """Takes out the lines of steps that will be taken again."""
+    if not self._path.exists():
+      return
+    lines = self._path.read_text(errors="replace").splitlines()
+    kept = [line for line in lines if not _is_after(line, start)]
+    if len(kept) < len(lines):
+      paths.write_whole(self._path, "".join(f"{line}\n" for line in kept))
 
   def _end_line(self) -> None:
     """The last line may have been cut off: it must not spoil the next."""
@@ -71,6 +101,20 @@ class MetricsWriter:
     self._board = None
 
 
+def _line(step: int, values: Mapping[str, float]) -> str:
+  odd = sorted(k for k, v in values.items() if not math.isfinite(v))
+  plain = {k: None if k in odd else v for k, v in values.items()}
+  flagged = {"not_finite": odd} if odd else {}
+  return json.dumps({"step": step, **plain, **flagged}, allow_nan=False) + "\n"
+
+
+def _is_after(line: str, start: int) -> bool:
+  try:
+    return json.loads(line)["step"] > start
+  except (ValueError, KeyError, TypeError, RecursionError):
+    return False  # Not a line of ours: it stays.
+
+
 class _Board:
   """TensorBoard's event file.
 
@@ -78,17 +122,23 @@ class _Board:
   example, its queue fills up and the run waits for ever; so this writes itself.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, start: int | None):
     from tensorboardX import record_writer, summary
     from tensorboardX.proto import event_pb2
 
-    self._event, self._scalar = event_pb2.Event, summary.scalar
+    made: Any = event_pb2  # Its classes are made when it is imported.
+    self._event, self._scalar = made.Event, summary.scalar
     self._check = record_writer.masked_crc32c
     folder.mkdir(parents=True, exist_ok=True)
     now = time.time()
     name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}"
     self._path = folder / name
     self._append([self._event(wall_time=now, file_version="brain.Event:2")])
+    if start is not None:  # Readers drop the steps after it.
+      began = made.SessionLog(status=made.SessionLog.START)
+      self._append(
+        [self._event(wall_time=now, step=start + 1, session_log=began)]
+      )
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     now = time.time()
@@ -118,7 +168,7 @@ class Progress:
     self._last_line = 0.0
     self._bar = None
     self._active = active
-    if active and sys.stdout.isatty():
+    if active and sys.stdout and sys.stdout.isatty():
       self._bar = rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),

@@ -2,16 +2,19 @@
 
 import base64
 import contextlib
+import json
 import logging
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import fsspec
+import fsspec.config as fsspec_config
 from etils import epath
+from etils.epath import gpath
 
 from argenseg_jax.config import ConfigError
 
@@ -19,9 +22,22 @@ from argenseg_jax.config import ConfigError
 Path = pathlib.Path | epath.Path
 
 # TensorStore and other hosts write what a kept listing would not show.
-fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+fsspec_config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 # It logs what it tries again, and what it raises.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+def _glob_below(folder: gpath.PosixGPath, pattern: str) -> Iterator[Any]:
+  """etils takes the name of the folder itself for a pattern: below one with "["
+  or a backslash Orbax would find nothing of what it has written."""
+  if is_address(os.fspath(folder)):
+    return _glob(folder, pattern)
+  found = pathlib.Path(os.fspath(folder)).glob(pattern)
+  return (type(folder)(path) for path in found)
+
+
+_glob = gpath.PosixGPath.glob
+gpath.PosixGPath.glob = _glob_below
 
 
 class Entry(NamedTuple):
@@ -46,8 +62,8 @@ def as_path(name: str | Path) -> Path:
   Raises:
     ConfigError: nothing is installed that reads such a bucket, or it refuses.
   """
-  if "://" not in str(name):
-    return pathlib.Path(name)
+  if not is_address(name):
+    return _at_home(pathlib.Path(name))
   try:
     path = epath.Path(name)
     path.exists()
@@ -57,6 +73,24 @@ def as_path(name: str | Path) -> Path:
       "credentials, `gcloud auth application-default login`)."
     ) from error
   return path
+
+
+def is_address(name: str | Path) -> bool:
+  """Whether it names something in a bucket."""
+  return "://" in str(name)
+
+
+def _at_home(path: pathlib.Path) -> pathlib.Path:
+  """Shells leave a "~" behind an equals sign as it is."""
+  if path.parts[:1] != ("~",):
+    return path
+  try:
+    return path.expanduser()
+  except RuntimeError as error:
+    raise ConfigError(
+      f"{path}: this process has no home folder; give the whole path, or set "
+      "HOME."
+    ) from error
 
 
 def said(error: Exception) -> str:
@@ -71,15 +105,15 @@ def disk_path(name: str | Path) -> pathlib.Path:
   Raises:
     ConfigError: it is the address of a bucket.
   """
-  if "://" in str(name):  # As a path, it would be a folder of that name.
+  if is_address(name):  # As a path, it would be a folder of that name.
     raise ConfigError(
       f"{name} is an address, and this is written to a disk only; name a "
       "folder or file there and copy it to the bucket afterwards."
     )
-  return pathlib.Path(name)
+  return _at_home(pathlib.Path(name))
 
 
-def is_local(path: Path) -> bool:
+def is_local(path: Path) -> TypeGuard[pathlib.Path]:
   """Whether the file is on a disk of this machine."""
   return isinstance(path, pathlib.Path)
 
@@ -91,7 +125,7 @@ def absolute(path: Path) -> Path:
 
 def size(path: Path) -> int:
   """Bytes of a file."""
-  found = path.stat()
+  found: Any = path.stat()
   return found.st_size if is_local(path) else found.length
 
 
@@ -157,6 +191,16 @@ def move(source: Path, target: Path) -> None:
   system, root = fsspec.url_to_fs(str(source))
   system.copy(root, str(target), recursive=True)
   system.rm(root, recursive=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+  """The JSON object that a run left in a file; None where there is none, or
+  only a part of one: then it is made again."""
+  try:
+    found = json.loads(path.read_text())
+  except (FileNotFoundError, ValueError, RecursionError):
+    return None
+  return found if isinstance(found, dict) else None
 
 
 def write_whole(path: Path, text: str, *, durable: bool = True) -> None:

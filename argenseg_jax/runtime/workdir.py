@@ -2,13 +2,46 @@
 
 import contextlib
 import json
+import time
+from collections.abc import Mapping
 from typing import Any
 
-from argenseg_jax import config as config_lib
 from argenseg_jax import config_parsing
-from argenseg_jax.config import ConfigError, RunConfig
+from argenseg_jax.config import SPEED_KEYS, ConfigError, RunConfig
 from argenseg_jax.runtime import distributed, lock, paths
 from argenseg_jax.runtime.paths import Path, is_local
+
+# What a resumed run may have otherwise than before, by dotted key; stages are
+# "*". Keys that stand nowhere here may not change.
+_FREE = (  # They change no number that is learned.
+  *(f"data.{key}" for key in SPEED_KEYS),
+  "eval.batch_size",
+  "mesh.*",
+  "*.train.accumulate_steps",
+  "*.train.remat",
+  *(f"*.train.{key}_every" for key in ("log", "eval", "save", "keep")),
+  *(f"*.train.{key}" for key in ("keep", "keep_best", "best_by")),
+  *(f"*.train.{key}" for key in ("grace_seconds", "stall_factor")),
+  "*.train.max_skipped",
+)
+_ACCEPTED = {  # With a flag.
+  "--accept_changed_data": ("data.*", "*.train.global_batch_size"),
+  "--change_settings": (
+    "eval.*",
+    "loss.*",
+    "tokenizer_training.*",
+    "*.train.steps",
+    "*.train.compute_dtype",
+    "*.optimizer.*",
+  ),
+}
+# They decide what arrays a checkpoint holds.
+_FIXED = (
+  "*.optimizer.name",
+  "*.optimizer.frozen",
+  "*.optimizer.ema_decay",
+)
+_HISTORY = "history"  # In `config.json`: what has been changed, and when.
 
 
 def held(workdir: Path):
@@ -25,59 +58,137 @@ def claim(
   config: RunConfig,
   workdir: Path,
   *,
+  saved: Mapping[str, int],
   accept_changed_data: bool = False,
-) -> None:
+  change_settings: bool = False,
+  has_flags: bool = True,
+) -> list[str]:
   """Writes `config.json`; refuses a directory of another config.
 
-  Settings that leave every batch as it was may differ.
+  Settings that change no number may differ, others if that is accepted; what
+  was changed, at which steps, is kept under "history". Before anything is
+  saved, any config may take the directory.
 
   Args:
     config: of the run.
     workdir: of the run.
+    saved: the newest step of each task that has one.
     accept_changed_data: let data settings and the global batch size differ.
+    change_settings: let lengths, rates, losses and evaluations differ.
+    has_flags: whether the command knows these two as flags.
+
+  Returns:
+    The keys that differ.
+
+  Raises:
+    ConfigError: keys differ that may not, or a run was made shorter than it
+      is.
   """
   path = workdir / "config.json"
   mine = config_parsing.to_dict(config)
-  if path.exists():
-    theirs = _read(path)
-    if theirs == mine:
-      return
-    differences = sorted(_differences(theirs, mine))
-    keys = [key for key in differences if not _is_speed(key)]
-    if keys and not (accept_changed_data and all(map(_is_of_data, keys))):
-      also = ""
-      if all(map(_is_of_data, keys)):
-        also = ", or accept the change with --accept_changed_data"
+  for task, step in saved.items():
+    if task in config.tasks and config.stage(task).train.steps < step:
       raise ConfigError(
-        f"work directory {workdir} belongs to another config (it differs in "
-        f"{', '.join(keys[:5])}); give another directory or that config{also}."
+        f"config key '{task}.train.steps' is "
+        f"{config.stage(task).train.steps}, but {workdir} has saved step "
+        f"{step}; use that or more."
       )
+  theirs = _read(path) if path.exists() and saved else mine
+  history = theirs.pop(_HISTORY, [])
+  changed = sorted(_differences(theirs, mine))
+  accepted = {
+    "--accept_changed_data": accept_changed_data,
+    "--change_settings": change_settings,
+  }
+  asked = {key: _flag_of(key) for key in changed}
+  refused = [
+    key for key, flag in asked.items() if not accepted.get(flag, not flag)
+  ]
+  if refused:
+    flags = sorted({asked[key] for key in refused}) if has_flags else []
+    raise ConfigError(_refusal(workdir, refused, flags))
+  if changed:
+    values = {k: [_at(theirs, k), _at(mine, k)] for k in changed}
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    history.append({"at": now, "steps": dict(saved), "changed": values})
   distributed.wait_for_all("claim")  # All have looked before one writes.
-  if distributed.is_main():
+  if distributed.is_main() and (changed or not path.exists() or not saved):
     workdir.mkdir(parents=True, exist_ok=True)
-    paths.write_whole(path, json.dumps(mine, indent=1))
+    text = json.dumps(mine | {_HISTORY: history}, indent=1)
+    paths.write_whole(path, text)
+  return changed
 
 
-def _is_speed(key: str) -> bool:
-  section, _, name = key.partition(".")
-  return section == "data" and name in config_lib.SPEED_KEYS
+def forget_results(workdir: Path, changed: list[str]) -> None:
+  """Removes the results that changed settings make stale: a task with another
+  number of steps is not done, nor is the evaluation behind it.
+
+  Args:
+    workdir: of the run.
+    changed: what `claim` returned.
+  """
+  longer = [k for k in changed if k.endswith(".train.steps")]
+  stale = [workdir / key.split(".")[0] for key in longer]
+  if longer or any(key.startswith("eval.") for key in changed):
+    stale.append(workdir)
+  for folder in stale if distributed.is_main() else ():
+    (folder / "results.json").unlink(missing_ok=True)
+  distributed.wait_for_all("forget results")
 
 
-def _is_of_data(key: str) -> bool:
-  """Whether a saved data state can be gone on with once this key changed."""
-  if key.endswith(".train.global_batch_size"):
-    return True
-  return key.startswith("data.") and key != "data.warmup_steps"
+def _flag_of(key: str) -> str:
+  """What lets a key change: a flag, "" for nothing, "never"."""
+  if _is_any(key, _FREE):
+    return ""
+  if not _is_any(key, _FIXED):
+    for flag, patterns in _ACCEPTED.items():
+      if _is_any(key, patterns):
+        return flag
+  return "never"
 
 
-def _read(path: Path) -> Any:
+def _is_any(key: str, patterns: tuple[str, ...]) -> bool:
+  stage, _, rest = key.partition(".")
+  if stage in ("vqvae", "mllm"):
+    key = f"*.{rest}"
+  return any(
+    key == p or (p.endswith(".*") and key.startswith(p[:-1])) for p in patterns
+  )
+
+
+def _refusal(workdir: Path, refused: list[str], flags: list[str]) -> str:
+  keys = ", ".join(refused[:5])
+  remedy = f"give another directory, or the same {keys}"
+  if flags and "never" not in flags:
+    remedy += f", or accept the change with {' '.join(flags)}"
+  return (
+    f"work directory {workdir} was created with a different config (it differs "
+    f"in {keys}); {remedy}."
+  )
+
+
+def _at(values: Any, key: str) -> Any:
+  for part in key.split("."):
+    values = values.get(part) if isinstance(values, dict) else None
+  return values
+
+
+def _read(path: Path) -> dict[str, Any]:
+  """A damaged file says nothing of the config; that of the checkpoints would,
+  but nobody damages it alone by chance: better ask."""
   try:
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text())
   except (ValueError, RecursionError) as error:
     raise ConfigError(
       f"{path} is damaged ({error}); delete it if the directory is of this "
       "config."
     ) from error
+  if not isinstance(found, dict):
+    raise ConfigError(
+      f"{path} is damaged (not a JSON object); delete it if the directory is "
+      "of this config."
+    )
+  return found
 
 
 def _differences(a: Any, b: Any, where: str = "") -> list[str]:

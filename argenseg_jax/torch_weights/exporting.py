@@ -12,8 +12,16 @@ from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint
 from argenseg_jax.config import ModelConfig
+from argenseg_jax.models import lora
 from argenseg_jax.runtime.paths import copy, disk_path, fetched
-from argenseg_jax.torch_weights import hf_config, mapping, rules, tensors
+from argenseg_jax.torch_weights import (
+  families,
+  hf_config,
+  mapping,
+  rules,
+  tables,
+  tensors,
+)
 from argenseg_jax.torch_weights.importing import (
   KEPT_TENSORS,
   copy_files,
@@ -35,6 +43,7 @@ def export_weights(
   dtype: str | None = None,
   files_from: str | os.PathLike | None = None,
   max_file_bytes: int = 5_000_000_000,
+  merge: bool = False,
 ) -> int:
   """Writes a checkpoint as a Hugging Face style folder.
 
@@ -48,6 +57,7 @@ def export_weights(
       along; by default what import kept, handed on by training. A checkpoint
       without either gives its tokenizer.json.
     max_file_bytes: largest file.
+    merge: add adapters to the weights that they adapt.
 
   Returns:
     How many tensors were written.
@@ -57,11 +67,18 @@ def export_weights(
   """
   target = disk_path(target)
   loaded = checkpoint.load(source_path, mesh=mesh)
+  if loaded.adapters is not None and not merge:
+    raise WeightsError(
+      f"{source_path} holds adapters; add --merge for a whole model, or export "
+      "them alone with --part adapters."
+    )
+  lora.merge(loaded.model)
   if part == "all" and not loaded.is_whole:
     part = "vqvae"
   if part == "llm" and not loaded.is_whole:
     raise WeightsError(f"{source_path} is an image tokenizer, without llm.")
   refuse_variants(loaded.config, part)
+  checkpoint.require_unchanged(loaded.path)
   with fetched(checkpoint.kept_files(loaded.path)) as kept:
     return _write(loaded, kept, target, part, dtype, files_from, max_file_bytes)
 
@@ -87,7 +104,8 @@ def _write(
   if part == "all":
     table = writable(rules.argenseg(config), leaves)
   else:
-    table = getattr(rules, part)(getattr(config, part))
+    made = {"llm": families.table, "vqvae": rules.vqvae}
+    table = made[part](getattr(config, part))
     if loaded.is_whole:
       ours, prefix = f"{part}.", _INNER[part][1] or "image_tokenizer."
       leaves = {
@@ -120,7 +138,7 @@ def _write(
   return len(source.tensors)
 
 
-def writable(table: rules.Table, leaves: Mapping[str, Any]) -> rules.Table:
+def writable(table: tables.Table, leaves: Mapping[str, Any]) -> tables.Table:
   """The table, if the authors' model has a place for every variable."""
   known = {path for rule in table.rules for path in rule.ours}
   for path in leaves:
@@ -144,11 +162,8 @@ def refuse_variants(config: ModelConfig, part: Part) -> None:
     found["vqvae.norm_groups"] = vqvae.norm_groups != 32
   if part != "vqvae":
     found["llm.rope_fraction"] = llm.rope_fraction != 1
-    odd = llm.head_dim * llm.num_heads != llm.width
-    found["llm.head_dim"] = (
-      odd and rules.architecture(llm) == "InternLM2ForCausalLM"
-    )
-    found["llm.qk_norm"] = llm.qk_norm
+    for key, differs in families.of(llm).misfits(llm).items():
+      found[f"llm.{key}"] = differs
   if part == "all":
     found["full_attention_in_scale"] = config.full_attention_in_scale
     found["bidirectional_prompt"] = config.bidirectional_prompt

@@ -19,31 +19,10 @@ from argenseg_jax.config import (
 )
 from argenseg_jax.data.text import ADDED_TOKENS
 from argenseg_jax.scales import SCALES_256, SCALES_512, Scales
-from argenseg_jax.torch_weights import rules
+from argenseg_jax.torch_weights import families
 from argenseg_jax.torch_weights.tensors import TensorInfo, WeightsError
 
 Tensors = Mapping[str, TensorInfo]
-
-# Text -> id in the released vocabularies, for folders without a text tokenizer.
-_RELEASED_IDS = {
-  "InternLM2ForCausalLM": {
-    "</s>": 2,
-    "<s>": 1,
-    "<|im_start|>": 92543,
-    "<|im_end|>": 92542,
-    "<img>": 92544,
-    "</img>": 92545,
-    "<IMG_CONTEXT>": 92546,
-  },
-  "Qwen2ForCausalLM": {
-    "<|endoftext|>": 151643,
-    "<|im_start|>": 151644,
-    "<|im_end|>": 151645,
-    "<img>": 151665,
-    "</img>": 151666,
-    "<IMG_CONTEXT>": 151667,
-  },
-}
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -78,15 +57,13 @@ def llm_config(values: Mapping[str, Any], *, tied_head: bool) -> LLMConfig:
   Raises:
     WeightsError: an architecture or a rope scaling that we do not have.
   """
-  name = (values.get("architectures") or ["?"])[0]
-  if name not in _RELEASED_IDS:
-    raise WeightsError(
-      f"config.json asks for language model {name}; use InternLM2ForCausalLM "
-      "or Qwen2ForCausalLM."
-    )
+  family, record = _family(values)
   if values.get("hidden_act", "silu") != "silu":
     raise WeightsError(f"config.json asks for {values['hidden_act']!r}: silu.")
-  qwen2 = name == "Qwen2ForCausalLM"
+  if values.get("use_sliding_window"):
+    raise WeightsError(
+      "config.json asks for use_sliding_window, which is not supported."
+    )
   # Transformers 5 keeps what it knows of RoPE in one group.
   scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
   kind = scaling.get("type", scaling.get("rope_type", "none"))
@@ -99,8 +76,9 @@ def llm_config(values: Mapping[str, Any], *, tied_head: bool) -> LLMConfig:
   width = _get(values, "hidden_size")
   heads = _get(values, "num_attention_heads")
   kv_heads = values.get("num_key_value_heads") or heads
-  biased = bool(values.get("bias", False))
-  if (not values.get("head_dim") and width % heads) or heads % kv_heads:
+  switches = record.switches(values)
+  head_dim = switches.pop("head_dim", values.get("head_dim"))
+  if (not head_dim and width % heads) or heads % kv_heads:
     raise WeightsError(
       f"config.json has hidden_size {width}, num_attention_heads {heads}, "
       f"num_key_value_heads {kv_heads}; each must be a multiple of the next."
@@ -111,7 +89,7 @@ def llm_config(values: Mapping[str, Any], *, tied_head: bool) -> LLMConfig:
     num_layers=_get(values, "num_hidden_layers"),
     num_heads=heads,
     num_kv_heads=kv_heads,
-    head_dim=values.get("head_dim") or width // heads,
+    head_dim=head_dim or width // heads,
     mlp_width=_get(values, "intermediate_size"),
     norm_eps=float(values.get("rms_norm_eps", 1e-6)),
     rope_theta=float(
@@ -120,10 +98,26 @@ def llm_config(values: Mapping[str, Any], *, tied_head: bool) -> LLMConfig:
     rope_scaling=kind,
     rope_factor=float(scaling.get("factor", 1.0)),
     max_positions=values.get("max_position_embeddings", 32768),
-    qkv_bias=qwen2 or biased,
-    out_bias=biased,
     tied_head=tied_head,
-    pad_id=values.get("pad_token_id", None if qwen2 else 2),
+    pad_id=values.get("pad_token_id", record.pad_id),
+    family=family,
+    **switches,
+  )
+
+
+def _family(values: Mapping[str, Any]) -> tuple[str, families.Family]:
+  """The family of a language model's config, by its architecture.
+
+  Raises:
+    WeightsError: one that we do not have.
+  """
+  name = (values.get("architectures") or ["?"])[0]
+  for family, record in families.FAMILIES.items():
+    if record.architecture == name:
+      return family, record
+  known = " or ".join(f.architecture for f in families.FAMILIES.values())
+  raise WeightsError(
+    f"config.json asks for language model {name}; use {known}."
   )
 
 
@@ -256,8 +250,7 @@ def token_ids(
       "<IMG_CONTEXT>": first_code - 6,
     }
   else:
-    name = (group(config, "llm").get("architectures") or ["?"])[0]
-    special = dict(_RELEASED_IDS.get(name, {}))
+    special = dict(_family(group(config, "llm"))[1].token_ids)
   special |= _tokenizer_ids(folder, text_tokenizer)
   new = {t: first_code - 4 + i for i, t in enumerate(ADDED_TOKENS)}
   special |= {t: i for t, i in new.items() if t not in special}
@@ -315,14 +308,14 @@ def _get(values: Mapping[str, Any], key: str) -> int:
 
 def write_llm(config: LLMConfig) -> dict[str, Any]:
   """The `config.json` of the language model alone."""
-  name = rules.architecture(config)
+  family = families.of(config)
   values = {
-    "architectures": [name],
+    "architectures": [family.architecture],
     "hidden_act": "silu",
     "hidden_size": config.width,
     "intermediate_size": config.mlp_width,
     "max_position_embeddings": config.max_positions,
-    "model_type": "qwen2" if name == "Qwen2ForCausalLM" else "internlm2",
+    "model_type": family.model_type,
     "num_attention_heads": config.num_heads,
     "num_hidden_layers": config.num_layers,
     "num_key_value_heads": config.num_kv_heads,
@@ -338,11 +331,7 @@ def write_llm(config: LLMConfig) -> dict[str, Any]:
       "type": config.rope_scaling,
       "factor": config.rope_factor,
     }
-  if name == "InternLM2ForCausalLM":
-    values["bias"] = config.out_bias
-  elif config.head_dim * config.num_heads != config.width:
-    values["head_dim"] = config.head_dim
-  return values
+  return values | family.values(config)
 
 
 def write_vqvae(config: VQVAEConfig) -> dict[str, Any]:

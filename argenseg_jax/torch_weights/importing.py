@@ -10,12 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint, config_parsing, sharding, variants
-from argenseg_jax import config as config_lib
 from argenseg_jax.config import (
   DataConfig,
   EvalConfig,
@@ -23,14 +21,16 @@ from argenseg_jax.config import (
   ModelConfig,
 )
 from argenseg_jax.data import chat, text
-from argenseg_jax.runtime.paths import disk_path
+from argenseg_jax.runtime.paths import Path, copy, copy_tree, disk_path
 from argenseg_jax.torch_weights import (
   byte_tokenizer,
   hf_config,
   mapping,
   rules,
+  tables,
   tensors,
 )
+from argenseg_jax.torch_weights import text_tokenizer as text_tokenizer_lib
 from argenseg_jax.torch_weights.tensors import (
   Computed,
   Merged,
@@ -63,7 +63,7 @@ class _Plan:
 
   task: str
   config: ModelConfig
-  table: rules.Table
+  table: tables.Table
   source: Source
   new_tokens: bool
   fresh_image_tokenizer: bool
@@ -88,13 +88,27 @@ def import_weights(
     vqvae_path: VAR's image tokenizer, for an InternVL2.5 folder.
     scales: side lengths of the token maps, where config.json has none.
     text_tokenizer: a tokenizer.json, or "bytes" for one that is made
-      (`byte_tokenizer`); that of the folder by default.
+      (`byte_tokenizer`); by default that of the folder, or one made from its
+      `tokenizer.model` or `vocab.json` and `merges.txt`.
 
   Raises:
     WeightsError: something does not fit; nothing is left behind.
   """
   path, target = disk_path(source_path), disk_path(target)
-  plan = _plan(path, vqvae_path, scales, _tokenizer_file(path, text_tokenizer))
+  with text_tokenizer_lib.opened(path, text_tokenizer) as file:
+    plan = _plan(path, vqvae_path, scales, file)
+    in_bytes = text_tokenizer == byte_tokenizer.NAME and file is None
+    return _import(path, target, plan, mesh, in_bytes=in_bytes)
+
+
+def _import(
+  path: pathlib.Path,
+  target: pathlib.Path,
+  plan: _Plan,
+  mesh: Mesh,
+  *,
+  in_bytes: bool,
+) -> Imported:
   where = str(path)
   make = checkpoint.model_factory(plan.task, plan.config)
   abstract = nnx.state(nnx.eval_shape(make))
@@ -107,7 +121,7 @@ def import_weights(
   )
   with written_whole(target) as folder:
     _keep_files(path, folder, plan, kept)
-    if text_tokenizer == byte_tokenizer.NAME and plan.text_tokenizer is None:
+    if in_bytes:
       if plan.task != "mllm":
         raise WeightsError(f"{path} reads no text: leave --tokenizer out.")
       made = byte_tokenizer.make(plan.config.token_ids)
@@ -168,16 +182,6 @@ def written_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     raise WeightsError(f"{target} cannot be written: {error}.") from error
   finally:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _tokenizer_file(path, given) -> pathlib.Path | None:
-  """The tokenizer.json given, else that of the folder, if any."""
-  file = pathlib.Path(given) if given else path / "tokenizer.json"
-  if given == byte_tokenizer.NAME and not file.is_file():
-    return None
-  if given and not file.is_file():
-    raise WeightsError(f"text tokenizer {file} is not a file.")
-  return file if file.is_file() else None
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
@@ -309,7 +313,10 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
       config, image_tokenizer.tensors, str(vqvae_path)
     )
     parts = [Renamed(image_tokenizer, _TOKENIZER)]
-  first_code = llm.vocab_size + len(text.ADDED_TOKENS)
+  # Rows that only pad the vocabulary to a round number stay out.
+  known = text_tokenizer_lib.size(text_tokenizer) or llm.vocab_size
+  old_rows = min(llm.vocab_size, known)
+  first_code = old_rows + len(text.ADDED_TOKENS)
   rows = first_code + vqvae.num_codes
   whole = ModelConfig(
     name="imported",
@@ -320,10 +327,10 @@ def _internvl_plan(path, source, config, vqvae_path, text_tokenizer) -> _Plan:
   )
   table = rules.argenseg(whole)
   if vqvae_path is None:
-    table = rules.Table(
+    table = tables.Table(
       tuple(r for r in table.rules if not r.torch.startswith(_TOKENIZER))
     )
-  grown = {n: _grown(source, n, rows) for n in names if n in found}
+  grown = {n: _grown(source, n, old_rows, rows) for n in names if n in found}
   dtype = next(iter(grown.values()))[0].dtype if grown else np.float32
   zeros = {
     "word_embed.weight": (llm.width, vqvae.latent_channels),
@@ -361,13 +368,13 @@ def _zeros(shape, dtype):
   return info, lambda: np.zeros(shape, dtype)
 
 
-def _grown(source: Source, name: str, rows: int):
-  """A matrix with more rows: each new one the mean of the old."""
-  (old, width), dtype = source.tensors[name]
+def _grown(source: Source, name: str, old: int, rows: int):
+  """The first `old` rows of a matrix and more: each new one their mean."""
+  (_, width), dtype = source.tensors[name]
 
   def make():
     grown = np.empty((rows, width), dtype)
-    grown[:old] = source.read(name)
+    grown[:old] = source.read(name)[:old]
     total = np.zeros(width, np.float64)
     for start in range(0, old, 4096):
       total += grown[start : min(start + 4096, old)].astype(np.float64).sum(0)
@@ -381,6 +388,17 @@ def _fresh_image_tokenizer(config: ModelConfig) -> nnx.State:
   make = checkpoint.model_factory("vqvae", config)
   state = jax.jit(lambda: nnx.state(make()))()
   return nnx.State({"vqvae": state})
+
+
+def keep_files(step: Path, folder: pathlib.Path) -> None:
+  """Copies what lies beside a checkpoint's steps into a work directory: its
+  text tokenizer, and what import kept."""
+  tokenizer = checkpoint.text_tokenizer_path(step)
+  if tokenizer.is_file():
+    copy(tokenizer, folder / tokenizer.name)
+  kept = checkpoint.kept_files(step)
+  if kept.is_dir():
+    copy_tree(kept, folder / kept.name)
 
 
 def copy_files(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -403,31 +421,14 @@ def _keep_files(path, folder, plan: _Plan, kept: list[str]) -> None:
     mine = beside / "tokenizer.json"
     shutil.copyfile(plan.text_tokenizer, mine)
     if plan.new_tokens:
-      _add_tokens(mine, plan.config.token_ids)
+      ids = plan.config.token_ids
+      wanted = (ids.mask, ids.ge_start, ids.ge_end, ids.mask_context)
+      text_tokenizer_lib.add_tokens(
+        beside, dict(zip(text.ADDED_TOKENS, wanted, strict=True))
+      )
     made = text.TextTokenizer(
       mine if plan.new_tokens else plan.text_tokenizer,
       first_code=plan.config.token_ids.first_code,
     )
     made.require(plan.config.token_ids)
     shutil.copyfile(mine, folder / "tokenizer.json")
-
-
-def _add_tokens(path: pathlib.Path, ids: config_lib.TokenIds) -> None:
-  """Gives InternVL's text tokenizer the four tokens of ARGenSeg.
-
-  Raises:
-    WeightsError: they would get other ids than the rows that were added.
-  """
-  try:
-    model = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # The library raises bare Exceptions.
-    raise WeightsError(f"{path.name} cannot be read: {error}.") from error
-  model.add_special_tokens(list(text.ADDED_TOKENS))
-  got = [model.token_to_id(token) for token in text.ADDED_TOKENS]
-  want = [ids.mask, ids.ge_start, ids.ge_end, ids.mask_context]
-  if got != want:
-    raise WeightsError(
-      f"tokenizer.json gives the new tokens ids {got}, the rows added to the "
-      f"model are {want}; its vocabulary is not that of config.json."
-    )
-  model.save(str(path))

@@ -1,6 +1,6 @@
 """Applies a table: PyTorch tensors to our variables and back, shape by shape.
 
-Nothing here knows a model; everything follows from a `rules.Table` and the
+Nothing here knows a model; everything follows from a `tables.Table` and the
 (abstract) variables of a module.
 """
 
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from argenseg_jax import sharding
 from argenseg_jax.torch_weights import tensors
-from argenseg_jax.torch_weights.rules import Rule, Table
+from argenseg_jax.torch_weights.tables import Rule, Table
 from argenseg_jax.torch_weights.tensors import (
   Source,
   TensorInfo,

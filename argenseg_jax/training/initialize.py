@@ -1,12 +1,22 @@
 """What a training run takes from the checkpoint that it starts from."""
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, config_parsing, variants
-from argenseg_jax.config import ConfigError, ModelConfig, RunConfig
+from argenseg_jax import checkpoint, config_parsing, sharding, variants
+from argenseg_jax.config import (
+  ConfigError,
+  LoRAConfig,
+  ModelConfig,
+  RunConfig,
+)
 from argenseg_jax.data.text import TextTokenizer
+from argenseg_jax.models import int8, lora
 from argenseg_jax.runtime import paths
 from argenseg_jax.runtime.paths import Path
 
@@ -49,10 +59,135 @@ def text_tokenizer(
   return tokenizer
 
 
+def constructor(
+  config: RunConfig, task: str, kind: str, model: ModelConfig
+) -> Callable[[], nnx.Module]:
+  """Makes what a task trains, as it is before the first step.
+
+  Args:
+    config: of the run.
+    task: its name, a key of `RunConfig`.
+    kind: what it trains, a key of `checkpoint.MODELS`.
+    model: sizes.
+  """
+  train, adapters = config.stage(task).train, config.adapters(task)
+  make = checkpoint.model_factory(
+    kind,
+    model,
+    seed=config.seed,
+    dtype=jnp.dtype(train.compute_dtype),
+    param_dtype=jnp.dtype(train.param_dtype),
+  )
+  if adapters is None:
+    return make
+  return lambda: _adapted(make(), adapters, train.param_dtype, config.seed)
+
+
+def _adapted(
+  model: nnx.Module, config: LoRAConfig, param_dtype: str, seed: int
+) -> nnx.Module:
+  """Turns a whole model into a frozen base with fresh adapters, in place.
+
+  What trains in full is kept in `param_dtype`, the image tokenizer, whose codes
+  are the targets, in float32.
+  """
+  full = lora.trainable_filter(config, nnx.state(model))
+  if config.base == "int8":
+    int8.quantize(model.llm, "int8")
+  base = "float32" if config.base == "float32" else "bfloat16"
+  state = nnx.state(model)
+
+  def cast(path, leaf):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      if full(path, leaf):
+        raise ConfigError(
+          f"config key 'lora.train' names {'.'.join(map(str, path))}, which "
+          "'lora.base' of int8 keeps in eight bits; use bfloat16 or leave it."
+        )
+      return leaf
+    if isinstance(leaf, int8.Scale):
+      return leaf
+    dtype = param_dtype if full(path, leaf) else base
+    if path[0] == "vqvae":
+      dtype = "float32"
+    return leaf.replace(leaf[...].astype(dtype))
+
+  nnx.update(
+    model,
+    nnx.from_flat_state(
+      [(path, cast(path, leaf)) for path, leaf in nnx.to_flat_state(state)]
+    ),
+  )
+  lora.adapt(model, config, seed=seed)
+  return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """A frozen model with fresh adapters, and what checkpoints say of it."""
+
+  variables: nnx.State
+  adapters: checkpoint.Adapters
+
+
+def open_base(
+  config: RunConfig,
+  task: str,
+  init_from: str | None,
+  model: ModelConfig,
+  mesh: Mesh,
+) -> Base:
+  """Reads the model that adapters are trained on, and quantizes it if asked.
+
+  Raises:
+    ConfigError: there is no whole model to start from, or a pattern of
+      `config.lora` matches nothing.
+    CheckpointError: it cannot be read.
+  """
+  adapters = config.adapters(task)
+  found = None if init_from is None else checkpoint.describe(init_from)
+  if adapters is None or found is None or not found.is_whole:
+    raise ConfigError(
+      "config key 'lora.rank' asks for adapters, which need a trained model "
+      "under them: set 'init_from' to the checkpoint of a whole model."
+    )
+  if found.adapters is not None:
+    raise ConfigError(
+      f"config key 'init_from' names {init_from}, which holds adapters; start "
+      f"from their base {found.adapters.base_path}, or from the two merged "
+      "(`argenseg export --merge`, then import)."
+    )
+  if dataclasses.replace(found.config, name=model.name) != model:
+    raise ConfigError(
+      f"config keys 'model.variant' and 'model.overrides' describe another "
+      f"model than {init_from}, the base of adapters; leave both empty."
+    )
+  train = config.stage(task).train
+  loaded = checkpoint.load(
+    found.path, mesh=mesh, dtype=jnp.dtype(train.compute_dtype)
+  )
+  graph, state = nnx.split(loaded.model)
+  name = lora.fingerprint(state)
+
+  def prepared(state):
+    model = nnx.merge(graph, state)
+    return nnx.state(_adapted(model, adapters, train.param_dtype, config.seed))
+
+  abstract = jax.eval_shape(prepared, state)
+  variables = jax.jit(
+    prepared,
+    donate_argnums=0,
+    out_shardings=sharding.state_shardings(abstract, mesh),
+  )(state)
+  where = str(paths.absolute(paths.as_path(found.path)))
+  return Base(variables, checkpoint.Adapters(name, where, adapters))
+
+
 def fill(variables: nnx.State, path: str, model: str, mesh: Mesh) -> nnx.State:
   """Puts a checkpoint's variables in, in the dtypes of `variables`.
 
   An image tokenizer fills its part of a whole model, and takes its part of one.
+  Adapters are merged into their base.
 
   Args:
     variables: of the model; they are replaced.
@@ -64,6 +199,7 @@ def fill(variables: nnx.State, path: str, model: str, mesh: Mesh) -> nnx.State:
     CheckpointError: a variable does not fit.
   """
   loaded = checkpoint.load(path, mesh=mesh)
+  lora.merge(loaded.model)
   values = nnx.to_pure_dict(nnx.state(loaded.model))
   if model in values:
     values = values[model]

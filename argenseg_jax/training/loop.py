@@ -7,7 +7,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -46,6 +45,7 @@ def run(
   workdir: str | Path,
   *,
   accept_changed_data: bool = False,
+  change_settings: bool = False,
 ) -> dict[str, Any]:
   """Runs every task of a config, resuming where an earlier call stopped.
 
@@ -55,6 +55,7 @@ def run(
       trains a whole model, `results.json` with its metrics on every split. On
       a disk or in a gs:// bucket.
     accept_changed_data: resume although the data changed.
+    change_settings: resume with other lengths, rates, losses or evaluations.
 
   Returns:
     The final metrics of each task.
@@ -68,6 +69,14 @@ def run(
   workdir = paths.as_path(workdir)
   grace = config.stage(config.tasks[-1]).train.grace_seconds
   with workdir_lib.held(workdir), preemption.listening(grace) as stop:
+    changed = workdir_lib.claim(
+      config,
+      workdir,
+      saved=checkpoint.newest_steps(workdir, config.tasks),
+      accept_changed_data=accept_changed_data,
+      change_settings=change_settings,
+    )
+    workdir_lib.forget_results(workdir, changed)
     return _run(config, workdir, accept_changed_data, stop)
 
 
@@ -77,7 +86,6 @@ def _run(
   accept_changed_data: bool,
   stop: preemption.Stopping,
 ) -> dict[str, Any]:
-  workdir_lib.claim(config, workdir, accept_changed_data=accept_changed_data)
   results, init_from = {}, config.init_from
   for name in config.tasks:
     results[name] = train(
@@ -89,7 +97,7 @@ def _run(
     )
     init_from = str(workdir / name)
   scores = workdir / "results.json"
-  scored = distributed.agree(scores.exists())
+  scored = distributed.agree(paths.read_json(scores) is not None)
   last = TASKS[config.tasks[-1]]
   if last.reads_text and not scored:
     loaded = checkpoint.load(workdir / last.name)
@@ -124,9 +132,9 @@ def train(
   Returns:
     Final metrics; read back when the task is done already.
   """
-  done = workdir / "results.json"
-  if distributed.agree(done.exists()):
-    return json.loads(done.read_text())
+  done = paths.read_json(workdir / "results.json")
+  if distributed.agree(done is not None):
+    return done or paths.read_json(workdir / "results.json") or {}
   task, train = TASKS[name], config.stage(name).train
   with (
     preemption.listening(train.grace_seconds) as stop,
@@ -208,6 +216,7 @@ class _Run:
   rows: pipeline.RowMaker
   described: train_state.Described
   checkpoints: checkpoint.Checkpoints
+  base: initialize.Base | None  # Of adapters.
 
 
 def _open(
@@ -220,6 +229,9 @@ def _open(
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_hosts(mesh, stage.train.global_batch_size)
 
+  base = None
+  if config.adapters(task.name) is not None:
+    base = initialize.open_base(config, task.name, init_from, model, mesh)
   tokenizer = None
   if task.reads_text:
     tokenizer = initialize.text_tokenizer(config, model, init_from)
@@ -235,6 +247,7 @@ def _open(
       stage,
       num_codes=model.vqvae.num_codes,
       mesh=mesh,
+      adapters=config.adapters(task.name),
     ),
     checkpoints=checkpoint.Checkpoints(
       workdir,
@@ -242,27 +255,32 @@ def _open(
       keep_every=stage.train.keep_every,
       keep_best=stage.train.keep_best,
     ),
+    base=base,
   )
 
 
 def _constructor(config: RunConfig, task: Task, model: ModelConfig):
   """Makes what the task trains, as it is before the first step."""
-  train = config.stage(task.name).train
-  return checkpoint.model_factory(
-    task.model,
-    model,
-    seed=config.seed,
-    dtype=jnp.dtype(train.compute_dtype),
-    param_dtype=jnp.dtype(train.param_dtype),
-  )
+  return initialize.constructor(config, task.name, task.model, model)
 
 
 def _restore_or_begin(
   run: _Run, config: RunConfig, workdir: Path, init_from: str | None
 ) -> tuple[train_state.TrainState, dict[str, Any] | None]:
   """The newest good checkpoint and its data state, else the first state."""
-  if (latest := run.checkpoints.newest_good()) is not None:
+  latest, base = run.checkpoints.newest_good(), run.base
+  if latest is not None and base is not None:
+    found = checkpoint.describe(run.checkpoints.directory / str(latest))
+    checkpoint.refuse_other_base(
+      base.adapters.base_path, base.adapters.base, found
+    )
+    return run.described.restore(run.checkpoints, latest, base.variables)
+  if latest is not None:
     return run.described.restore(run.checkpoints, latest)
+  if base is not None:
+    if init_from is not None and distributed.is_main():
+      initialize.keep_files(init_from, workdir)
+    return run.described.begin(base.variables), None
   make = _constructor(config, run.task, run.model)
   _, variables = sharding.create_sharded(make, run.mesh)
   if init_from is not None:
@@ -275,7 +293,10 @@ def _restore_or_begin(
 def _pace(run: _Run, config: RunConfig, *, start: int) -> throughput.Pace:
   data, stage = run.rows.config, config.stage(run.task.name)
   count = flops.train_step(
-    run.task.products(run.model, data), stage, constant=run.task.constant
+    run.task.products(run.model, data),
+    stage,
+    constant=run.task.constant,
+    adapters=config.adapters(run.task.name),
   )
   return throughput.Pace(
     flops=count.model,
@@ -334,10 +355,10 @@ def _take_steps(
     with goodput.spent("save"), watchdog.paused():
       run.checkpoints.save(
         step,
-        state.variables,
+        run.described.saved(state),
         state.counters,
         meta | {"data": data_state},
-        score=scores(train.best_by),
+        score=scores(train.best_by, step),
       )
       if wait:
         run.checkpoints.wait()
@@ -378,7 +399,7 @@ def _take_steps(
         contextlib.suppress(preemption.Interrupted),  # It saves below.
       ):
         values = evaluate(state.variables, stop.check)
-        scores.ciou = values.get("ciou")
+        scores.add_ciou(step, values.get("ciou"))
         log.evaluated(step, config.eval.splits[0], values)
 
     # A checkpoint.
@@ -399,11 +420,14 @@ def _is_due(step: int, every: int) -> bool:
 
 def _meta(run: _Run, config: RunConfig) -> dict[str, Any]:
   """What checkpoints say of themselves."""
-  return {
+  meta = {
     "task": run.task.model,
     "model": config_parsing.to_dict(run.model),
     "run": config_parsing.to_dict(config),
   }
+  if run.base is not None:
+    meta["adapters"] = config_parsing.to_dict(run.base.adapters)
+  return meta
 
 
 def _stopped_at(step: int) -> str:

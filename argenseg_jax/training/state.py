@@ -11,7 +11,8 @@ from jaxtyping import Array
 
 from argenseg_jax import sharding
 from argenseg_jax.checkpoint import Checkpoints
-from argenseg_jax.config import StageConfig
+from argenseg_jax.config import LoRAConfig, StageConfig
+from argenseg_jax.models import lora
 from argenseg_jax.training.optimizer import (
   init_moments,
   make_optimizer,
@@ -51,6 +52,14 @@ class Described(NamedTuple):
   graph: nnx.GraphDef
   optimizer: optax.GradientTransformation
   state: TrainState
+  # Checkpoints hold what trains, not the frozen base that is read elsewhere.
+  adapters: bool = False
+
+  def saved(self, state: TrainState) -> nnx.State:
+    """The variables that a checkpoint of `state` holds."""
+    if self.adapters:
+      return state.params if state.average is None else state.average
+    return state.variables
 
   @property
   def shardings(self) -> TrainState:
@@ -79,15 +88,23 @@ class Described(NamedTuple):
     return jax.device_put(state, self.shardings)
 
   def restore(
-    self, checkpoints: Checkpoints, step: int
+    self,
+    checkpoints: Checkpoints,
+    step: int,
+    base: nnx.State | None = None,
   ) -> tuple[TrainState, dict[str, Any]]:
     """A saved state, and the data's beside it.
+
+    Args:
+      checkpoints: of the run.
+      step: one of them.
+      base: variables that the checkpoint lacks, if it holds adapters.
 
     Raises:
       checkpoint.CheckpointError: as `Checkpoints.restore`.
     """
     variables, counters, meta = checkpoints.restore(
-      step, self.state.variables, self.state.counters
+      step, self.saved(self.state), self.state.counters
     )
     params, average = state_part(variables, self.state.params), None
     if self.state.average is not None:
@@ -95,7 +112,7 @@ class Described(NamedTuple):
     state = TrainState(
       step=counters[0],
       params=params,
-      fixed=state_part(variables, self.state.fixed),
+      fixed=state_part(variables if base is None else base, self.state.fixed),
       optimizer=counters[1],
       usage=counters[2],
       average=average,
@@ -110,6 +127,7 @@ def describe(
   *,
   num_codes: int,
   mesh: Mesh,
+  adapters: LoRAConfig | None = None,
 ) -> Described:
   """The state of a run that trains a model.
 
@@ -119,11 +137,15 @@ def describe(
     stage: says what trains, and how.
     num_codes: of its image tokenizer.
     mesh: from `sharding.make_mesh`.
+    adapters: of the model; they train, with what they name beside them.
 
   Raises:
     config.ConfigError: the mesh or the optimizer does not suit the model.
   """
-  trains = trainable_filter(stage.optimizer, variables)
+  if adapters is None:
+    trains = trainable_filter(stage.optimizer, variables)
+  else:
+    trains = lora.trainable_filter(adapters, variables)
   graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
   optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
   state = TrainState(
@@ -139,7 +161,7 @@ def describe(
     ),
   )
   state = sharding.placed(state, sharding.state_shardings(state, mesh))
-  return Described(graph, optimizer, state)
+  return Described(graph, optimizer, state, adapters is not None)
 
 
 def _float32_copy(x: Array) -> Array:

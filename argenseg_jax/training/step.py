@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Int
 
 from argenseg_jax import sharding
 from argenseg_jax.config import ConfigError, RunConfig, TrainConfig
+from argenseg_jax.models import int8
 from argenseg_jax.runtime.nan_guard import Verdict
 from argenseg_jax.training.optimizer import apply_updates
 from argenseg_jax.training.state import TrainState
@@ -263,6 +264,9 @@ def _cast_split(state: Any, dtype: str) -> Any:
     return state
 
   def cast(variable):
+    floating = jnp.issubdtype(variable.dtype, jnp.floating)
+    if isinstance(variable, int8.Scale) or not floating:
+      return variable  # Eight-bit weights are half of bfloat16 already.
     if not sharding.is_split(variable):
       return variable
     return variable.replace(variable[...].astype(dtype))

@@ -42,12 +42,13 @@ class StepLog:
     self._every = train.log_every
     self._pace = pace
     self._goodput = goodput
-    self._writer = MetricsWriter(folder, active=active)
+    self._writer = MetricsWriter(folder, active=active, start=start)
     self._bar = Progress(title, train.steps, start=start, active=active)
     self._guard = NonFinite(
       folder / "non_finite.jsonl", train.max_skipped, active=active
     )
     self._due: tuple[int, dict[str, Any]] | None = None
+    self._last = train.steps
 
   def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
     """Notes a step that the device works on; logs the one before if it is due.
@@ -61,7 +62,7 @@ class StepLog:
     """
     self._guard.note(step, metrics.pop("verdict"))
     self._write_due()
-    if self._every and step % self._every == 0:
+    if self._every and (step % self._every == 0 or step == self._last):
       self._due = step, metrics
 
   def evaluated(self, step: int, split: str, values: dict[str, float]) -> None:

@@ -1,19 +1,21 @@
 """Packed records give the rows of the source that they were packed from."""
 
 import dataclasses
+import os
 import sys
 
 import numpy as np
 import pytest
 from data import layouts
 
-from argenseg_jax.config import DataConfig
+from argenseg_jax.config import ConfigError, DataConfig
 from argenseg_jax.data import array_record_writer, text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.pipeline import TrainIterator
 from argenseg_jax.data.sources import array_record, sample
 from argenseg_jax.data.sources.registry import open_source
+from argenseg_jax.runtime import lock
 
 TOKENIZER = text.TextTokenizer()
 
@@ -220,3 +222,34 @@ def test_beam_is_an_extra(tmp_path, monkeypatch):
     array_record_writer.build(
       {"train": open_source(config)}, tmp_path / "no", beam=""
     )
+
+
+def test_a_build_heals_what_a_kill_has_left(tmp_path):
+  config = _config("refer", tmp_path / "from")
+  sources = {"train": open_source(config)}
+  array_record_writer.build(sources, tmp_path / "whole", records_per_shard=1)
+
+  def interrupted(done):
+    raise KeyboardInterrupt
+
+  for damage in ("train-00000", "train-00000.json", "plan.json"):
+    out = tmp_path / damage.replace(".", "_")
+    work = out.with_name(f"{out.name}.incomplete")
+    with pytest.raises(KeyboardInterrupt):
+      array_record_writer.build(
+        sources, out, records_per_shard=1, on_progress=interrupted
+      )
+    os.truncate(work / damage, 0)
+    array_record_writer.build(sources, out, records_per_shard=1)
+    _assert_same_folders(tmp_path / "whole", out)
+    assert not work.exists()
+
+
+def test_two_builds_of_one_folder_do_not_meet(tmp_path):
+  config = _config("refer", tmp_path / "from")
+  sources = {"train": open_source(config)}
+  with (
+    lock.owned(tmp_path / "out.incomplete"),
+    pytest.raises(ConfigError, match=r"out\.incomplete is in use by process"),
+  ):
+    array_record_writer.build(sources, tmp_path / "out")

@@ -1,9 +1,11 @@
 import hashlib
+import json
 
 import cv2
 import numpy as np
 import pytest
 
+from argenseg_jax.data import signatures
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.ref_shapes import builder, expressions, requests, scenes
 from argenseg_jax.data.ref_shapes.expressions import Beside, Look, Outermost
@@ -166,7 +168,27 @@ def test_a_finished_folder_is_found_and_another_one_refused(tmp_path):
 
 
 def test_what_a_killed_build_left_is_removed(tmp_path):
-  left = tmp_path / "ref_shapes" / f"{builder.RefShapes.VERSION}.incompleteABC"
+  version = str(builder.RefShapes.VERSION)
+  left = tmp_path / "ref_shapes" / f"incomplete.ABC123_{version}"  # TFDS's.
   left.mkdir(parents=True)
   builder.prepare(tmp_path, num_train=12, num_eval=6, image_side=32)
   assert not left.exists()
+
+
+def test_a_data_set_with_a_flipped_bit_is_named(tmp_path):
+  small = dict(num_train=12, num_eval=6, image_side=32)
+  folder = builder.prepare(tmp_path, **small)
+  shard = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+  whole = shard.read_bytes()
+  flipped = bytearray(whole)
+  flipped[len(flipped) // 2] ^= 4
+  shard.write_bytes(flipped)
+  with pytest.raises(DataError, match=f"{shard.name} has changed since it was"):
+    builder.prepare(tmp_path, **small)
+  shard.write_bytes(whole)
+  (folder / signatures.NAME).write_text("")  # Cut off by a kill.
+  assert builder.prepare(tmp_path, **small) == folder
+  assert len(json.loads((folder / signatures.NAME).read_text())) > 5
+  (folder / builder.PARAMETERS).write_text("")
+  with pytest.raises(DataError, match="or it is damaged"):
+    builder.prepare(tmp_path, **small)

@@ -10,11 +10,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from argenseg_jax import checkpoint, config_parsing, sharding
+from argenseg_jax import checkpoint, config_parsing, sharding, variants
 from argenseg_jax.checkpoint import CheckpointError, Checkpoints, manifest
-from argenseg_jax.config import MeshConfig
+from argenseg_jax.config import ConfigError, MeshConfig
 from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import tiny
+from argenseg_jax.data import text
+from argenseg_jax.runtime import compilation_cache, paths
 from argenseg_jax.tools import cli
 from argenseg_jax.training.initialize import model_config
 
@@ -156,7 +158,9 @@ def test_another_dtype_is_named(workdir):
   checkpoints.close()
 
 
-def test_verify_names_every_damaged_file(workdir, capsys):
+def test_verify_names_every_damaged_file(tmp_path, capsys):
+  workdir = tmp_path / "run"
+  _whole_model(workdir)
   assert cli.main(["checkpoint", "verify", str(workdir)]) == 0
   _truncate(workdir / "checkpoints" / "1")
   assert cli.main(["checkpoint", "verify", str(workdir)]) == 1
@@ -314,3 +318,91 @@ def test_latest_regular_and_best_steps_are_kept(tmp_path, capsys):
   listed = _listed(tmp_path, capsys)
   assert listed[2] == "whole score 0.9000"
   assert listed[8] == "whole"
+
+
+def _whole_model(workdir):
+  """A saved image tokenizer that its meta data describe, and its files."""
+  config = variants.get("tiny", {"vqvae.width": 8, "vqvae.num_codes": 16})
+  make = checkpoint.model_factory("vqvae", config)
+  workdir.mkdir()
+  shutil.copy(text.SHIPPED, workdir / "tokenizer.json")
+  (workdir / checkpoint.KEPT).mkdir()
+  (workdir / checkpoint.KEPT / "config.json").write_text("{}")
+  checkpoints = Checkpoints(workdir, keep=2)
+  meta = {"task": "vqvae", "model": config_parsing.to_dict(config)}
+  for step in (1, 2):
+    checkpoints.save(step, nnx.state(make()), None, meta)
+  checkpoints.close()
+  return checkpoint.step_directory(workdir)
+
+
+@pytest.mark.parametrize("name", ["run", "a[1]b", "run [x]*?"])
+def test_what_a_model_needs_is_verified(name, tmp_path, capsys):
+  """In folders that globs take for patterns, too: there Orbax lost arrays."""
+  step = _whole_model(tmp_path / name)
+  assert cli.main(["checkpoint", "verify", str(tmp_path / name)]) == 0
+  assert checkpoint.load(tmp_path / name).task == "vqvae"
+  if name != "run":
+    return
+  for file in ("tokenizer.json", f"{checkpoint.KEPT}/config.json"):
+    original = (tmp_path / name / file).read_bytes()
+    (tmp_path / name / file).write_bytes(original + b" ")
+    capsys.readouterr()
+    assert cli.main(["checkpoint", "verify", str(tmp_path / name)]) == 1
+    assert f"{file} beside it has changed" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=f"{file} beside it has changed"):
+      checkpoint.require_unchanged(step)
+    with manifest.unverified():
+      checkpoint.require_unchanged(step)
+    (tmp_path / name / file).write_bytes(original)
+  shutil.copytree(step, tmp_path / "alone" / "1")  # Nothing is beside it.
+  assert cli.main(["checkpoint", "verify", str(tmp_path / "alone")]) == 0
+
+
+def test_a_signed_step_that_cannot_be_restored_is_damaged(tmp_path, capsys):
+  step = _whole_model(tmp_path / "run")
+  for metadata in (step / "model").glob("_METADATA"):
+    metadata.unlink()
+  manifest.sign(step)  # The hashes are right.
+  assert manifest.faults(step) == ()
+  assert cli.main(["checkpoint", "verify", str(step)]) == 1
+  assert "cannot be restored: files of its 'model'" in capsys.readouterr().out
+  with pytest.raises(CheckpointError, match="cannot be restored"):
+    checkpoint.load(step)
+
+
+def test_checkpoints_below_a_backslash_are_refused(tmp_path):
+  with pytest.raises(CheckpointError, match="without backslashes"):
+    Checkpoints(tmp_path / "a\\b")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_folder_is_found_or_named(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert paths.as_path("~/run") == tmp_path / "run"
+  assert paths.disk_path("~") == tmp_path
+  assert paths.as_path("~run").name == "~run"
+
+  def no_home(self):
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.setattr(type(tmp_path), "expanduser", no_home)
+  with pytest.raises(ConfigError, match="this process has no home folder"):
+    paths.as_path("~/run")
+  monkeypatch.setattr(type(tmp_path), "home", lambda: no_home(None))
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.delenv(compilation_cache.SWITCH, raising=False)
+  if not jax.config.jax_compilation_cache_dir:
+    assert compilation_cache.enable() is None
+
+
+@pytest.mark.parametrize(
+  "line",
+  ["[1]", "null", '{"step": "x"}', '{"step": 1e400}', '{"step": true}', "\xff"],
+)
+def test_odd_metrics_do_not_hide_checkpoints(line, workdir, capsys):
+  (workdir / "metrics.jsonl").write_text(f"{line}\n", encoding="latin1")
+  (workdir / "results.json").write_text('{"steps": 2}')
+  (workdir.parent / "results.json").write_text('{"splits": [1]}')
+  assert cli.main(["checkpoint", "ls", str(workdir)]) == 0
+  assert capsys.readouterr().out.count("whole") == 2

@@ -74,14 +74,21 @@ def _lines(workdir):
 def _on_the_board(workdir):
   """(step, name, value) of what TensorBoard reads."""
   (path,) = (workdir / "tensorboard").iterdir()
+  return [
+    (event.step, v.tag, v.simple_value)
+    for event in _events(path)
+    for v in event.summary.value
+  ]
+
+
+def _events(path):
   raw, found = path.read_bytes(), []
   while raw:
     (length,) = struct.unpack("<Q", raw[:8])
     body, raw = raw[: 16 + length], raw[16 + length :]
     for at, of in ((8, body[:8]), (12 + length, body[12:-4])):
       assert struct.unpack("<I", body[at : at + 4])[0] == masked_crc32c(of)
-    event = event_pb2.Event.FromString(body[12:-4])
-    found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+    found.append(event_pb2.Event.FromString(body[12:-4]))
   return found
 
 
@@ -177,3 +184,43 @@ def test_skipped_steps_are_said_where_they_cannot_be_written(tmp_path, capsys):
   guard.note(1, Verdict(yes, ~yes, np.array([7])))
   guard.check(1)
   assert "'records': [7]" in capsys.readouterr().err
+
+
+def test_numbers_that_are_none_are_null_and_flagged(tmp_path):
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"loss": float("nan"), "rate": 0.5, "norm": float("inf")})
+  (line,) = _lines(tmp_path)
+  assert line == {
+    "step": 1,
+    "loss": None,
+    "rate": 0.5,
+    "norm": None,
+    "not_finite": ["loss", "norm"],
+  }
+  assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_resumed_run_writes_no_step_twice(tmp_path):
+  before = MetricsWriter(tmp_path, start=0)
+  for step in (1, 2, 3):
+    before.write(step, {"loss": 1.0})
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('not ours\n{"step": 4, "lo')
+  after = MetricsWriter(tmp_path, start=1)
+  for step in (2, 3):
+    after.write(step, {"loss": 2.0})
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert "not ours" in lines
+  steps = [
+    json.loads(x)["step"]
+    for x in lines
+    if x.startswith('{"step"') and x.endswith("}")
+  ]
+  assert steps == [1, 2, 3]
+  starts = [
+    event.step
+    for path in (tmp_path / "tensorboard").iterdir()
+    for event in _events(path)
+    if event.session_log.status == event_pb2.SessionLog.START
+  ]
+  assert 2 in starts

@@ -20,8 +20,9 @@ from argenseg_jax.training import loop, quickstart
 def test_how_a_run_ended(raised, code, tmp_path, monkeypatch, request, capsys):
   runs = []
 
-  def run(config, workdir, *, accept_changed_data):
-    runs.append((config.data.path, workdir, accept_changed_data))
+  def run(config, workdir, *, accept_changed_data, change_settings):
+    flags = (accept_changed_data, change_settings)
+    runs.append((config.data.path, workdir, flags))
     if raised is not None:
       raise raised
 
@@ -29,7 +30,7 @@ def test_how_a_run_ended(raised, code, tmp_path, monkeypatch, request, capsys):
   config = request.config.rootpath / "configs" / "tiny.py"
   arguments = [f"--config={config}", "--config.data.path=x"]
   assert cli.main(["train", *arguments, f"--workdir={tmp_path}"]) == code
-  assert runs == [("x", tmp_path, False)]
+  assert runs == [("x", tmp_path, (False, False))]
   said = "argenseg train: this happened.\n" if raised else ""
   assert capsys.readouterr().err == said
 

@@ -13,7 +13,7 @@ from argenseg_jax.tools import cli
 
 _HOLD = """
 import pathlib, sys, time
-from argenseg_jax import lock
+from argenseg_jax.runtime import lock
 with lock.owned(pathlib.Path(sys.argv[1])):
   print("held", flush=True)
   time.sleep(60)
@@ -60,3 +60,20 @@ def test_a_killed_run_leaves_no_lock(holder, tmp_path):
   with lock.owned(tmp_path):
     owner = json.loads((tmp_path / lock.NAME).read_text())
   assert owner["process"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"name": "npm"}', "\xff"])
+def test_a_lock_of_something_else_is_left_alone(content, tmp_path):
+  (tmp_path / lock.NAME).write_text(content, encoding="latin1")
+  with (
+    pytest.raises(ConfigError, match=r"lock\.json is a file of something else"),
+    lock.owned(tmp_path),
+  ):
+    pass
+  assert (tmp_path / lock.NAME).read_text(encoding="latin1") == content
+
+
+def test_a_lock_that_a_kill_left_empty_is_taken(tmp_path):
+  (tmp_path / lock.NAME).touch()
+  with lock.owned(tmp_path):
+    assert json.loads((tmp_path / lock.NAME).read_text())["process"]

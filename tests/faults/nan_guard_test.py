@@ -61,10 +61,15 @@ def test_a_save_after_a_bad_loss_has_no_score(bad):
   scores = Scores()
   for loss in (1.0, bad, 3.0):
     scores.add_loss(jnp.asarray(loss))
-  assert scores("loss") is None
+  assert scores("loss", 3) is None
   scores.add_loss(jnp.asarray(3.0))
   scores.add_loss(jnp.asarray(4.0))
-  assert scores("loss") == -3.5
-  scores.ciou = 0.25
-  assert scores("ciou") == 0.25
-  assert scores("ciou") is None
+  assert scores("loss", 5) == -3.5
+
+
+def test_a_score_is_one_that_was_measured_at_its_own_step():
+  scores = Scores()
+  assert scores("ciou", 1) is None
+  scores.add_ciou(4, 0.25)
+  assert scores("ciou", 4) == 0.25
+  assert scores("ciou", 6) is None

@@ -124,7 +124,7 @@ def test_a_run_stopped_everywhere_equals_one_that_was_not(config, tmp_path):
   for owner, name, condition, expected in MOMENTS.values():
     with pytest.MonkeyPatch.context() as patch:
       _when(patch, owner, name, condition)
-      with pytest.raises(preemption.Interrupted, match="goes on"):
+      with pytest.raises(preemption.Interrupted, match="resumes"):
         loop.train(config, "mllm", stopped)
     steps = [int(p.name) for p in (stopped / "checkpoints").iterdir()]
     assert max(steps) in np.atleast_1d(expected), (name, steps)
@@ -142,25 +142,57 @@ def test_a_run_stopped_everywhere_equals_one_that_was_not(config, tmp_path):
   )
 
 
-def test_a_run_that_cannot_stop_ends_within_its_grace_time():
-  code = """
-import ctypes, os, signal, threading
-from argenseg_jax import stopping
-with stopping.listening(0.3):
-  threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-  # As in a compilation, no Python code runs in the main thread.
+# In the middle of C, as in a compilation: no Python code runs there.
+_BUSY = """
+import ctypes, os, signal, sys, threading, time
+from argenseg_jax.runtime import preemption
+def send():
+  for number in sys.argv[2:]:
+    time.sleep(0.3)
+    os.kill(os.getpid(), int(number))
+with preemption.listening(float(sys.argv[1])):
+  threading.Thread(target=send, daemon=True).start()
+  ctypes.CDLL(None).sleep(60)
   ctypes.CDLL(None).sleep(60)
   ctypes.CDLL(None).sleep(60)
 """
+_TERM, _INT = str(int(signal.SIGTERM)), str(int(signal.SIGINT))
+
+
+@pytest.mark.parametrize(
+  ("grace", "signals", "code", "said"),
+  [
+    ("0.3", [_TERM], 3, "SIGTERM came 0.3 s ago"),
+    ("0.3", [_INT], 130, "Ctrl-C came 0.3 s ago"),
+    ("50", [_INT, _INT], 130, ""),  # The second ends at once.
+  ],
+)
+def test_a_run_that_cannot_stop_ends_within_its_grace_time(
+  grace, signals, code, said
+):
   done = subprocess.run(
-    [sys.executable, "-c", code],
+    [sys.executable, "-c", _BUSY, grace, *signals],
     capture_output=True,
     text=True,
     timeout=90,
     check=False,
   )
-  assert done.returncode == preemption.INTERRUPTED, done.stderr
-  assert "goes on from the last complete checkpoint" in done.stderr
+  assert done.returncode == code, done.stderr
+  assert said in done.stderr
+  if said:
+    assert "resumes from the last complete checkpoint" in done.stderr
+
+
+def test_ctrl_c_saves_and_has_a_code_of_its_own():
+  before = signal.getsignal(signal.SIGINT)
+  with preemption.listening(0) as stop:
+    signal.raise_signal(signal.SIGINT)
+    assert stop.requested()
+    with pytest.raises(preemption.Interrupted) as raised:
+      stop.check()
+  assert raised.value.code == 130
+  assert signal.getsignal(signal.SIGINT) == before
+  assert preemption.Interrupted("later").code == preemption.INTERRUPTED
 
 
 def test_saves_do_not_ask_whether_to_stop(tmp_path, monkeypatch):

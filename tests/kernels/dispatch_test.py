@@ -37,7 +37,7 @@ def test_platform_decides(op):
     assert file_of(dispatch.load(op, "reference")) == "reference"
   with described("NVIDIA H100 80GB HBM3"):
     assert file_of(dispatch.load(op, None)) == "xla"
-    assert file_of(dispatch.load(op, "gpu")) == "pallas_gpu"
+    assert file_of(dispatch.load(op, "gpu")) == "pallas_hopper"
 
 
 def test_partitioned_programs_take_xla():

@@ -126,3 +126,73 @@ def test_tiles_are_taken_for_many_scores_on_a_cpu():
   mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
   with jax.set_mesh(mesh):  # XLA splits the program.
     assert program(1025) is attention.attend
+
+
+def on_h100():
+  return jax.sharding.use_abstract_mesh(
+    jax.sharding.AbstractMesh(
+      (1,),
+      ("x",),
+      axis_types=(jax.sharding.AxisType.Auto,),
+      abstract_device=jax.sharding.AbstractDevice(
+        "NVIDIA H100 80GB HBM3", None, "gpu"
+      ),
+    )
+  )
+
+
+def test_a_gpu_takes_the_library_for_many_scores():
+  sizes = dict(heads=16, queries=1024, keys=1024)
+  with on_h100():
+    few = attention.attender(None, rows=1, heads=4, queries=64, keys=64)
+    many = attention.attender(None, rows=1, **sizes)
+  assert few.func is attention.attend
+  assert many.func is attention.attend_by_library
+  assert attention.attender(None, rows=1, **sizes).func is not many.func
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [6, 7])
+def test_the_library_gets_even_lengths_and_the_same_mask(
+  masked, length, monkeypatch
+):
+  library, seen = jax.nn.dot_product_attention, []
+
+  def stand_in(q, k, v, *, implementation, **options):
+    seen.append((implementation, q.shape[1], k.shape[1]))
+    return library(q, k, v, implementation="xla", **options)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+  q, k, v = (
+    jax.random.normal(jax.random.key(i), (2, length, heads, 8))
+    for i, heads in enumerate((4, 2, 2))
+  )
+  visible = None
+  if masked:
+    segments = jnp.ones((2, length), jnp.int32).at[:, 3:].set(2)
+    index = jnp.broadcast_to(jnp.arange(length), (2, length))
+    visible = attention.Visible(index, segments, segments)
+  mask = None if visible is None else attention.attention_mask(*visible)
+
+  def of(attend):
+    def total(*x):
+      return jnp.sum(jnp.sin(attend(*x)))
+
+    return attend(q, k, v), jax.grad(total, (0, 1, 2))(q, k, v)
+
+  found = of(lambda *x: attention.attend_by_library(*x, visible))
+  expected = of(lambda *x: attention.attend(*x, mask))
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+  assert set(seen) == {("cudnn", length + length % 2, length + length % 2)}
+
+
+def test_what_the_library_refuses_is_said_once(caplog):
+  attention._say_once.cache_clear()
+  q = jax.random.normal(jax.random.key(0), (1, 6, 2, 8))
+  for _ in range(2):
+    out = attention.attend_by_library(q, q, q)
+  np.testing.assert_array_equal(out, attention.attend(q, q, q))
+  assert caplog.text.count("cuDNN refuses") == 1

@@ -134,6 +134,28 @@ def test_frozen_parts_cost_one_pass_and_remat_one_more():
   )
 
 
+def test_weights_under_adapters_only_pass_gradients_on():
+  values = base.get_config()
+  values.data.path = "unused"
+  values.lora.rank = 2
+  config = run_config(values)
+  found = flops.train_step(
+    flops.mllm(CONFIG, 32, 1, 1),
+    config.mllm,
+    constant=("vqvae",),
+    adapters=config.adapters("mllm"),
+  )
+  weights, attention = analytic(flops.decoder(CONFIG.llm, 32))
+  before = sum(
+    p.flops
+    for p in flops.mllm(CONFIG, 32, 1, 1)
+    if not p.part.startswith("llm.")
+  )
+  assert found.model == pytest.approx(
+    128 * (before + 2 * weights + 3 * attention)
+  )
+
+
 def test_traffic_grows_with_turns_and_shrinks_with_parts():
   values = base.get_config()
   values.data.path = "unused"

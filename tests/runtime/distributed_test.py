@@ -91,3 +91,46 @@ def test_a_single_process_is_no_cluster(monkeypatch):
   monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
   monkeypatch.setenv("SLURM_NTASKS", "2")
   assert distributed.in_cluster()
+
+
+@pytest.mark.parametrize("address", ["host:", "host:x", "host:0", "host:99999"])
+def test_a_port_that_is_none_is_refused(address):
+  with pytest.raises(ConfigError, match="needs a port from 1 to 65535"):
+    distributed.initialize(address, 2, 0)
+
+
+def test_a_port_that_is_taken_is_named():
+  with socket.socket() as taken:
+    taken.bind(("", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    with pytest.raises(
+      ConfigError, match=f"port {port} of --coordinator cannot"
+    ):
+      distributed.initialize(f"127.0.0.1:{port}", 2, 0)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_host_that_never_comes_is_said(process):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  code = (
+    "from argenseg_jax.runtime import distributed; distributed.initialize("
+    f"'127.0.0.1:{port}', 2, {process}, start_seconds=1)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 2, done.stderr
+  assert "did not come within 1 s" in done.stderr.splitlines()[-1]
+
+
+def test_half_of_slurm_is_a_sentence(monkeypatch):
+  monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+  for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
+  monkeypatch.setenv("SLURM_NTASKS", "two")
+  with pytest.raises(ConfigError, match=r"SLURM_\*"):
+    distributed.initialize()

@@ -46,7 +46,11 @@ def test_help_lists_every_command(capsys):
       "a.png",
     ),
     (["eval", "--checkpoint=absent"], "absent does not exist"),
-    (["quickstart", "--minutes=0"], "--minutes must be above 0"),
+    (["quickstart", "--minutes=0"], "--minutes=0 must be above 0"),
+    (["quickstart", "--minutes=nan"], "--minutes=nan must be above 0"),
+    (["quickstart", "--minutes=inf"], "--minutes=inf must be above 0"),
+    (["quickstart", "--seed=-1"], "'seed' is -1; use 0 to 2147483647"),
+    (["quickstart", f"--seed={10**30}"], "use 0 to 2147483647"),
   ],
 )
 def test_bad_input_is_one_sentence(

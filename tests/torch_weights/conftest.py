@@ -52,8 +52,13 @@ VISION = VisionConfig(
 LLMS = {
   "internlm2": LLM,
   "internlm2_bias": dataclasses.replace(LLM, qkv_bias=True, out_bias=True),
-  "qwen2": dataclasses.replace(LLM, qkv_bias=True, rope_scaling="none"),
-  "qwen2_tied": dataclasses.replace(LLM, qkv_bias=True, tied_head=True),
+  "qwen2": dataclasses.replace(
+    LLM, family="qwen2", qkv_bias=True, rope_scaling="none"
+  ),
+  "qwen2_tied": dataclasses.replace(
+    LLM, family="qwen2", qkv_bias=True, tied_head=True
+  ),
+  "qwen3": dataclasses.replace(LLM, family="qwen3", qk_norm=True, head_dim=6),
 }
 VISIONS = {
   "layer_norm": VISION,

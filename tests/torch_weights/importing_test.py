@@ -80,7 +80,7 @@ def _import(tmp_path, source, **kwargs):
 def test_whole_model_round_trip(tmp_path, tiny, folder, llm, vision, dtype):
   config = tiny.whole(llm, vision)
   authors = folder(config, dtype)
-  (authors / "tokenizer.model").write_bytes(b"pieces")
+  (authors / "pieces.model").write_bytes(b"pieces")
   (authors / "modeling_internvl_chat.py").write_text("# the authors' code\n")
   imported = _import(tmp_path, authors)
   assert imported.config == config
@@ -88,7 +88,7 @@ def test_whole_model_round_trip(tmp_path, tiny, folder, llm, vision, dtype):
   assert loaded.model.llm.layers.mlp.up.kernel.dtype == dtype
   back = _export(tmp_path, max_file_bytes=20_000)
   _same(tensors.SafetensorsFolder(authors), back)
-  for name in ("tokenizer.model", "modeling_internvl_chat.py"):
+  for name in ("pieces.model", "modeling_internvl_chat.py"):
     kept = (tmp_path / "back" / name).read_bytes()
     assert kept == (authors / name).read_bytes()
   values = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -326,10 +326,14 @@ def test_an_imported_model_knows_its_text_tokenizer(tmp_path, tiny, folder):
   assert predictor.config.token_ids.im_start == 5
   assert predictor.data.image_side == config.vision.image_side
   _write_toy_tokenizer(tmp_path / "checkpoint/tokenizer.json", config.token_ids)
-  with pytest.raises(
-    DataError, match=r"im_start\|> the id 3, the model has it"
+  found = checkpoint.describe(step)
+  with pytest.raises(checkpoint.CheckpointError, match="beside it has changed"):
+    checkpoint.text_tokenizer(found)
+  with (
+    checkpoint.manifest.unverified(),
+    pytest.raises(DataError, match=r"im_start\|> the id 3, the model has it"),
   ):
-    checkpoint.text_tokenizer(checkpoint.describe(step))
+    checkpoint.text_tokenizer(found)
 
 
 def test_a_text_tokenizer_without_special_tokens_is_refused(

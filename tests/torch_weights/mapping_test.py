@@ -11,7 +11,13 @@ from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.llm import Decoder
 from argenseg_jax.models.vit import VisionEncoder
 from argenseg_jax.models.vqvae import VQVAE
-from argenseg_jax.torch_weights import importing, mapping, rules, tensors
+from argenseg_jax.torch_weights import (
+  families,
+  importing,
+  mapping,
+  rules,
+  tensors,
+)
 
 MANIFEST = pathlib.Path(__file__).parents[1] / "golden/argenseg_8b.json"
 
@@ -19,7 +25,7 @@ MANIFEST = pathlib.Path(__file__).parents[1] / "golden/argenseg_8b.json"
 def _families(tiny):
   for name, config in tiny.LLMS.items():
     make = lambda c=config: Decoder(c, rngs=nnx.Rngs(0))  # noqa: E731
-    yield name, rules.llm(config), make
+    yield name, families.table(config), make
   for name, config in tiny.VISIONS.items():
     make = lambda c=config: VisionEncoder(c, 16, rngs=nnx.Rngs(0))  # noqa: E731
     yield name, rules.internvit(config), make
@@ -33,6 +39,7 @@ FAMILIES = (
   "internlm2_bias",
   "qwen2",
   "qwen2_tied",
+  "qwen3",
   "layer_norm",
   "rms_norm",
   "vqvae",
@@ -57,7 +64,7 @@ def test_round_trip_is_identical(family, tiny, mesh):
 
 def test_mixed_dtypes_of_a_stack_come_back(tiny, mesh):
   config = tiny.LLMS["qwen2"]
-  table = rules.llm(config)
+  table = families.table(config)
   state = tiny.abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))
   source = tiny.random_source(table, state)
   name = "model.layers.1.mlp.up_proj.weight"
@@ -74,7 +81,7 @@ def test_mixed_dtypes_of_a_stack_come_back(tiny, mesh):
 
 def test_wqkv_is_grouped_by_key_value_head(tiny):
   config = tiny.LLMS["internlm2"]  # Two queries to each of two kv heads.
-  table = rules.llm(config)
+  table = families.table(config)
   (rule,) = (r for r in table.rules if r.torch.endswith("wqkv.weight"))
   rows = np.arange(32)[:, None] + np.zeros((1, 16))
   query, key, value = rule.transform.to_ours(rows)

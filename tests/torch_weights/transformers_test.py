@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from argenseg_jax import variants
 from argenseg_jax.config import VisionConfig
 from argenseg_jax.models.llm import Decoder
 from argenseg_jax.models.vit import VisionEncoder
 from argenseg_jax.torch_weights import (
+  families,
   hf_config,
   importing,
   mapping,
@@ -38,33 +40,47 @@ def _ours(make, table, source):
   return graph, state
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_qwen2(tied):
-  torch.manual_seed(0)
-  theirs = transformers.Qwen2ForCausalLM(
-    transformers.Qwen2Config(
+def _qwen_config(family, **changes):
+  make = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
+  return make[family](
+    **dict(
       vocab_size=60,
       hidden_size=32,
       intermediate_size=48,
       num_hidden_layers=3,
       num_attention_heads=4,
       num_key_value_heads=2,
-      tie_word_embeddings=tied,
       rope_theta=1e6,
       attn_implementation="eager",
     )
-  ).eval()
+    | ({"head_dim": 10} if family == "qwen3" else {})
+    | changes
+  )
+
+
+def _qwen(config):
+  made = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+  name = made[config.model_type]
+  return name, getattr(transformers, name)(config).eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwen(family, tied):
+  torch.manual_seed(0)
+  name, theirs = _qwen(_qwen_config(family, tie_word_embeddings=tied))
   with torch.no_grad():
     for parameter in theirs.parameters():
       parameter.copy_(torch.randn_like(parameter) * 0.3)
   arrays = {n: t.numpy() for n, t in theirs.state_dict().items()}
   if tied:
     arrays.pop("lm_head.weight", None)
-  values = theirs.config.to_dict() | {"architectures": ["Qwen2ForCausalLM"]}
+  values = theirs.config.to_dict() | {"architectures": [name]}
   config = hf_config.llm_config(values, tied_head=tied)
+  assert config.family == family
   graph, state = _ours(
     lambda: Decoder(config, rngs=nnx.Rngs(0)),
-    rules.llm(config),
+    families.table(config),
     _source(arrays),
   )
   tokens = np.random.default_rng(0).integers(0, 60, (2, 17))
@@ -83,6 +99,23 @@ def test_qwen2(tied):
 
   found = run(state, jnp.asarray(tokens, jnp.int32))
   np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+  "variant", [n for n, c in variants.VARIANTS.items() if "qwen" in c.llm.family]
+)
+def test_manifest_of_qwen_sizes(variant):
+  """Names and shapes are those that transformers makes of our config.json."""
+  config = variants.get(variant).llm
+  values = hf_config.write_llm(config)
+  keys = {k: v for k, v in values.items() if k not in ("model_type", "dtype")}
+  with torch.device("meta"):
+    _, theirs = _qwen(_qwen_config(config.family, **keys))
+  wanted = {n: tuple(t.shape) for n, t in theirs.state_dict().items()}
+  state = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+  leaves = mapping.variables(state)
+  assert mapping.torch_shapes(families.table(config), leaves) == wanted
+  assert hf_config.llm_config(values, tied_head=config.tied_head) == config
 
 
 # Transformers' own naming of InternViT -> the authors', which we read.

@@ -12,7 +12,7 @@ import tiny_run
 from flax import nnx
 from tiny_run import losses
 
-from argenseg_jax import checkpoint, sharding
+from argenseg_jax import checkpoint, config_parsing, sharding
 from argenseg_jax.checkpoint import manifest
 from argenseg_jax.config import ConfigError, MeshConfig, RunConfig
 from argenseg_jax.evaluation import records
@@ -94,6 +94,67 @@ def test_restore_on_another_mesh_gives_the_same_losses(
     assert loss == pytest.approx(whole[step], abs=1e-5)
 
 
+_CONFIG_FILE = """
+import json
+from ml_collections import ConfigDict
+def get_config():
+  return ConfigDict(json.loads({text!r}))
+"""
+
+
+@pytest.mark.long
+def test_a_run_resumes_with_what_people_change(
+  config, workdir, tmp_path, capsys
+):
+  """Through the command: killed after step 3 of 6, then another mesh, remat,
+  accumulation and logging; then more steps at another rate."""
+  values = json.dumps(config_parsing.to_dict(config)).replace("null", '""')
+  file = tmp_path / "config.py"
+  file.write_text(_CONFIG_FILE.format(text=values))
+  run = tmp_path / "run"
+  shutil.copytree(workdir, run)
+  shutil.rmtree(run / "mllm" / "checkpoints" / "6")
+  (run / "results.json").unlink()
+  (run / "mllm" / "results.json").unlink()
+
+  def train(*changes):
+    code = cli.main(["train", f"--config={file}", f"--workdir={run}", *changes])
+    return code, capsys.readouterr().err
+
+  free = [
+    f"--config.{change}"
+    for change in (
+      "mesh.data=2",
+      "mesh.fsdp=2",
+      "mesh.tensor=2",
+      "mllm.train.remat=full",
+      "mllm.train.accumulate_steps=2",
+      "mllm.train.save_every=0",
+      "eval.batch_size=8",
+    )
+  ]
+  code, err = train(*free)
+  assert code == 0, err
+  whole, resumed = losses(workdir / "mllm"), losses(run / "mllm")
+  assert resumed.keys() == whole.keys()  # No step twice, none missing.
+  for step, loss in resumed.items():
+    assert loss == pytest.approx(whole[step], abs=1e-5)
+
+  longer = ["mllm.train.steps=8", "mllm.optimizer.learning_rate=1e-4"]
+  longer = [*free, *(f"--config.{change}" for change in longer)]
+  code, err = train(*longer)
+  assert code == 2
+  assert "accept the change with --change_settings" in err
+  code, err = train(*longer, "--change_settings")
+  assert code == 0, err
+  assert max(losses(run / "mllm")) == 8
+  assert json.loads((run / "mllm" / "results.json").read_text())["steps"] == 8
+  assert (run / "results.json").is_file()
+  history = json.loads((run / "config.json").read_text())["history"]
+  assert [entry["steps"]["mllm"] for entry in history] == [3, 6]
+  assert history[1]["changed"]["mllm.train.steps"] == [6, 8]
+
+
 def test_loss_falls_and_the_frozen_part_stays(workdir):
   for task in ("vqvae", "mllm"):
     curve = losses(workdir / task)
@@ -113,7 +174,7 @@ def test_a_finished_run_is_not_repeated(config, workdir):
 
 def test_directory_of_another_config_is_refused(config, workdir):
   other = dataclasses.replace(config, seed=1)
-  with pytest.raises(ConfigError, match=r"belongs to another config.*seed"):
+  with pytest.raises(ConfigError, match=r"a different config.*seed"):
     loop.run(other, workdir)
 
 

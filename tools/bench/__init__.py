@@ -4,6 +4,7 @@ from argenseg_jax.tools import common
 
 # Name -> what `argenseg bench --help` says of it.
 BENCHES = {
+  "device": "everything that matters on this accelerator, in one table",
   "data": "samples a second of a core, and how long training waits for them",
   "exits": "quality and speed of masks that stop after fewer scales",
   "generate": "what a mask costs, stage by stage, also beside PyTorch",

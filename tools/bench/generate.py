@@ -184,7 +184,6 @@ def _ours(config, args: argparse.Namespace, batch: int, rates):
 
   from argenseg_jax.inference.generate import generate, prefill_prefix
   from argenseg_jax.inference.segment import seg_mask_at_size, to_uint8
-  from argenseg_jax.kernels import dispatch
   from argenseg_jax.kernels.scale_prediction import scale_prediction
   from argenseg_jax.models import int8
   from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
@@ -200,8 +199,7 @@ def _ours(config, args: argparse.Namespace, batch: int, rates):
     )
     if args.weights:
       int8.quantize(model.llm, args.weights)
-    if dispatch.target().platform == "cpu":
-      model.unstack()
+    model.prepare_to_generate()
     return model
 
   graph = nnx.graphdef(nnx.eval_shape(make))

@@ -1,7 +1,7 @@
 """The ten-step loop in PyTorch: what `argenseg bench generate` runs beside.
 
 Random weights of the same sizes: Llama layers and cache of `transformers`, a
-plain vision tower and VAR's VQ decoder. One mask at batch 1, in float32.
+plain vision tower and VAR's VQ decoder. One mask at batch 1.
 """
 
 import inspect
@@ -210,9 +210,17 @@ def llama_config(config: LLMConfig) -> LlamaConfig:
 
 
 @torch.inference_mode()
-def stages(config: ModelConfig, repeats: int) -> Iterator[tuple[str, float]]:
-  """Yields names and median seconds."""
+def stages(
+  config: ModelConfig,
+  repeats: int,
+  *,
+  device: str = "cpu",
+  dtype: str = "float32",
+) -> Iterator[tuple[str, float]]:
+  """Yields names and median seconds, on torch's `device` and in `dtype`."""
   torch.set_num_threads(num_cores())
+  torch.set_default_device(device)
+  torch.set_default_dtype(getattr(torch, dtype))
   torch.manual_seed(0)
   peer = Peer(config).eval()
   side = config.vision.image_side
@@ -232,5 +240,11 @@ def stages(config: ModelConfig, repeats: int) -> Iterator[tuple[str, float]]:
     ),
   }
   for name, run in runs.items():
-    run()
-    yield name, median_seconds(run, repeats)
+
+    def finished(run=run):
+      run()
+      if device == "cuda":
+        torch.cuda.synchronize()
+
+    finished()
+    yield name, median_seconds(finished, repeats)

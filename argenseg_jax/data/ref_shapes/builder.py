@@ -5,7 +5,6 @@ records are ArrayRecord files that any TFDS reader opens.
 """
 
 import contextlib
-import json
 import pathlib
 import shutil
 import sys
@@ -14,8 +13,10 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow_datasets as tfds
 
+from argenseg_jax.data import signatures
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.ref_shapes import requests
+from argenseg_jax.runtime import paths
 
 # TFDS moves this file into place together with the records.
 PARAMETERS = "metadata.json"
@@ -116,6 +117,11 @@ class RefShapes(tfds.core.GeneratorBasedBuilder):
         self._on_progress(self._done, sum(self._counts.values()))
 
 
+def folder(data_dir: str | pathlib.Path) -> pathlib.Path:
+  """Where `prepare` puts the data set below `data_dir`."""
+  return pathlib.Path(data_dir) / RefShapes.name / str(RefShapes.VERSION)
+
+
 def prepare(
   data_dir: str | pathlib.Path,
   *,
@@ -141,21 +147,23 @@ def prepare(
     The folder of the prepared data set, for `RefShapesSource`.
 
   Raises:
-    DataError: the folder holds a data set with other parameters.
+    DataError: the folder holds a data set with other parameters, or a file of
+      it has changed.
   """
   wanted = parameters(num_train, num_eval, seed, image_side)
-  folder = pathlib.Path(data_dir) / RefShapes.name / str(RefShapes.VERSION)
-  if folder.exists():
-    note = folder / PARAMETERS
-    found = json.loads(note.read_text()) if note.is_file() else {}
+  target = folder(data_dir)
+  if target.exists():
+    found = paths.read_json(target / PARAMETERS)
     if found == wanted:
-      return folder
-    other = sorted(k for k in wanted if found.get(k) != wanted[k])
+      signatures.require_unchanged(target)
+      return target
+    other = sorted(k for k in wanted if (found or {}).get(k) != wanted[k])
     raise DataError(
-      f"{folder} holds ref_shapes with another {', '.join(other)}; use another "
-      "folder or remove it."
+      f"{target} holds ref_shapes with another {', '.join(other)}, or it is "
+      "damaged; use another folder or remove it."
     )
-  for left_over in folder.parent.glob(f"{folder.name}.incomplete*"):
+  # TFDS builds in "incomplete.XXXXXX_1.2.0" and gives it its name at the end.
+  for left_over in target.parent.glob(f"incomplete.*_{target.name}"):
     shutil.rmtree(left_over)
   shown = sys.stdout  # TFDS talks of a download; only progress may be seen.
 
@@ -175,4 +183,5 @@ def prepare(
   tfds.disable_progress_bar()
   with contextlib.redirect_stdout(None):
     builder.download_and_prepare()
-  return folder
+  signatures.sign(target)
+  return target

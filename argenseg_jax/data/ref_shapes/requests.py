@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from argenseg_jax.data.ref_shapes import expressions, scenes
+from argenseg_jax.data.worker_signals import leave_ctrl_c_to_main
 
 KINDS = ("attribute", "relation", "absent")
 REQUESTS_PER_SCENE = 3
@@ -121,7 +122,9 @@ def iterate_requests(
     yield from itertools.islice(itertools.chain.from_iterable(tasks), count)
     return
   context = multiprocessing.get_context("spawn")
-  with ProcessPoolExecutor(workers, mp_context=context) as pool:
+  with ProcessPoolExecutor(
+    workers, mp_context=context, initializer=leave_ctrl_c_to_main
+  ) as pool:
     pending = [pool.submit(draw, n) for n in range(2 * workers)]
     for task in itertools.count(len(pending)):
       records = pending.pop(0).result()

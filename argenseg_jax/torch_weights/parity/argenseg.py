@@ -21,7 +21,7 @@ from argenseg_jax.torch_weights.parity.compare import (
   torch_gradients,
 )
 from argenseg_jax.torch_weights.parity.vqvae import margins
-from argenseg_jax.torch_weights.rules import Table
+from argenseg_jax.torch_weights.tables import Table
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, ModelInputs
 
 _IGNORE_LABEL = -100

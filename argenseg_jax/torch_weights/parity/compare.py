@@ -13,7 +13,7 @@ from flax import nnx
 from argenseg_jax.data import safe_npz
 from argenseg_jax.torch_weights import hf_config, mapping, tensors
 from argenseg_jax.torch_weights.importing import conversion_mesh
-from argenseg_jax.torch_weights.rules import Table
+from argenseg_jax.torch_weights.tables import Table
 
 ACTIVATION = 2e-4  # Of activations, logits, losses; times the largest value.
 GRADIENT = 1e-3

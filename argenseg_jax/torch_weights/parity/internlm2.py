@@ -12,14 +12,14 @@ from flax import nnx
 from argenseg_jax.config import LLMConfig
 from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from argenseg_jax.models.llm import Decoder, KVCache
-from argenseg_jax.torch_weights import hf_config, rules
+from argenseg_jax.torch_weights import families, hf_config
 from argenseg_jax.torch_weights.parity.compare import (
   Check,
   Golden,
   gradient_checks,
   torch_gradients,
 )
-from argenseg_jax.torch_weights.rules import Table
+from argenseg_jax.torch_weights.tables import Table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ def checks(golden: Golden) -> dict[str, Check]:
   values = hf_config.group(golden.config, "llm")
   tied = "output.weight" not in golden.weights.tensors
   config = hf_config.llm_config(values, tied_head=tied)
-  table = rules.llm(config)
+  table = families.table(config)
   graph, state = golden.load(lambda: Decoder(config, rngs=nnx.Rngs(0)), table)
   ours = Computed(golden, config, table, graph, state)
   return {

@@ -17,7 +17,7 @@ from argenseg_jax.torch_weights.parity.compare import (
   gradient_checks,
   torch_gradients,
 )
-from argenseg_jax.torch_weights.rules import Table
+from argenseg_jax.torch_weights.tables import Table
 
 
 def margins(quantizer: Quantizer, latent, codes):
