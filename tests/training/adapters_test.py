@@ -256,30 +256,6 @@ def test_one_device_trains_the_same_and_resumes(places, tmp_path):
     np.testing.assert_array_equal(value, wanted[name], err_msg=name)
 
 
-def test_int8_base_with_average_accumulation_and_full_parts(places, tmp_path):
-  run = tmp_path / "int8"
-  more = (
-    "--config.lora.base=int8",
-    "--config.lora.train=('vision.connector',)",
-    "--config.mllm.optimizer.ema_decay=0.9",
-    "--config.mllm.train.accumulate_steps=2",
-    "--config.mllm.train.compute_dtype=bfloat16",
-    "--config.data.pack=2",
-    "--config.data.sequence_length=512",
-  )
-  assert _train(places, run, *EIGHT, *more) == 0
-  stored = _stored(run / "mllm")
-  assert any(name.startswith("vision.connector") for name in stored)
-  assert np.isfinite(list(_losses(run).values())).all()
-  loaded = checkpoint.load(run / "mllm", weights="int8")
-  kernel = loaded.model.llm.layers.mlp.up.kernel
-  assert kernel.dtype == jnp.int8
-  np.testing.assert_array_equal(
-    loaded.model.vision.connector.up.kernel[...],
-    stored["vision.connector.up.kernel"],
-  )
-
-
 def test_predict_and_eval_take_adapters(places, tmp_path, capsys):
   image = str(places.data.parent / "1.jpg")
   run = str(places.run / "mllm")
