@@ -24,6 +24,7 @@ from argenseg_jax.inference.segment import (
   answer_tokens,
   seg_mask_at_size,
 )
+from argenseg_jax.kernels import dispatch
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.runtime import distributed
 from argenseg_jax.runtime.metric_writer import Progress
@@ -58,8 +59,8 @@ class Evaluator:
     self.graph = graph
     self._config = config
 
-    @functools.partial(jax.jit, static_argnames=("mesh", "config"))
-    def answer(state, inputs, mesh, config):
+    @functools.partial(jax.jit, static_argnames=("graph", "mesh", "config"))
+    def answer(graph, state, inputs, mesh, config):
       found = answer_batch(nnx.merge(graph, state), **inputs, config=config)
       if mesh is None:
         return found
@@ -67,6 +68,8 @@ class Evaluator:
       return jax.lax.with_sharding_constraint(found, rows)
 
     self._answer = answer
+    # A state, and what `_prepared` made of it; while a split is measured.
+    self._ready: tuple[nnx.State, nnx.GraphDef, nnx.State] | None = None
     self._codes = CodeMeasurer(graph)
 
   @property
@@ -132,6 +135,7 @@ class Evaluator:
     left_out = total - len({record["sample"] for record in records})
     if left_out:
       metrics["left_out"] = left_out
+    self._ready = None
     model: ARGenSeg = nnx.merge(self.graph, state)
     metrics |= self._codes(
       state, rows, batch_size=size, total=total, sides=model.scales.sides
@@ -163,11 +167,21 @@ class Evaluator:
       inputs |= {"is_answer": is_answer, "past_seg_masks": batch.seg_masks}
     most = max(self._config.max_masks, rows.config.max_masks)
     return self._answer(
-      state,
+      *self._prepared(state),
       sharding.put_rows(inputs, state),
       mesh=sharding.mesh_of(state),
       config=dataclasses.replace(self._config, max_masks=most),
     )
+
+  def _prepared(self, state: nnx.State) -> tuple[nnx.GraphDef, nnx.State]:
+    """See `ARGenSeg.prepare_to_generate`; a copy of the layers on a GPU."""
+    if not dispatch.copies_slices():
+      return self.graph, state
+    if self._ready is None or self._ready[0] is not state:
+      model = nnx.merge(self.graph, state)
+      model.prepare_to_generate()
+      self._ready = state, *nnx.split(model)
+    return self._ready[1:]
 
   def _records(self, state, rows, batch: Batch) -> list[dict[str, Any]]:
     """Of this process's rows."""
