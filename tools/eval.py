@@ -313,6 +313,7 @@ def _measure_model(
     folder = None if out is None else out / name
     results[name] = _answer_all(evaluator, state, made, name, args, folder)
   if args.report:
+    from argenseg_jax import checkpoint
     from argenseg_jax.evaluation import report as evaluation_report
 
     evaluation_report.write(

@@ -49,7 +49,12 @@ def linear_cross_entropy(
   if implementation == "reference":
     losses = reference.token_losses(hidden, head, targets, z_loss=z_loss)
   else:
-    module = dispatch.load("linear_cross_entropy", implementation)
+    module = dispatch.load(
+      "linear_cross_entropy",
+      implementation,
+      width=hidden.shape[1],
+      dtype=hidden.dtype,
+    )
     bears = weights != 0
     losses = _token_losses(module, z_loss, hidden, head, targets, bears)
   return weights * losses

@@ -36,8 +36,15 @@ def test_platform_decides(op):
     assert file_of(dispatch.load(op, None)) == "pallas_tpu"
     assert file_of(dispatch.load(op, "reference")) == "reference"
   with described("NVIDIA H100 80GB HBM3"):
-    assert file_of(dispatch.load(op, None)) == "xla"
+    won = "xla" if op == "scale_prediction" else "pallas_hopper"
+    assert file_of(dispatch.load(op, None, width=128)) == won
+    assert file_of(dispatch.load(op, None, width=72)) == "xla"
+    assert file_of(dispatch.load(op, None, dtype="float32")) == "xla"
     assert file_of(dispatch.load(op, "gpu")) == "pallas_hopper"
+  with described("NVIDIA A100-SXM4-80GB"):
+    assert file_of(dispatch.load(op, None)) == "xla"
+  with described("NVIDIA H100 80GB HBM3", devices=2):
+    assert file_of(dispatch.load(op, None)) == "xla"
 
 
 def test_partitioned_programs_take_xla():

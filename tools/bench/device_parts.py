@@ -143,9 +143,6 @@ def ceilings(tiny: bool) -> Iterator[Result]:
 def correct(tiny: bool) -> Iterator[Result]:
   """Relative errors, on fresh random numbers, against the references."""
   from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
-  from argenseg_jax.kernels.linear_cross_entropy.three_products import (
-    total_cross_entropy,
-  )
   from argenseg_jax.kernels.nearest_code import nearest_code
   from argenseg_jax.kernels.scale_prediction import scale_prediction
 
@@ -175,17 +172,6 @@ def correct(tiny: bool) -> Iterator[Result]:
       return jax.jit(grad, static_argnums=3)(hidden, head, weights, kind)
 
     expected = both("reference")
-    three = functools.partial(total_cross_entropy, z_loss=1e-3, chunk=64)
-
-    def in_three(_, inputs=(hidden, head, targets, weights), three=three):
-      return jax.jit(jax.value_and_grad(three, argnums=(0, 1)))(*inputs)
-
-    yield from _error(
-      f"loss in three products {t} x {vocab} x {d}",
-      in_three,
-      "",
-      (expected[0], expected[1][:2]),
-    )
     for kind in kernels:
       yield from _error(
         f"loss {kind} {t} x {vocab} x {d}", both, kind, expected
@@ -226,9 +212,6 @@ def _error(name, function, kind, expected) -> Iterator[Result]:
 
 def loss(tiny: bool) -> Iterator[Result]:
   from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
-  from argenseg_jax.kernels.linear_cross_entropy.three_products import (
-    total_cross_entropy,
-  )
 
   shapes = (
     ((64, 64, 300),)
@@ -255,10 +238,6 @@ def loss(tiny: bool) -> Iterator[Result]:
       grad = jax.value_and_grad(total, argnums=(0, 1))
       name = f"loss and gradients, {t} x {words} x {d}, {kind}"
       programs[name] = grad, inputs
-    for chunk in (32,) if tiny else (512, 1024, 2048):
-      three = functools.partial(total_cross_entropy, z_loss=0.0, chunk=chunk)
-      name = f"loss and gradients, {t} x {words} x {d}, three products {chunk}"
-      programs[name] = jax.value_and_grad(three, argnums=(0, 1)), inputs
     yield from time_all(programs, bound=bound_ms(6 * t * d * words, 0))
 
 
