@@ -8,16 +8,14 @@ import tiny_rows
 from argenseg_jax.data import worker_signals
 
 
-def _handler(rows) -> bool:
-  del rows  # Unpickled here.
-  return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-
 def test_workers_that_have_rows_ignore_ctrl_c(tmp_path):
   rows = tiny_rows.write("jsonl", tmp_path)
   context = multiprocessing.get_context("spawn")
   with context.Pool(1) as pool:
-    assert pool.apply(_handler, (rows,))
+    # Functions of libraries: the worker cannot import a test.
+    assert pool.apply(isinstance, (rows, object))  # Unpickled there.
+    handler = pool.apply(signal.getsignal, (signal.SIGINT,))
+  assert handler is signal.SIG_IGN
 
 
 def test_the_main_process_does_not():
