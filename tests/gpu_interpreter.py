@@ -85,9 +85,10 @@ def _multiply(
     return memory.get_buffer_content(key, where, thread, logging_info=info)[0]
 
   total = place(acc_allocation_key_as_array, acc_transforms)
-  a = read(*place(a_allocation_key_as_array, a_transforms)).astype(acc_dtype)
-  b = read(*place(b_allocation_key_as_array, b_transforms)).astype(acc_dtype)
-  result = read(*total) + a @ b.T
+  # In float64: a processor's float32 product may round equal columns apart.
+  a = read(*place(a_allocation_key_as_array, a_transforms)).astype(np.float64)
+  b = read(*place(b_allocation_key_as_array, b_transforms)).astype(np.float64)
+  result = read(*total) + (a @ b.T).astype(acc_dtype)
   memory.store_buffer_content(*total, result, thread, logging_info=info)
   return token
 
