@@ -9,6 +9,8 @@ from argenseg_jax.data.errors import DataError
 from argenseg_jax.runtime import paths
 
 MAX_BYTES = 8 << 30  # Of one file that is read at once.
+# Of a file that says it has none: those of /proc, some of which have no end.
+_UNSIZED = 1 << 24
 
 
 class Stamp(NamedTuple):
@@ -61,7 +63,7 @@ def read_bytes(path: paths.Path, *, most: int = MAX_BYTES) -> bytes:
         f"cannot read {path}: it has {size} bytes, more than {most}."
       )
     try:
-      return file.read(most)  # Some files of /proc have no size and no end.
+      return file.read(size or _UNSIZED)
     except OSError as error:
       raise DataError(
         f"cannot read {path}: {error.strerror or error}."

@@ -38,7 +38,8 @@ def bucket(monkeypatch):
   _Bucket.store.clear()
 
 
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+# Parquet files are read from a disk only; a sentence says so.
+@pytest.mark.parametrize("layout", sorted({*layouts.LAYOUTS} - {"refcoco_m"}))
 def test_layouts_of_a_bucket(layout, bucket, tmp_path):
   keys = layouts.write(layout, tmp_path)
   for file in tmp_path.rglob("*"):

@@ -30,7 +30,9 @@ def test_the_loss_is_that_of_the_samples_alone(changes, tmp_path):
   rows = tiny_rows.write("jsonl", tmp_path, sequence_length=384)
   packed = tiny_rows.of(dataclasses.replace(rows.config, pack=3))
   graph, state = nnx.split(tiny_rows.model(**changes))
-  config = LossConfig("scale", drop_scale_inputs=0.0, z_loss=0.0)
+  config = LossConfig(
+    "scale", drop_scale_inputs=0.0, z_loss=0.0, implementation="auto"
+  )
 
   @jax.jit
   def loss(state, batch):

@@ -162,7 +162,9 @@ def test_a_finished_folder_is_found_and_another_one_refused(tmp_path):
   folder = builder.prepare(tmp_path, **small)
   before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
   assert builder.prepare(tmp_path, **small) == folder
-  with pytest.raises(DataError, match=r"another image_side, seed; use another"):
+  with pytest.raises(
+    DataError, match=r"another image_side, seed, or it is damaged"
+  ):
     builder.prepare(tmp_path, num_train=12, num_eval=6, seed=3, image_side=64)
   assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
 

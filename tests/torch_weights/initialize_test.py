@@ -27,7 +27,7 @@ def test_the_model_of_an_imported_checkpoint(
   tmp_path, tiny, folder, config, mesh
 ):
   authors, start = folder(tiny.whole()), str(tmp_path / "start")
-  (authors / "tokenizer.model").write_bytes(b"pieces")
+  (authors / "preprocessor_config.json").write_text("{}")
   importing.import_weights(authors, start, mesh=mesh)
   model = initialize.model_config(config, start)
   assert model == tiny.whole()
@@ -50,7 +50,7 @@ def test_the_model_of_an_imported_checkpoint(
   assert kernel.sharding == stored.sharding
 
   initialize.keep_files(start, tmp_path)
-  assert (tmp_path / checkpoint.KEPT / "tokenizer.model").is_file()
+  assert (tmp_path / checkpoint.KEPT / "preprocessor_config.json").is_file()
 
 
 def test_an_empty_variant_needs_a_start(config):

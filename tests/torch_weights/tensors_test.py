@@ -74,7 +74,7 @@ HOSTILE = {
   "overlaps": ({"a": _F32, "b": _F32}, b"12345678", None),
   "hole": ({"a": _F32 | {"data_offsets": [8, 16]}}, b"0" * 16, None),
   "malformed": ({"a": _F32 | {"shape": [-2]}}, b"12345678", None),
-  "entry": ({"a": _F32 | {"dtype": "Q9"}}, b"12345678", None),
+  "Q9, which is not": ({"a": _F32 | {"dtype": "Q9"}}, b"12345678", None),
   "'a'": ({"a": _F32 | {"shape": [10**30]}}, b"12345678", None),
   "of tensor": ({"a": [1, 2]}, b"", None),
   "nested": (b"[" * 100_000, b"", None),

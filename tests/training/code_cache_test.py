@@ -34,7 +34,9 @@ def test_codes_give_the_loss_of_their_masks(model, tmp_path):
   code_cache.write(packed, model.vqvae, path)
   coded = code_cache.read(packed, model.vqvae, path)
   graph, state = nnx.split(model)
-  config = LossConfig("token", drop_scale_inputs=0.0, z_loss=0.0)
+  config = LossConfig(
+    "token", drop_scale_inputs=0.0, z_loss=0.0, implementation="auto"
+  )
 
   @jax.jit
   def loss(state, batch):

@@ -40,6 +40,8 @@ NOT_WALKED = {
   "docs/pods.md": "pods and buckets: tests/runtime/gcs_workdir_test.py",
   "docs/tpu_vm_eval.md": "a rented machine and a bucket: docs/evaluation.md",
   "docs/weights.md": "the authors' weights: tests/torch_weights",
+  "docs/index.md": "the quickstart, as README has it",
+  "docs/finetuning.md": "a released folder: tests/training/adapters_test.py",
   "docs/benchmarks.md": "hours of compilation: tests/tools/bench_*_test.py",
 }
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

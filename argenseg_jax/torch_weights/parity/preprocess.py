@@ -130,7 +130,7 @@ def _chat_checks(
   pad = tokenizer.token_ids.pad
 
   @functools.cache
-  def chat(padded):
+  def tokenized(padded):
     tokens = chat.tokenize_chat(
       tokenizer,
       case["turns"],
@@ -142,7 +142,7 @@ def _chat_checks(
 
   found = {}
   for suffix, padded in (("", False), ("_padded", True)):
-    tokens = functools.partial(chat, padded)
+    tokens = functools.partial(tokenized, padded)
     found |= {
       f"out.conv{i}.input_ids{suffix}": Check(lambda t=tokens: t().ids),
       f"out.conv{i}.labels{suffix}": Check(lambda t=tokens: t().labels),
