@@ -81,7 +81,7 @@ def _list(steps: list[Path]) -> int:
 def _log(workdir: Path) -> dict[int, dict[str, float]]:
   """The numbers of `metrics.jsonl` by step; what was written last counts."""
   path, found = workdir / "metrics.jsonl", {}
-  text = path.read_text(errors="replace") if path.is_file() else ""
+  text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
   for line in text.splitlines():
     try:
       values = _numbers(json.loads(line))
