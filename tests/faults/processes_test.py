@@ -148,11 +148,11 @@ def test_stopped_and_gone_on_with_by_one_two_and_one_process(start, tmp_path):
 def test_hosts_that_cannot_stop_end_within_their_grace_time():
   code = """
 import ctypes, os, signal, sys, threading
-from argenseg_jax import distributed, stopping
+from argenseg_jax.runtime import distributed, preemption
 address, process = sys.argv[1], int(sys.argv[2])
 distributed.initialize(address, 2, process)
 distributed.wait_for_all("connected")
-with stopping.listening(7.0):
+with preemption.listening(7.0):
   if process == 1:
     threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     # As in a compilation, no Python code runs in the main thread.
@@ -173,7 +173,7 @@ with stopping.listening(7.0):
     for process in processes:
       _, said = process.communicate(timeout=90)
       assert process.returncode == preemption.INTERRUPTED, said
-      assert "goes on from the last complete checkpoint" in said
+      assert "resumes from the last complete checkpoint" in said
   finally:
     for process in processes:
       process.kill()
