@@ -198,7 +198,7 @@ FEATURES = (
 HEAD = """\
 # What is offered, and the command that shows it
 
-Each row has a walk through the command in `tests/walks/features_test.py`, at tiny
+Each row has a walk in `tests/walks/features_test.py`, at tiny
 sizes and on small data in the layouts that users have (`pytest -m long`); after
 the first row the tests start from its image tokenizer. Made by
 `python -m walks.features` in `tests/`; a test compares.
