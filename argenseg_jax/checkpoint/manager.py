@@ -68,7 +68,9 @@ def _leave_failures_to_us() -> None:
 
 
 def _is_about_a_closed_loop(error: BaseException | None) -> bool:
-  return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+  return (
+    isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+  )
 
 
 class _Manager(ocp.CheckpointManager):
