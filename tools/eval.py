@@ -397,7 +397,7 @@ def _fingerprint(rows) -> str:
   from argenseg_jax.data import file_stamps
 
   files = file_stamps.stamps(rows.source, most=file_stamps.SPOT).content
-  return f"{rows.fingerprint}-{hashlib.sha256(files).hexdigest()[:16]}"
+  return f"{rows.fingerprint}-{hashlib.sha256(files.tobytes()).hexdigest()[:16]}"
 
 
 def _hash(step: pathlib.Path) -> str:
