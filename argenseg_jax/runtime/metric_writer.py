@@ -119,7 +119,7 @@ def _is_after(line: str, start: int) -> bool:
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-  """tensorboardX imports torch where there is one, for seconds and for nothing."""
+  """tensorboardX imports torch if it can: seconds, for nothing."""
   if "torch" in sys.modules:
     yield
     return
