@@ -293,7 +293,7 @@ def _restore_or_begin(
 def _pace(run: _Run, config: RunConfig, *, start: int) -> throughput.Pace:
   data, stage = run.rows.config, config.stage(run.task.name)
   count = flops.train_step(
-    run.task.products(run.model, data),
+    run.task.products(run.model, data, config),
     stage,
     constant=run.task.constant,
     adapters=config.adapters(run.task.name),
