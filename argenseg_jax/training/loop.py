@@ -1,42 +1,32 @@
 """The training loop: it trains every task of `training/tasks`."""
 
 import contextlib
-import dataclasses
 import json
 import pathlib
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, config_parsing, sharding
-from argenseg_jax.config import ModelConfig, RunConfig
-from argenseg_jax.data import examples, pipeline
+from argenseg_jax import checkpoint, sharding
+from argenseg_jax.config import RunConfig
+from argenseg_jax.data import pipeline
 from argenseg_jax.data.curriculum import Curriculum
 from argenseg_jax.evaluation.evaluator import evaluate_checkpoint, headline
-from argenseg_jax.models import flops
-from argenseg_jax.runtime import (
-  distributed,
-  log_sync,
-  paths,
-  preemption,
-  throughput,
-)
+from argenseg_jax.runtime import distributed, log_sync, paths, preemption
 from argenseg_jax.runtime import workdir as workdir_lib
 from argenseg_jax.runtime.goodput import Goodput
 from argenseg_jax.runtime.nan_guard import Diverged
 from argenseg_jax.runtime.paths import Path
 from argenseg_jax.runtime.watchdog import Watchdog
-from argenseg_jax.training import initialize
-from argenseg_jax.training import state as train_state
+from argenseg_jax.training import setup
 from argenseg_jax.training.batches import open_batches
 from argenseg_jax.training.best_checkpoint import Scores
-from argenseg_jax.training.step import make_train_step
+from argenseg_jax.training.state import TrainState
 from argenseg_jax.training.step_log import StepLog
-from argenseg_jax.training.tasks import TASKS, Task
+from argenseg_jax.training.tasks import TASKS, Evaluate, Task
 
-LOGS = ("*.jsonl", "stacks*.txt")  # A later call goes on with them.
+LOGS = ("*.jsonl", "stacks*.txt")  # A resumed run appends to them.
 DIVERGED = 4  # Exit code of a run whose loss stayed NaN or infinite.
 
 
@@ -47,7 +37,7 @@ def run(
   accept_changed_data: bool = False,
   change_settings: bool = False,
 ) -> dict[str, Any]:
-  """Runs every task of a config, resuming where an earlier call stopped.
+  """Runs every task of a config, resuming where the previous run left off.
 
   Args:
     config: the run.
@@ -157,10 +147,10 @@ def _train(
   """`train`, once it is known that there is something to do."""
   goodput = Goodput()
   workdir.mkdir(parents=True, exist_ok=True)
-  run = _open(config, task, workdir, init_from)
-  state, data_state = _restore_or_begin(run, config, workdir, init_from)
+  run = setup.open_run(config, task, workdir, init_from)
+  state, data_state = setup.restore_or_begin(run, workdir, init_from)
 
-  graph, train = run.described.graph, config.stage(task.name).train
+  graph, train = run.described.graph, run.train
   model = nnx.merge(graph, state.params, state.fixed)
   batches = open_batches(
     config,
@@ -178,7 +168,7 @@ def _train(
     f"train {task.name}",
     train,
     logs,
-    pace=_pace(run, config, start=int(state.step)),
+    pace=setup.pace(run, start=int(state.step)),
     goodput=goodput,
     start=int(state.step),
     active=distributed.is_main(),
@@ -191,9 +181,7 @@ def _train(
     contextlib.closing(watchdog),
     contextlib.closing(run.checkpoints),  # Waits for a save, whatever happens.
   ):
-    state = _take_steps(
-      run, config, state, batches, log, goodput, watchdog, stop
-    )
+    state = _take_steps(run, state, batches, log, goodput, watchdog, stop)
 
   results = task.finish(graph, state.variables, run.rows, config)
   results["bad_records"] = batches.num_bad_records
@@ -206,148 +194,24 @@ def _train(
   return results
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-  """What a task's run works with, whatever step it is at."""
-
-  task: Task
-  model: ModelConfig
-  mesh: Mesh
-  rows: pipeline.RowMaker
-  described: train_state.Described
-  checkpoints: checkpoint.Checkpoints
-  base: initialize.Base | None  # Of adapters.
-
-
-def _open(
-  config: RunConfig, task: Task, workdir: Path, init_from: str | None
-) -> _Run:
-  """Checks that config, model and data suit each other, and opens them."""
-  task.check(config)
-  stage = config.stage(task.name)
-  model = initialize.model_config(config, init_from)
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check_hosts(mesh, stage.train.global_batch_size)
-
-  base = None
-  if config.adapters(task.name) is not None:
-    base = initialize.open_base(config, task.name, init_from, model, mesh)
-  tokenizer = None
-  if task.reads_text:
-    tokenizer = initialize.text_tokenizer(config, model, init_from)
-    if distributed.is_main():
-      paths.copy(paths.as_path(tokenizer.name), workdir / "tokenizer.json")
-  return _Run(
-    task=task,
-    model=model,
-    mesh=mesh,
-    rows=examples.make_rows(task.data(config.data), model, tokenizer),
-    described=train_state.describe(
-      *nnx.split(nnx.eval_shape(_constructor(config, task, model))),
-      stage,
-      num_codes=model.vqvae.num_codes,
-      mesh=mesh,
-      adapters=config.adapters(task.name),
-    ),
-    checkpoints=checkpoint.Checkpoints(
-      workdir,
-      keep=stage.train.keep,
-      keep_every=stage.train.keep_every,
-      keep_best=stage.train.keep_best,
-    ),
-    base=base,
-  )
-
-
-def _constructor(config: RunConfig, task: Task, model: ModelConfig):
-  """Makes what the task trains, as it is before the first step."""
-  return initialize.constructor(config, task.name, task.model, model)
-
-
-def _restore_or_begin(
-  run: _Run, config: RunConfig, workdir: Path, init_from: str | None
-) -> tuple[train_state.TrainState, dict[str, Any] | None]:
-  """The newest good checkpoint and its data state, else the first state."""
-  latest, base = run.checkpoints.newest_good(), run.base
-  if latest is not None and base is not None:
-    found = checkpoint.describe(run.checkpoints.directory / str(latest))
-    checkpoint.refuse_other_base(
-      base.adapters.base_path, base.adapters.base, found
-    )
-    return run.described.restore(run.checkpoints, latest, base.variables)
-  if latest is not None:
-    return run.described.restore(run.checkpoints, latest)
-  if base is not None:
-    if init_from is not None and distributed.is_main():
-      initialize.keep_files(init_from, workdir)
-    return run.described.begin(base.variables), None
-  make = _constructor(config, run.task, run.model)
-  _, variables = sharding.create_sharded(make, run.mesh)
-  if init_from is not None:
-    variables = initialize.fill(variables, init_from, run.task.model, run.mesh)
-    if distributed.is_main():
-      initialize.keep_files(init_from, workdir)
-  return run.described.begin(variables), None
-
-
-def _pace(run: _Run, config: RunConfig, *, start: int) -> throughput.Pace:
-  data, stage = run.rows.config, config.stage(run.task.name)
-  count = flops.train_step(
-    run.task.products(run.model, data, config),
-    stage,
-    constant=run.task.constant,
-    adapters=config.adapters(run.task.name),
-  )
-  return throughput.Pace(
-    flops=count.model,
-    tokens=stage.train.global_batch_size * data.sequence_length,
-    mesh=run.mesh,
-    start=start,
-  )
-
-
-def _compiled_steps(run: _Run, config: RunConfig) -> dict[bool, Any]:
-  """The step while the task is warm, and after that; compiled when called."""
-  return {
-    warm: jax.jit(
-      make_train_step(
-        run.described.graph,
-        run.described.optimizer,
-        config,
-        run.task,
-        mesh=run.mesh,
-        warm=warm,
-      ),
-      donate_argnums=0,
-      out_shardings=(run.described.shardings, None),
-      compiler_options=sharding.compiler_options(run.mesh),
-    )
-    for warm in (True, False)
-  }
-
-
 def _take_steps(
-  run: _Run,
-  config: RunConfig,
-  state: train_state.TrainState,
+  run: setup.TaskRun,
+  state: TrainState,
   batches: pipeline.TrainIterator | Curriculum,
   log: StepLog,
   goodput: Goodput,
   watchdog: Watchdog,
   stop: preemption.Stopping,
-) -> train_state.TrainState:
+) -> TrainState:
   """Trains to the last step, and saves it.
 
   Raises:
     Interrupted: after SIGTERM, once a checkpoint is complete.
     Diverged: likewise, after too many steps in a row that changed nothing.
   """
-  task, graph = run.task, run.described.graph
-  train = config.stage(task.name).train
-  take, evaluate = _compiled_steps(run, config), None
-  if train.eval_every:
-    evaluate = task.evaluation(graph, config, run.rows)
-  meta = _meta(run, config)
+  config, task, train = run.config, run.task, run.train
+  graph, take = run.described.graph, setup.compiled_steps(run)
+  evaluate, meta = setup.evaluation(run), setup.checkpoint_meta(run)
   step, compiled, scores = int(state.step), set(), Scores()
   data_state = batches.state()  # After `step` steps.
 
@@ -393,14 +257,8 @@ def _take_steps(
     # An evaluation.
     last = step == train.steps
     if evaluate and _is_due(step, train.eval_every) and not last:
-      with (
-        goodput.spent("evaluation"),
-        watchdog.paused(),
-        contextlib.suppress(preemption.Interrupted),  # It saves below.
-      ):
-        values = evaluate(state.variables, stop.check)
-        scores.add_ciou(step, values.get("ciou"))
-        log.evaluated(step, config.eval.splits[0], values)
+      with goodput.spent("evaluation"), watchdog.paused():
+        _evaluate(evaluate, run, state, step, log, scores, stop)
 
     # A checkpoint.
     stops = stop.requested()
@@ -414,20 +272,24 @@ def _take_steps(
   return state
 
 
+def _evaluate(
+  evaluate: Evaluate,
+  run: setup.TaskRun,
+  state: TrainState,
+  step: int,
+  log: StepLog,
+  scores: Scores,
+  stop: preemption.Stopping,
+) -> None:
+  """Scores the model after a step; SIGTERM ends it early, without a score."""
+  with contextlib.suppress(preemption.Interrupted):  # The loop saves.
+    values = evaluate(state.variables, stop.check)
+    scores.add_ciou(step, values.get("ciou"))
+    log.evaluated(step, run.config.eval.splits[0], values)
+
+
 def _is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
-
-
-def _meta(run: _Run, config: RunConfig) -> dict[str, Any]:
-  """What checkpoints say of themselves."""
-  meta = {
-    "task": run.task.model,
-    "model": config_parsing.to_dict(run.model),
-    "run": config_parsing.to_dict(config),
-  }
-  if run.base is not None:
-    meta["adapters"] = config_parsing.to_dict(run.base.adapters)
-  return meta
 
 
 def _stopped_at(step: int) -> str:

@@ -262,9 +262,7 @@ def test_divergence_estimates_kl():
 
 def start(config: RunConfig, sizes=(1, 1, 1), optimizer=None):
   """The compiled step and its first inputs on a mesh."""
-  mesh = sharding.make_mesh(
-    MeshConfig(*sizes), jax.devices()[: np.prod(sizes)]
-  )
+  mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
   trains = trainable_filter(config.rl.optimizer, nnx.state(make_model()))
   graph, params, fixed = nnx.split(make_model(), trains, ...)
   params, fixed = jax.device_put(
