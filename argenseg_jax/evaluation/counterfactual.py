@@ -55,12 +55,13 @@ class Pairs:
   def add(
     self,
     image: Hashable,
+    request: Hashable,
     prediction: Bool[np.ndarray, "h w"],
     truth: Bool[np.ndarray, "h w"],
   ) -> None:
-    """Notes an answer; `image` tells equal images."""
+    """Notes a mask of an answer; keys tell equal images and requests."""
     coded = masks.run_lengths(prediction), masks.run_lengths(truth)
-    answer = (*coded, bool(prediction.any()), bool(truth.any()))
+    answer = (request, *coded, bool(prediction.any()), bool(truth.any()))
     self._images[image, truth.shape].append(answer)
 
   def sums(self) -> dict[Hashable, FollowSums]:
@@ -73,14 +74,15 @@ class Pairs:
 
 
 def _sums(answers: list[tuple]) -> FollowSums:
-  predictions, truths, drew, has_object = zip(*answers, strict=True)
-  drew, has_object = np.array(drew), np.array(has_object)
+  requests, predictions, truths, *flags = zip(*answers, strict=True)
+  drew, has_object = map(np.array, flags)
+  other = np.array([[a != b for b in requests] for a in requests])
   # [old new]: the new request's mask on the old request's object.
   stayed = masks.overlaps(predictions, truths).T
   moved = np.diag(stayed)[None]
   differ = masks.overlaps(truths, truths) < _SAME
-  pairs = has_object[:, None] & has_object[None] & differ
-  gone = has_object[:, None] & ~has_object[None]
+  pairs = has_object[:, None] & has_object[None] & differ & other
+  gone = has_object[:, None] & ~has_object[None] & other
   return FollowSums(
     moves=int(pairs.sum()),
     followed=int((pairs & (moved > stayed)).sum()),

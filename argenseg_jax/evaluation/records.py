@@ -155,7 +155,8 @@ class Scorer:
       )
       value = one.iou
       self.masks += one
-      self._pairs.add(record["picture"], prediction, truth)
+      request = record.get("dataset"), record["sample"]
+      self._pairs.add(record["picture"], request, prediction, truth)
     else:
       one, value = score_answer(
         record["kind"],
