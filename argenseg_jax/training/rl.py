@@ -209,7 +209,7 @@ def part(
   each = noise.weight[:, None]
   sums = {
     "count": jnp.sum(each * jnp.ones_like(noise.advantages)),
-    "requests": jnp.sum(noise.weight > 0, dtype=jnp.float32),
+    "requests": jnp.sum(noise.weight),
     "left_out": jnp.sum(
       (batch.sample_weight > 0) & (noise.weight == 0), dtype=jnp.float32
     ),
@@ -218,17 +218,21 @@ def part(
     "drawn": jnp.sum(each * (jnp.sum(drawn, -1) + _codes(noise))),
     "text": jnp.sum(each * noise.text_length),
     "masks": jnp.sum(each * noise.has_mask),
-    "differing": jnp.sum(
-      (noise.weight > 0) & jnp.any(noise.advantages != 0, 1),
-      dtype=jnp.float32,
-    ),
-    "rewards": jnp.sum(noise.weight[:, None, None] * noise.rewards, (0, 1)),
+    "differing": jnp.sum(noise.weight * jnp.any(noise.advantages != 0, 1)),
+    "rewards": jnp.sum(weight * noise.rewards, (0, 1)),
+    "best": jnp.sum(noise.weight * jnp.max(_worth(noise, rl), 1)),
   }
   return loss, sums
 
 
 def _codes(rollout: Rollout) -> Array:
   return rollout.has_mask * rollout.codes.shape[-1]
+
+
+def _worth(rollout: Rollout, config: RLConfig) -> Float[Array, "b g"]:
+  """The weighted sum of an answer's rewards."""
+  weights = [weight for _, weight in rewards.chosen(config).values()]
+  return rollout.rewards @ jnp.asarray(weights)
 
 
 def surrogate(
@@ -294,6 +298,7 @@ def metrics(
   found = {
     "loss": config.rl.kl * kl - reward,
     "reward": reward,
+    "best_of_group": sums["best"] / requests,
     "kl": kl,
     "clipped": sums["clipped"] / jnp.maximum(sums["drawn"], 1.0),
     "masks": sums["masks"] / count,

@@ -189,12 +189,11 @@ def advantages(
 
 def binary_masks(images: UInt8[Array, "r h w c"]) -> Bool[Array, "r h w"]:
   """Which pixels are the object, as `transforms.binary_mask` has it."""
-  if images.shape[-1] == 1:
-    return images[..., 0] > MASK_THRESHOLD * 255
-  # Pillow's gray: integers, rounded.
-  shares = jnp.asarray([19595, 38470, 7471], jnp.int32)
-  gray = (jnp.sum(images.astype(jnp.int32) * shares, -1) + 0x8000) >> 16
-  return gray > MASK_THRESHOLD * 255
+  gray = images[..., 0].astype(jnp.int32)
+  if images.shape[-1] == 3:  # Pillow's: integers, rounded.
+    shares = jnp.asarray([19595, 38470, 7471], jnp.int32)
+    gray = (jnp.sum(images.astype(jnp.int32) * shares, -1) + 0x8000) >> 16
+  return gray > int(MASK_THRESHOLD * 255)
 
 
 def answer(
