@@ -226,7 +226,7 @@ def test_the_surrogate_has_the_policy_gradient_at_ratio_one():
 
   def policy(state):
     found = rl.log_probs(nnx.merge(graph, state), batch, config, rollout)
-    weights = jnp.repeat(jnp.array([1.0, 0.25, 2.0]), jnp.array([1, 4, 16]))
+    weights = np.repeat(np.float32([1.0, 0.25, 2.0]), [1, 4, 16])
     whole = 0.5 * jnp.sum(found.text, -1) + found.codes @ weights
     each = rollout.weight[:, None] * rollout.advantages * whole
     return -jnp.sum(each) / (7 * 8)
@@ -290,26 +290,39 @@ def start(config: RunConfig, sizes=(1, 1, 1), optimizer=None):
   return jax.jit(step), state, sharding.put_batch(make_batch(), mesh)
 
 
-def test_eight_devices_take_the_step_of_one():
-  """Two updates in a step, of batches in turns, with a distance to the
-  start."""
+def assert_same(*found):
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-5), *found
+  )
+
+
+def taken(step, state, batch):
+  """Parameters and metrics after a step."""
+  state, metrics = step(state, batch)
+  metrics.pop("verdict")
+  return jax.device_get((nnx.to_pure_dict(state.params), metrics))
+
+
+@pytest.mark.long
+def test_eight_devices_take_both_updates_of_one():
+  """Of batches in turns, with a distance to the start."""
   changes = {"rl.kl": 0.1, "rl.updates": 2, "rl.rewards": ["iou", "format"]}
   found = []
   for sizes, turns in (((1, 1, 1), 1), ((2, 2, 2), 2)):
     config = make_config(**changes, **{"rl.train.accumulate_steps": turns})
     step, state, batch = start(config, sizes, optimizer=optax.sgd(0.1))
     before = nnx.to_pure_dict(state.params)
-    state, metrics = step(state, batch)
-    metrics.pop("verdict")
-    found.append(jax.device_get((nnx.to_pure_dict(state.params), metrics)))
+    found.append(taken(step, state, batch))
   metrics = found[0][1]
   assert metrics["kl"] > 0
   assert metrics["differing_groups"] > 0
   moved = optax.tree.norm(optax.tree.sub(found[0][0], jax.device_get(before)))
   assert moved > 1e-3
-  jax.tree.map(
-    lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-5), *found
-  )
+  assert_same(*found)
+
+
+BANDIT = {"rl.rewards": ["word"]}
+ADAM = optax.adam(0.02, eps=1e-2)  # Steps follow gradients smoothly.
 
 
 @pytest.fixture(scope="module")
@@ -317,9 +330,13 @@ def bandit():
   """The step of a policy that is paid for one word of 31, and its inputs."""
   with jax.numpy_dtype_promotion("standard"), pytest.MonkeyPatch.context() as m:
     m.setitem(rewards.REWARDS, "word", _word)
-    config = make_config(**{"rl.rewards": ["word"]})
-    step, *inputs = start(config, optimizer=optax.adam(0.02))
+    step, *inputs = start(make_config(**BANDIT), optimizer=ADAM)
     return step.lower(*inputs).compile(), *inputs
+
+
+def test_eight_devices_take_the_step_of_one(bandit):
+  config = make_config(**BANDIT)
+  assert_same(taken(*start(config, (2, 2, 2), ADAM)), taken(*bandit))
 
 
 def test_answers_of_equal_worth_move_nothing(bandit):
