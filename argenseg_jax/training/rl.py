@@ -182,11 +182,10 @@ def part(
   *,
   noise: Rollout,
   counts: Float[Array, ""],
-  parts: int,
   warm: bool,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
   """A part's share of the loss (`tasks.Task.loss`)."""
-  del parts, warm
+  del warm
   rl = config.rl
   new = log_probs(model, batch, config, noise)
   old = jax.lax.stop_gradient(new) if noise.old is None else noise.old

@@ -49,8 +49,8 @@ class Task:
       of the noise before they change. It becomes the noise's `old`, where a
       step updates them several times, and, of those that training started
       from, its `start`.
-    loss: (model, part, config, *, noise, counts, parts, warm) -> (share in the
-      loss, sums); shares and sums of all parts add up to the whole batch's.
+    loss: (model, part, config, *, noise, counts, warm) -> (share in the loss,
+      sums); shares and sums of all parts add up to the whole batch's.
     metrics: (sums, usage, config, *, warm) -> (metrics with "loss", usage).
     warm_steps: how many steps at the beginning have `warm` True.
     between_steps: (config, graph, state, step, rows, mesh) -> state.

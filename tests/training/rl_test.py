@@ -221,7 +221,7 @@ def test_the_surrogate_has_the_policy_gradient_at_ratio_one():
   def minimized(state):
     model = nnx.merge(graph, state)
     return rl.part(
-      model, batch, config, noise=rollout, counts=counts, parts=1, warm=False
+      model, batch, config, noise=rollout, counts=counts, warm=False
     )[0]
 
   def policy(state):
