@@ -402,7 +402,7 @@ class RLConfig(StageConfig):
   # Keys of training/rewards.REWARDS or "module:function", and what each is
   # multiplied by; no weights: all by 1.
   rewards: tuple[str, ...]
-  reward_weights: tuple[float, ...]
+  reward_weights: tuple[NonNegative, ...]
   normalize: bool  # Advantages are divided by their group's deviation.
   clip: Annotated[float, Range(0, 1, above=True)]  # Of probability ratios.
   kl: NonNegative  # Reward that a nat away from the start costs; 0: none.

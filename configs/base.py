@@ -80,10 +80,10 @@ def get_config() -> ConfigDict:
   c.mllm.optimizer.frozen = ("vision.tower", "vqvae")
 
   c.rl = _stage(learning_rate=1e-6, steps=1_000, batch=64)
-  c.rl.optimizer.schedule = "constant"
+  c.rl.optimizer.schedule = "constant"  # As below.
   c.rl.optimizer.warmup_steps = 10  # Updates.
-  c.rl.optimizer.frozen = ("vision.tower", "vqvae")
-  c.rl.train.best_by = "ciou"
+  c.rl.optimizer.frozen = ("vision.tower", "vqvae")  # As above.
+  c.rl.train.best_by = "ciou"  # Rewards are of sampled answers.
   # A step samples so many answers, 2 or more, to each of its
   # `train.global_batch_size` requests. Texts have up to `eval.max_text` tokens.
   c.rl.group_size = 8
@@ -93,11 +93,11 @@ def get_config() -> ConfigDict:
   c.rl.text_temperature = 1.0
   c.rl.text_top_k = 0  # From so many likeliest words; 0: from all.
   c.rl.code_temperature = 1.0  # Likewise for codes.
-  c.rl.code_top_k = 0
+  c.rl.code_top_k = 0  # Likewise.
   # What an answer is worth: the sum of "iou", "boundary", "format" or functions
   # of your own ("module:function"), each times its weight (none: times 1).
   c.rl.rewards = ("iou",)
-  c.rl.reward_weights = ()
+  c.rl.reward_weights = ()  # 0 or more each.
   # Divide a group's advantages by their standard deviation.
   c.rl.normalize = True
   # Ratios of probabilities beyond 1 - clip and 1 + clip gain nothing; above 0,
