@@ -179,8 +179,8 @@ def test_a_decoder_learns_what_one_in_plain_float32_does(tmp_path):
   ):
     print(name, *(f"{loss:.4f}" for loss in found))
   gained = first - last
-  assert gained > 2
-  assert abs(half[1] - last) < 0.1 * gained
-  assert abs(turns[1] - last) < 0.01 * gained
-  for run in ((first, last, average), half, turns):
-    assert abs(run[2] - run[1]) < 0.05 * gained
+  assert gained > 8
+  assert first - average > 0.9 * gained  # It lags behind by 100 steps.
+  for found, most in ((half, 0.05), (turns, 0.001)):
+    assert abs(found[1] - last) < most * gained
+    assert abs(found[2] - average) < most * gained
