@@ -16,13 +16,9 @@ from jax.typing import DTypeLike
 from argenseg_jax import config_parsing, sharding
 from argenseg_jax.checkpoint import layout
 from argenseg_jax.checkpoint.layout import CheckpointError, step_directory
-from argenseg_jax.config import (
-  ConfigError,
-  LoRAConfig,
-  MeshConfig,
-  ModelConfig,
-)
+from argenseg_jax.config import ConfigError, LoRAConfig, MeshConfig
 from argenseg_jax.data import text
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import int8, lora
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.vqvae import VQVAE

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from PIL import Image, ImageOps
 
 from argenseg_jax import checkpoint
-from argenseg_jax.config import DataConfig, EvalConfig, ModelConfig
+from argenseg_jax.config import DataConfig, EvalConfig
 from argenseg_jax.data import transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.text import TextTokenizer
@@ -19,6 +19,7 @@ from argenseg_jax.inference import prompts
 from argenseg_jax.inference.engine import Engine
 from argenseg_jax.inference.prompts import Prompt, Turns
 from argenseg_jax.inference.segment import Prediction
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import int8
 
 AnyImage = np.ndarray | Image.Image | str | pathlib.Path

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from argenseg_jax.config import VisionConfig
+from argenseg_jax.model_config import VisionConfig
 from argenseg_jax.models import attention, layers
 
 _position_init = nnx.initializers.normal(0.02)

@@ -15,8 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from argenseg_jax.config import VQVAEConfig
 from argenseg_jax.kernels.nearest_code import nearest_code
+from argenseg_jax.model_config import VQVAEConfig
 from argenseg_jax.models import layers
 
 _PRECISION = jax.lax.Precision.HIGHEST

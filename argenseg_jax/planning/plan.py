@@ -17,9 +17,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint, sharding
-from argenseg_jax.config import ModelConfig, RunConfig, TrainConfig
+from argenseg_jax.config import RunConfig, TrainConfig
 from argenseg_jax.inference.segment import answer_batch
 from argenseg_jax.kernels import chips
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import flops
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.planning import hlo

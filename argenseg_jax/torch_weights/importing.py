@@ -14,13 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint, config_parsing, sharding, variants
-from argenseg_jax.config import (
-  DataConfig,
-  EvalConfig,
-  MeshConfig,
-  ModelConfig,
-)
+from argenseg_jax.config import DataConfig, EvalConfig, MeshConfig
 from argenseg_jax.data import chat, text
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.runtime.paths import Path, copy, copy_tree, disk_path
 from argenseg_jax.torch_weights import (
   byte_tokenizer,

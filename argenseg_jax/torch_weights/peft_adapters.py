@@ -20,7 +20,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint, config_parsing, sharding
-from argenseg_jax.config import LoRAConfig, ModelConfig
+from argenseg_jax.config import LoRAConfig
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import lora
 from argenseg_jax.runtime import paths
 from argenseg_jax.runtime.paths import disk_path

@@ -9,13 +9,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint, config_parsing, sharding, variants
-from argenseg_jax.config import (
-  ConfigError,
-  LoRAConfig,
-  ModelConfig,
-  RunConfig,
-)
+from argenseg_jax.config import ConfigError, LoRAConfig, RunConfig
 from argenseg_jax.data.text import TextTokenizer
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import int8, lora
 from argenseg_jax.runtime import paths
 from argenseg_jax.runtime.paths import Path
