@@ -15,7 +15,7 @@ from argenseg_jax.config import MeshConfig
 from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.data import examples, pipeline
-from argenseg_jax.planning import plan
+from argenseg_jax.planning import programs
 from argenseg_jax.training.optimizer import trainable_filter
 from argenseg_jax.training.state import TrainState
 from argenseg_jax.training.step import make_train_step
@@ -97,7 +97,7 @@ def test_turns_change_no_loss_and_no_parameter(batches, kind):
 @pytest.mark.parametrize("kind", ["masks", "image tokenizer"])
 def test_plan_describes_the_batch_that_the_pipeline_makes(batches, kind):
   task, batch, data = batches[kind]
-  described = plan.abstract_batch(
+  described = programs.abstract_batch(
     config_for(task, data, 2), tiny_rows.model().config, task
   )
   for name, mine in described._asdict().items():
