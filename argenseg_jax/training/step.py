@@ -57,11 +57,9 @@ def make_train_step(
     warm: see `Task.warm_steps`.
   """
   stage = config.stage(task.name)
+  require_equal_parts(stage.train, mesh)
   gradients = _in_turns(
-    functools.partial(
-      _part_loss, graph, config, task, count_parts(stage.train, mesh), warm
-    ),
-    stage.train,
+    functools.partial(_part_loss, graph, config, task, warm), stage.train
   )
   if sharding.num_shards(mesh) > 1:  # XLA does `tensor` by itself.
     gradients = _over_mesh(gradients, mesh)
@@ -102,8 +100,8 @@ def make_train_step(
   return step
 
 
-def count_parts(train: TrainConfig, mesh: Mesh) -> int:
-  """Into how many parts a batch is split, over devices and turns.
+def require_equal_parts(train: TrainConfig, mesh: Mesh) -> None:
+  """Checks that a batch can be split over devices and turns.
 
   Raises:
     ConfigError: the batch does not divide into them.
@@ -115,14 +113,12 @@ def count_parts(train: TrainConfig, mesh: Mesh) -> int:
       f"{parts} parts (accumulate_steps {train.accumulate_steps} times mesh "
       "axes slice, data and fsdp)."
     )
-  return parts
 
 
 def _part_loss(
   graph: nnx.GraphDef,
   config: RunConfig,
   task: Task,
-  parts: int,
   warm: bool,
   params: nnx.State,
   fixed: nnx.State,
@@ -132,9 +128,7 @@ def _part_loss(
 ) -> tuple[Array, Any]:
   """A part's share in the loss, and what to sum over parts."""
   model = nnx.merge(graph, *_whole_tables((params, fixed)))
-  return task.loss(
-    model, batch, config, noise=noise, counts=counts, parts=parts, warm=warm
-  )
+  return task.loss(model, batch, config, noise=noise, counts=counts, warm=warm)
 
 
 def _in_turns(

@@ -45,8 +45,8 @@ class Task:
     constant: parts of the model that pass no gradient, trained or not.
     shared: (model, batch, config, key) -> (noise, counts). Noise is split with
       the rows of a batch, counts belong to the whole.
-    loss: (model, part, config, *, noise, counts, parts, warm) -> (share in the
-      loss, sums); shares and sums of all parts add up to the whole batch's.
+    loss: (model, part, config, *, noise, counts, warm) -> (share in the loss,
+      sums); shares and sums of all parts add up to the whole batch's.
     metrics: (sums, usage, config, *, warm) -> (metrics with "loss", usage).
     warm_steps: how many steps at the beginning have `warm` True.
     between_steps: (config, graph, state, step, rows, mesh) -> state.
