@@ -113,6 +113,7 @@ def compile_training(config: RunConfig, name: str, mesh: Mesh) -> Program:
       "frozen parameters": state.fixed,
       "moments": state.optimizer,
       "average": state.average,
+      "start": state.start,
       "batch": batch,
     },
     state.params,

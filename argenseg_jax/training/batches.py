@@ -73,9 +73,9 @@ def open_batches(
         print(f"{log} is not written: {error}", flush=True)
 
   def iterate(rows, name):
-    if vqvae and config.data.codes:
-      rows = code_cache.read(rows, vqvae, as_path(config.data.codes))
-    elif vqvae and config.data.cache_codes:
+    if vqvae and rows.config.codes:
+      rows = code_cache.read(rows, vqvae, as_path(rows.config.codes))
+    elif vqvae and rows.config.cache_codes:
       path = workdir / f"codes_{name}.npz"
       rows = code_cache.cached(rows, vqvae, path, renew=accept_changed_data)
     elif distributed.is_main():
@@ -90,15 +90,15 @@ def open_batches(
     )
 
   main = iterate(rows, "main")
-  steps = config.data.warmup_steps
+  steps = rows.config.warmup_steps
   if not (vqvae and steps):
     return main
-  if config.data.codes:
+  if rows.config.codes:
     raise ConfigError(
       "config key 'data.codes' holds the codes of one split; set "
       "'data.warmup_steps' to 0."
     )
-  easy = rows_lib.of_split(rows, config.data.warmup_split, evaluation=False)
+  easy = rows_lib.of_split(rows, rows.config.warmup_split, evaluation=False)
   return Curriculum(iterate(easy, "warmup"), main, steps)
 
 
