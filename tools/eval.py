@@ -312,7 +312,7 @@ def _measure_model(
   for name, made in rows.items():
     folder = None if out is None else out / name
     results[name] = _answer_all(evaluator, state, made, name, args, folder)
-  if args.report:
+  if args.report and out is not None:
     from argenseg_jax import checkpoint
     from argenseg_jax.evaluation import report as evaluation_report
 
@@ -392,7 +392,7 @@ def _measure_tokenizer(
   return results
 
 
-def _hash(step: pathlib.Path) -> str:
+def _hash(step: paths.Path) -> str:
   """Of the manifest, which holds the hash of every file."""
   from argenseg_jax.checkpoint.manifest import MANIFEST
 

@@ -255,9 +255,9 @@ def _spread(share: Shaped[np.ndarray, "h w"], count: int) -> bool:
   of classes beside a 255 that means "ignore"."""
   inner = np.unique(share[(share > share.min()) & (share < share.max())])
   if count <= 2 * _FEW:
-    return inner.min() >= 2 * _SLACK
+    return bool(inner.min() >= 2 * _SLACK)
   middle = (inner > _NEAR_END) & (inner < 1 - _NEAR_END)
-  return 3 * np.count_nonzero(middle) >= len(inner)
+  return bool(3 * np.count_nonzero(middle) >= len(inner))
 
 
 def _require_smooth(

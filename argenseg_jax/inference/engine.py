@@ -201,7 +201,7 @@ class Engine:
     rows = _row_bucket(len(asked), settings.batch_size)
     extra = rows - len(asked)
     padded = prompts.pad(
-      [*asked, *asked[-1:] * extra], self.config.token_ids.pad
+      [*asked, *list(asked[-1:]) * extra], self.config.token_ids.pad
     )
     if images is not None:
       images = np.concatenate((images, *[images[-1:]] * extra))

@@ -1,6 +1,7 @@
 """What a training run takes from the checkpoint that it starts from."""
 
 import dataclasses
+import typing
 from collections.abc import Callable
 
 import jax
@@ -17,6 +18,7 @@ from argenseg_jax.config import (
 )
 from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.models import int8, lora
+from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.runtime import paths
 from argenseg_jax.runtime.paths import Path
 
@@ -93,7 +95,8 @@ def _adapted(
   """
   full = lora.trainable_filter(config, nnx.state(model))
   if config.base == "int8":
-    int8.quantize(model.llm, "int8")
+    # Only a whole model has adapters, see `RunConfig.adapters`.
+    int8.quantize(typing.cast(ARGenSeg, model).llm, "int8")
   base = "float32" if config.base == "float32" else "bfloat16"
   state = nnx.state(model)
 

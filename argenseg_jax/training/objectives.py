@@ -156,7 +156,7 @@ def vqvae_loss(
   else:
     fit = losses.seg_mask_loss(out.images, images)
   metrics = {"reconstruction": fit, "vq": out.vq_loss}
-  if quantize:
+  if out.codes is not None:
     metrics["counts"] = model.quantizer.count_codes(out.codes)
   return fit + out.vq_loss, metrics
 

@@ -149,11 +149,11 @@ def describe(
   graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
   optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
   state = TrainState(
-    step=jax.ShapeDtypeStruct((), jnp.int32),
+    step=jax.eval_shape(lambda: jnp.zeros((), jnp.int32)),
     params=params,
     fixed=fixed,
     optimizer=jax.eval_shape(lambda p: init_moments(optimizer, p), params),
-    usage=jax.ShapeDtypeStruct((num_codes,), jnp.int32),
+    usage=jax.eval_shape(lambda: jnp.zeros(num_codes, jnp.int32)),
     average=(
       jax.eval_shape(lambda p: jax.tree.map(_float32_copy, p), params)
       if stage.optimizer.ema_decay

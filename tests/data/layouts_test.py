@@ -81,7 +81,9 @@ def test_refer(opened, tmp_path):
   with pytest.raises(DataError, match="no split 'tset'; it has train, val"):
     opened("refer", split="tset")
   (tmp_path / "refs(google).p").write_bytes(b"")
-  with pytest.raises(DataError, match=r"must hold one refs\(\*\)\.p"):
+  with pytest.raises(
+    DataError, match=r"must contain exactly one refs\(\*\)\.p"
+  ):
     open_source(_config({"source": "refer", "path": str(tmp_path)}))
 
 

@@ -15,7 +15,7 @@ from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources import parsing, questions
 from argenseg_jax.data.sources.parsing import below, read_file, required_text
 from argenseg_jax.data.sources.sample import Sample, Turn
-from argenseg_jax.runtime.paths import as_path, is_local
+from argenseg_jax.runtime.paths import Path, as_path, is_local
 
 _BOM = parsing.BOM.encode()
 
@@ -27,7 +27,7 @@ class JsonLines:
   cost memory for their offsets only, unless they are in a bucket.
   """
 
-  def __init__(self, path: str | pathlib.Path):
+  def __init__(self, path: str | Path):
     self.path = as_path(path)
     raw = read_file(self.path, "give a jsonl file")
     self.fingerprint = parsing.digest(raw)
