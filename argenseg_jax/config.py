@@ -377,22 +377,65 @@ class StageConfig:
   optimizer: OptimizerConfig
   train: TrainConfig
 
+  @property
+  def num_updates(self) -> int:
+    """Updates of the weights in the whole run."""
+    return self.train.steps
+
+  @property
+  def keeps_start(self) -> bool:
+    """Whether the weights that training started from are kept beside it."""
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig(StageConfig):
+  """How answers are sampled and rewarded, and how they move the model."""
+
+  group_size: Annotated[int, Range(2)]  # Sampled answers to each request.
+  # The answer's text is given up to its mask; only codes are sampled.
+  given_text: bool
+  text_temperature: NonNegative  # 0: the likeliest words, which do not train.
+  text_top_k: Count  # 0: from all words.
+  code_temperature: NonNegative  # 0: the likeliest codes, likewise.
+  code_top_k: Count  # 0: from all codes.
+  # Keys of training/rewards.REWARDS or "module:function", and what each is
+  # multiplied by; no weights: all by 1.
+  rewards: tuple[str, ...]
+  reward_weights: tuple[NonNegative, ...]
+  normalize: bool  # Advantages are divided by their group's deviation.
+  clip: Annotated[float, Range(0, 1, above=True)]  # Of probability ratios.
+  kl: NonNegative  # Reward that a nat away from the start costs; 0: none.
+  updates: PositiveInt  # Of the weights, for each batch of answers.
+  text_weight: NonNegative  # Of a word's gradient.
+  scale_weights: tuple[NonNegative, ...]  # Of a code's, by scale; (): all 1.
+
+  @property
+  def num_updates(self) -> int:
+    return self.train.steps * self.updates
+
+  @property
+  def keeps_start(self) -> bool:
+    return self.kl > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
   """Everything that defines a training run.
 
-  The tasks run in order, each in its own folder of the work directory; the
-  decoder takes the image tokenizer that was trained just before it.
+  The tasks run in order, each in its own folder of the work directory, and
+  start from what was trained just before: the decoder from its image tokenizer,
+  "rl" from the whole model.
   """
 
-  tasks: tuple[Literal["vqvae", "mllm"], ...]
+  tasks: tuple[Literal["vqvae", "mllm", "rl"], ...]
   seed: Seed
   init_from: str | None  # Checkpoint of a whole model or an image tokenizer.
   model: ModelChoice
   data: DataConfig
   vqvae: StageConfig
   mllm: StageConfig
+  rl: RLConfig
   loss: LossConfig
   lora: LoRAConfig
   tokenizer_training: TokenizerTrainingConfig
@@ -401,7 +444,7 @@ class RunConfig:
 
   def adapters(self, task: str) -> LoRAConfig | None:
     """Settings of the adapters that a task trains instead of the weights."""
-    return self.lora if self.lora.rank and task == "mllm" else None
+    return self.lora if self.lora.rank and task != "vqvae" else None
 
   def stage(self, task: str) -> StageConfig:
     """The settings of one of `tasks`."""

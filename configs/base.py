@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   c = ConfigDict()
-  # What to train, in order: "vqvae" (the image tokenizer), "mllm" (the rest).
+  # What to train, in order: "vqvae" (the image tokenizer), "mllm" (the rest),
+  # "rl" (the rest once more, by the IoU of its own answers: docs/rl.md).
   c.tasks = ("mllm",)
   c.seed = 0  # Of initial weights and of noise in training; 0 to 2**31 - 1.
   # Checkpoint to start from: a whole model or an image tokenizer; "" for none.
@@ -77,6 +78,38 @@ def get_config() -> ConfigDict:
   c.mllm.optimizer.weight_decay = 0.05  # As below.
   # Paths of parts that do not train.
   c.mllm.optimizer.frozen = ("vision.tower", "vqvae")
+
+  c.rl = _stage(learning_rate=1e-6, steps=1_000, batch=64)
+  c.rl.optimizer.schedule = "constant"  # As below.
+  c.rl.optimizer.warmup_steps = 10  # Updates.
+  c.rl.optimizer.frozen = ("vision.tower", "vqvae")  # As above.
+  c.rl.train.best_by = "ciou"  # Rewards are of sampled answers.
+  # A step samples so many answers, 2 or more, to each of its
+  # `train.global_batch_size` requests. Texts have up to `eval.max_text` tokens.
+  c.rl.group_size = 8
+  # Give the answer's text up to its mask, and sample only codes.
+  c.rl.given_text = False
+  # Words are drawn at this temperature; 0: the likeliest, which do not train.
+  c.rl.text_temperature = 1.0
+  c.rl.text_top_k = 0  # From so many likeliest words; 0: from all.
+  c.rl.code_temperature = 1.0  # Likewise for codes.
+  c.rl.code_top_k = 0  # Likewise.
+  # What an answer is worth: the sum of "iou", "boundary", "format" or functions
+  # of your own ("module:function"), each times its weight (none: times 1).
+  c.rl.rewards = ("iou",)
+  c.rl.reward_weights = ()  # 0 or more each.
+  # Divide a group's advantages by their standard deviation.
+  c.rl.normalize = True
+  # Ratios of probabilities beyond 1 - clip and 1 + clip gain nothing; above 0,
+  # up to 1. It matters from the second update on.
+  c.rl.clip = 0.2
+  # Reward that a nat away from the start costs, for a whole answer. Above 0 a
+  # copy of the weights that train is kept, in the compute dtype; 0: none.
+  c.rl.kl = 0.001
+  c.rl.updates = 1  # Updates of the weights by each batch of answers.
+  c.rl.text_weight = 1.0  # Of words in the gradient, 0 or more.
+  # Of codes, one for each scale: (1, 1, 0.5, 0.25); (): 1 each.
+  c.rl.scale_weights = ()
 
   c.loss = ConfigDict()
   # Codes averaged over tokens (the paper) or per "scale", then over scales.

@@ -6,6 +6,8 @@ import importlib
 import os
 import signal
 import sys
+import traceback
+from collections.abc import Callable
 from typing import TextIO
 
 # Command -> what `argenseg --help` says of it; see `module_of`.
@@ -69,13 +71,25 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # What fails here is said, too.
       return code
     except KeyboardInterrupt:
-      print(f"argenseg {name}: interrupted.", file=sys.stderr)
-      return INTERRUPTED
+      said, code = "interrupted.", INTERRUPTED
     except Exception as error:
-      if not (said := sentence(error)):
+      said, code = sentence(error), 2
+      if not said:
+        _end_others(f"{type(error).__name__}: {error}", 1, traceback.print_exc)
         raise
     print(f"argenseg {name}: {said}", file=sys.stderr)
-    return 2
+    _end_others(said, code)
+    return code
+
+
+def _end_others(
+  said: str, code: int, before: Callable[[], object] = bool
+) -> None:
+  """Ends a run of several processes on all of them; calls `before` first."""
+  distributed = sys.modules.get("argenseg_jax.runtime.distributed")
+  if distributed is not None and distributed.is_several():
+    before()
+    distributed.end_all(said, code)
 
 
 def _main(name: str, rest: list[str], from_shell: bool) -> int:

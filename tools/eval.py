@@ -87,7 +87,7 @@ def _evaluate(
     "versions": {n: importlib.metadata.version(n) for n in _VERSIONS},
   }
   rows = _open(loaded, asked, args.what)
-  report["fingerprints"] = {name: r.fingerprint for name, r in rows.items()}
+  report["fingerprints"] = {name: _fingerprint(r) for name, r in rows.items()}
   with contextlib.ExitStack() as held:
     if out is not None and distributed.is_main():
       held.enter_context(resume.claimed(out, report, args.out))
@@ -390,6 +390,14 @@ def _measure_tokenizer(
       every_prefix=True,
     )
   return results
+
+
+def _fingerprint(rows) -> str:
+  """Of rows, and of what some of their images and masks hold."""
+  from argenseg_jax.data import file_stamps
+
+  files = file_stamps.stamps(rows.source, most=file_stamps.SPOT).content
+  return f"{rows.fingerprint}-{hashlib.sha256(files).hexdigest()[:16]}"
 
 
 def _hash(step: paths.Path) -> str:

@@ -45,17 +45,32 @@ _REASONS = tuple(
 @functools.cache  # Once.
 def _leave_failures_to_us() -> None:
   """A failed save is one sentence of ours. Orbax logs a traceback for each
-  array, TensorStore prints one for each answer that finds its loop closed."""
+  array and closes its event loop while others are still being written: Python
+  then logs each of those that fails, and TensorStore's threads print that
+  they find the loop closed."""
   logging.getLogger("absl").addFilter(
     lambda record: "orbax" not in record.pathname
   )
-  before = sys.excepthook
+  logging.getLogger("asyncio").addFilter(
+    lambda record: "orbax" not in record.getMessage()
+  )
+  before, unraisable_before = sys.excepthook, sys.unraisablehook
 
   def hook(kind, error, trace) -> None:
-    if kind is not RuntimeError or str(error) != "Event loop is closed":
+    if not _is_about_a_closed_loop(error):
       before(kind, error, trace)
 
-  sys.excepthook = hook
+  def unraisable_hook(unraisable) -> None:
+    if not _is_about_a_closed_loop(unraisable.exc_value):
+      unraisable_before(unraisable)
+
+  sys.excepthook, sys.unraisablehook = hook, unraisable_hook
+
+
+def _is_about_a_closed_loop(error: BaseException | None) -> bool:
+  return (
+    isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+  )
 
 
 class _Manager(ocp.CheckpointManager):

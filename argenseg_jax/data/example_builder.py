@@ -106,17 +106,22 @@ class RowMaker:
   @property
   def fingerprint(self) -> str:
     """Changes with anything that changes the content or order of rows."""
+    parts = tuple(self.content.values())
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+  @property
+  def content(self) -> dict[str, Any]:
+    """What decides the content and order of rows; JSON-ready."""
     config = to_dict(self.config)
     for key in (*SPEED_KEYS, "path", "root", "text_tokenizer", "codes"):
       del config[key]
-    parts = (
-      config,
-      self.source.fingerprint,
-      self.text_tokenizer and self.text_tokenizer.fingerprint,
-      self.image_tokens,
-      self.num_codes,
-    )
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return {
+      "data settings": config,
+      "data": self.source.fingerprint,
+      "text tokenizer": self.text_tokenizer and self.text_tokenizer.fingerprint,
+      "tokens of an image": self.image_tokens,
+      "codes of a mask": self.num_codes,
+    }
 
   def __call__(
     self,

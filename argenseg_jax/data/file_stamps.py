@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -19,6 +20,7 @@ from argenseg_jax.data.sources.array_record import ArrayRecordSource
 from argenseg_jax.data.sources.sample import Sample, Source
 from argenseg_jax.runtime import paths
 
+SPOT = 1000  # Records that a run looks at when it resumes.
 _PIECE = 1 << 16  # Bytes read at the beginning, middle and end of a file.
 
 
@@ -29,26 +31,40 @@ class Stamps(NamedTuple):
   content: UInt64[np.ndarray, "records"]
 
 
-def stamps(source: Source) -> Stamps:
-  """Of all records; one that cannot be read has a stamp of its own, too."""
+def stamps(source: Source, *, most: int | None = None) -> Stamps:
+  """Of all records, or of at most `most` that are spread over them; one that
+  cannot be read has a stamp of its own, too."""
   found = [
-    (_number(_quick(part)), _number(_content(part))) for part in _parts(source)
+    (_number(_quick(part)), _number(_content(part)))
+    for _, part in _chosen(source, most)
   ]
   quick, content = np.array(found, np.uint64).reshape(-1, 2).T
   return Stamps(quick, content)
 
 
-def first_changed(source: Source, known: Stamps) -> str:
+def first_changed(
+  source: Source, known: Stamps, *, most: int | None = None
+) -> str:
   """Names the first record whose images or masks are others than before; ""
-  where none is."""
-  parts = _parts(source)
-  if len(parts) != len(known.quick):
-    return f"{len(parts)} records in place of {len(known.quick)}"
-  pairs = zip(parts, *known, strict=True)
-  for index, (part, quick, content) in enumerate(pairs):
+  where none is. With the `most` that `stamps` was given."""
+  total = len(_parts(source))
+  count = total if most is None else min(most, total)
+  if count != len(known.quick):
+    return f"{count} records in place of {len(known.quick)}"
+  parts = _chosen(source, most)
+  for (index, part), quick, content in zip(parts, *known, strict=True):
     if _number(_quick(part)) != quick and _number(_content(part)) != content:
       return f"record {index} ({_named(part)})"
   return ""
+
+
+def _chosen(source: Source, most: int | None) -> Iterator[tuple[int, Any]]:
+  """Records or shards, with their numbers."""
+  parts = _parts(source)
+  count = len(parts) if most is None else min(most, len(parts))
+  for number in range(count):
+    index = number * len(parts) // count
+    yield index, parts[index]
 
 
 class _Lazy:

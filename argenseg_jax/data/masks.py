@@ -203,6 +203,15 @@ def run_lengths(seg_mask: np.ndarray) -> dict[str, Any]:
   }
 
 
+def overlaps(
+  masks: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
+) -> np.ndarray:
+  """float [masks others]: IoU of each with each, of `run_lengths` of one size;
+  0 where both are empty."""
+  found = coco.iou(list(masks), list(others), [0] * len(others))
+  return np.nan_to_num(np.asarray(found)).reshape(len(masks), len(others))
+
+
 def _read_runs(counts: bytes, where: str) -> list[int]:
   """Run lengths from COCO's text: 5 bits a character, low ones first, and from
   the fourth run on the difference to the run before the last.

@@ -10,6 +10,7 @@ resuming is exact.
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -115,6 +116,7 @@ class TrainIterator:
       "next_index": self._step * self._global_batch_size,
       "seed": self._rows.config.seed,
       "fingerprint": self._fingerprint,
+      "content": self._content,
     }
 
   def set_state(self, state: dict[str, Any], *, force: bool = False) -> None:
@@ -129,10 +131,14 @@ class TrainIterator:
         another global batch size.
     """
     if state["fingerprint"] != self._fingerprint and not force:
+      before = state.get("content") or {}
+      other = [k for k, v in self._content.items() if before.get(k) != v]
+      if not before:  # Of an earlier version.
+        other = ["data, data settings or global_batch_size"]
       raise DataError(
-        "the saved data state belongs to other data, data settings or "
-        "global_batch_size; resume with those of the run, or accept the change "
-        "with --accept_changed_data."
+        f"the saved data state belongs to other {', '.join(other)}; resume "
+        "with those of the run, or accept the change with "
+        "--accept_changed_data."
       )
     self.close()
     self._step = state["next_index"] // self._global_batch_size
@@ -142,6 +148,14 @@ class TrainIterator:
     batches, self._batches = self._batches, None
     if batches is not None:
       batches.close()
+
+  @functools.cached_property
+  def _content(self) -> dict[str, Any]:
+    found = self._rows.content
+    settings = found.pop("data settings")
+    found |= {f"data.{key}": value for key, value in settings.items()}
+    found["global_batch_size"] = self._global_batch_size
+    return json.loads(json.dumps(found))  # As a checkpoint gives it back.
 
   @functools.cached_property
   def _fingerprint(self) -> str:

@@ -11,6 +11,7 @@ RESAMPLES = 1000
 # Of `results`: numbers, not shares.
 COUNTS = {
   *("samples", "invalid", "surplus", "questions", "captions"),
+  "follows_pairs",
   *("yes_no_unclear", "choice_unclear"),
 }
 _CHUNK = 50  # Resamples at once: bounds memory at 50 x images numbers.

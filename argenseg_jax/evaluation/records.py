@@ -17,6 +17,7 @@ from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample
 from argenseg_jax.data.text import unescape
 from argenseg_jax.evaluation.bootstrap import intervals
+from argenseg_jax.evaluation.counterfactual import FollowSums, Pairs
 from argenseg_jax.evaluation.segmentation_metrics import (
   SegmentationSums,
   Sums,
@@ -34,7 +35,7 @@ _NEEDED = {
 _KEY = ("dataset", "sample", "number")
 # Of these metrics the 95 % intervals are given.
 _WITH_INTERVAL = {
-  *("ciou", "giou", "yes_no_accuracy", "yes_no_f1", "vqa_soft"),
+  *("ciou", "giou", "follows", "yes_no_accuracy", "yes_no_f1", "vqa_soft"),
   *("choice_accuracy", "text_exact", "pope_accuracy", "pope_f1"),
   *("vqa_accuracy", "mmmu_accuracy", "scienceqa_accuracy"),
 }
@@ -120,6 +121,7 @@ class Scorer:
   def __init__(self) -> None:
     self.masks = SegmentationSums()
     self.words = UnderstandingSums()
+    self._pairs = Pairs()
     self._one_by_one: dict[type, list[tuple[Sums, str]]] = {}
 
   @property
@@ -142,9 +144,10 @@ class Scorer:
       ValueError: its masks differ in size, or its question has no answer.
     """
     if "mask" in record:
+      prediction, truth = pixels(record["mask"]), pixels(record["truth"])
       one = score(
-        pixels(record["mask"]),
-        pixels(record["truth"]),
+        prediction,
+        truth,
         has_mask=record["has_mask"],
         text=record["text"],
         surplus=record.get("surplus", 0),
@@ -152,6 +155,8 @@ class Scorer:
       )
       value = one.iou
       self.masks += one
+      request = record.get("dataset"), record["sample"]
+      self._pairs.add(record["picture"], request, prediction, truth)
     else:
       one, value = score_answer(
         record["kind"],
@@ -171,8 +176,11 @@ class Scorer:
       metrics |= self.masks.results()
     if self.words.questions:
       metrics |= self.words.results()
-    for pairs in self._one_by_one.values():
-      found = intervals(*zip(*pairs, strict=True))
+    followed = self._pairs.sums()
+    metrics |= sum(followed.values(), FollowSums()).results()
+    by_image = [(sums, image) for image, sums in followed.items()]
+    for pairs in (*self._one_by_one.values(), by_image):
+      found = intervals(*zip(*pairs, strict=True)) if pairs else {}
       for name in sorted(_WITH_INTERVAL & found.keys()):
         low, high = found[name]
         metrics |= {f"{name}_low": low, f"{name}_high": high}

@@ -151,7 +151,7 @@ def decoder_loss(
 
 def seg_mask_loss(
   reconstruction: Float[Array, "b h w c"], target: Float[Array, "b h w c"]
-) -> Float[Array, ""]:
+) -> Float[Array, "b"]:
   """Ten times binary cross entropy plus 0.3 soft dice, on images in [-1, 1].
 
   The reconstruction x stands for the probability sigmoid(4 x): it saturates
@@ -159,13 +159,14 @@ def seg_mask_loss(
   """
   logits = 4.0 * reconstruction.astype(jnp.float32)
   truth = (target.astype(jnp.float32) + 1.0) / 2.0
+  axes = (1, 2, 3)
   bce = jnp.mean(
     jnp.maximum(logits, 0)
     - logits * truth
-    + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    + jnp.log1p(jnp.exp(-jnp.abs(logits))),
+    axes,
   )
   chance = jax.nn.sigmoid(logits)
-  axes = (1, 2, 3)
   overlap = 2.0 * jnp.sum(chance * truth, axes) + 1.0
   total = jnp.sum(chance, axes) + jnp.sum(truth, axes) + 1.0
-  return 10.0 * (bce + 0.3 * jnp.mean(1.0 - overlap / total))
+  return 10.0 * (bce + 0.3 * (1.0 - overlap / total))

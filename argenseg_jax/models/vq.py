@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from argenseg_jax.config import VQVAEConfig
 from argenseg_jax.kernels.nearest_code import nearest_code
@@ -26,7 +26,7 @@ class Quantized(NamedTuple):
   """What quantising a batch of latents gives."""
 
   latent: Float[Array, "b h w c"]  # Straight-through: gradient of the input.
-  loss: Float[Array, ""]  # Mean over scales; trains codebook and phis too.
+  loss: Float[Array, "b"]  # Mean over scales; trains codebook and phis too.
   codes: Int[Array, "b n"]
   vectors: Float[Array, "b n c"]  # What each code stands for, no gradient.
 
@@ -88,14 +88,15 @@ class Quantizer(nnx.Module):
     codes, vectors, losses = [], [], []
     partial = jnp.zeros_like(latent)
     for codes_k, vectors_k, partial in self._walk(target):
-      pull = jnp.mean((jax.lax.stop_gradient(partial) - latent) ** 2)
-      push = jnp.mean((partial - target) ** 2)
+      axes = (1, 2, 3)
+      pull = jnp.mean((jax.lax.stop_gradient(partial) - latent) ** 2, axes)
+      push = jnp.mean((partial - target) ** 2, axes)
       losses.append(self.commitment * pull + push)
       codes.append(codes_k)
       vectors.append(vectors_k)
     return Quantized(
       latent=latent + jax.lax.stop_gradient(partial - latent),
-      loss=jnp.mean(jnp.stack(losses)),
+      loss=jnp.mean(jnp.stack(losses), 0),
       codes=jnp.concatenate(codes, 1),
       vectors=jnp.concatenate(vectors, 1),
     )
@@ -157,9 +158,13 @@ class Quantizer(nnx.Module):
       inputs.append(self.next_input(partial, k))
     return jnp.concatenate(inputs, 1)
 
-  def count_codes(self, codes: Int[Array, "b n"]) -> Int[Array, "scales codes"]:
-    """How often each scale of a batch uses each code."""
+  def count_codes(
+    self, codes: Int[Array, "b n"], valid: Bool[Array, "b"] | None = None
+  ) -> Int[Array, "scales codes"]:
+    """How often each scale of a batch, of its `valid` rows, uses each code."""
     num_codes = self.codebook.shape[0]
+    if valid is not None:  # The others get a number that is not counted.
+      codes = jnp.where(valid[:, None], codes, num_codes)
     return jnp.stack(
       [
         jnp.bincount(codes_k.reshape(-1), length=num_codes)

@@ -22,7 +22,7 @@ class Reconstruction(NamedTuple):
   """What a training pass of the image tokenizer gives."""
 
   images: Float[Array, "b h w 3"]  # Not clamped.
-  vq_loss: Float[Array, ""]  # 0 when nothing was quantised.
+  vq_loss: Float[Array, "b"]  # 0 when nothing was quantised.
   codes: Int[Array, "b n"] | None  # None when nothing was quantised.
   latent: Float[Array, "b h2 w2 c"]  # Before quantisation.
 
@@ -61,7 +61,7 @@ class VQVAE(nnx.Module):
     """Encodes, quantises (a plain autoencoder without `quantize`), decodes."""
     latent = self.encode_latent(images)
     if not quantize:
-      loss = jnp.zeros((), jnp.float32)
+      loss = jnp.zeros(images.shape[:1], jnp.float32)
       return Reconstruction(self.decode_latent(latent), loss, None, latent)
     quantized = self.quantizer(latent)
     return Reconstruction(

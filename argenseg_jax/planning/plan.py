@@ -125,6 +125,7 @@ def compile_training(config: RunConfig, name: str, mesh: Mesh) -> Program:
       "frozen parameters": state.fixed,
       "moments": state.optimizer,
       "average": state.average,
+      "start": state.start,
       "batch": batch,
     },
     state.params,
@@ -317,6 +318,8 @@ def kept_activations(
     return None
   parts = train.accumulate_steps * sharding.num_shards(mesh)
   rows = train.global_batch_size // parts
+  if task.name == "rl":
+    rows *= config.rl.group_size
   width = model.llm.width * jnp.dtype(train.compute_dtype).itemsize
   return rows * config.data.sequence_length * width * model.llm.num_layers
 
@@ -332,7 +335,7 @@ def _times(
   """FLOPs and, for a known chip, lower bounds of a step's time."""
   stage, data = config.stage(task.name), task.data(config.data)
   train = stage.train
-  products = tuple(task.products(model, data))
+  products = tuple(task.products(model, data, config))
   kinds = {"constant": task.constant, "adapters": config.adapters(task.name)}
   count = flops.train_step(products, stage, **kinds)
   result: dict[str, Any] = {

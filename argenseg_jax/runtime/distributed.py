@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,6 +83,8 @@ def initialize(
   except Exception as error:  # Each kind of cluster has errors of its own.
     reason = f"{type(error).__name__}: {paths.said(error)}"
     raise ConfigError(_NOT_MET.format(reason)) from error
+  if is_several():
+    threading.Thread(target=_listen, name="listen", daemon=True).start()
 
 
 _LATER = 60  # Seconds after which JAX would abort, without a sentence.
@@ -137,6 +140,81 @@ def in_cluster() -> bool:
     return False
   chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
   return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def is_several() -> bool:
+  """Whether this process has joined others."""
+  return (_state().num_processes or 1) > 1
+
+
+def end_all(said: str, code: int) -> None:
+  """Ends this process, which cannot continue, and with it all others of its
+  run, which would wait for it. Does nothing in a process that is alone.
+
+  Args:
+    said: why, for the others to say.
+    code: exit code of all.
+  """
+  if not is_several():
+    return
+  with contextlib.suppress(Exception):  # Another one may have been faster.
+    _state().client.key_value_set(
+      _ENDED, f"{code} {_state().process_id} {said}"
+    )
+  _leave(code)
+
+
+def _listen() -> None:
+  """Ends this process once another one has called `end_all`."""
+  while True:
+    time.sleep(_LISTEN_SECONDS)
+    found = _found(_ENDED)
+    if found is not None:
+      code, process, said = found.split(" ", 2)
+      if int(process) == _state().process_id:
+        return  # It is about to leave.
+      print(
+        f"argenseg: process {process} has ended, and so do all: {said}",
+        file=sys.stderr,
+      )
+      _leave(int(code))
+
+
+def _leave(code: int) -> None:
+  """Ends without JAX's farewell, which would wait for those that have left;
+  process 0 last, because the others hear each other through it."""
+  state = _state()
+  with contextlib.suppress(Exception):
+    state.client.key_value_set(f"{_ENDED}/{state.process_id}", "heard")
+  others = set(range(1, state.num_processes)) if state.process_id == 0 else ()
+  until = time.monotonic() + _FAREWELL_SECONDS
+  while others and time.monotonic() < until:
+    others = {i for i in others if _found(f"{_ENDED}/{i}") is None}
+    time.sleep(0.1)
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
+  os._exit(code)
+
+
+_ENDED = "argenseg/ended"  # At the coordinator: who ended all, and why.
+_LISTEN_SECONDS = 1.0
+_FAREWELL_SECONDS = 10.0
+
+
+def _state() -> Any:
+  """JAX's own, which has no public face: coordinator's client, numbers."""
+  from jax._src import distributed as private
+
+  return private.global_state
+
+
+def _found(key: str) -> str | None:
+  """What stands at the coordinator; None if nothing does, or it is gone."""
+  try:
+    return _state().client.key_value_try_get(key)
+  except Exception:  # Also what tells that there is no such key.
+    return None
 
 
 def is_main() -> bool:
@@ -225,14 +303,7 @@ def stop_noticed() -> bool:
   may get different answers for about a second. It reads what JAX's listener
   leaves at the coordinator; a JAX that leaves nothing there is never heard.
   """
-  try:
-    from jax._src import distributed as private
-
-    client: Any = private.global_state.client
-    client.key_value_try_get(_NOTICE)
-  except Exception:  # Also what tells that there is no such key.
-    return False
-  return True
+  return _found(_NOTICE) is not None
 
 
 # Of xla/pjrt/distributed/coordination/preemption_sync_manager.cc.

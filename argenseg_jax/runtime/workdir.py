@@ -1,16 +1,23 @@
 """A work directory belongs to one config and to one run at a time."""
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from argenseg_jax import config_parsing
-from argenseg_jax.config import SPEED_KEYS, ConfigError, RunConfig
+from argenseg_jax.config import SPEED_KEYS, ConfigError, RLConfig, RunConfig
 from argenseg_jax.runtime import distributed, lock, paths
 from argenseg_jax.runtime.paths import Path, is_local
 
+# Of reinforcement learning alone; `kl` decides what a checkpoint holds.
+_RL_KEYS = tuple(
+  field.name
+  for field in dataclasses.fields(RLConfig)
+  if field.name not in ("optimizer", "train", "kl")
+)
 # What a resumed run may have otherwise than before, by dotted key; stages are
 # "*". Keys that stand nowhere here may not change.
 _FREE = (  # They change no number that is learned.
@@ -33,6 +40,7 @@ _ACCEPTED = {  # With a flag.
     "*.train.steps",
     "*.train.compute_dtype",
     "*.optimizer.*",
+    *(f"*.{key}" for key in _RL_KEYS),
   ),
 }
 # They decide what arrays a checkpoint holds.
@@ -41,6 +49,7 @@ _FIXED = (
   "*.optimizer.frozen",
   "*.optimizer.ema_decay",
 )
+_STAGES = ("vqvae", "mllm", "rl")  # Tasks, and their groups of keys.
 _HISTORY = "history"  # In `config.json`: what has been changed, and when.
 
 
@@ -95,7 +104,10 @@ def claim(
       )
   theirs = _read(path) if path.exists() and saved else mine
   history = theirs.pop(_HISTORY, [])
-  changed = sorted(_differences(theirs, mine))
+  idle = {stage for stage in _STAGES if stage not in config.tasks}
+  changed = sorted(
+    key for key in _differences(theirs, mine) if key.split(".")[0] not in idle
+  )
   accepted = {
     "--accept_changed_data": accept_changed_data,
     "--change_settings": change_settings,
@@ -149,7 +161,7 @@ def _flag_of(key: str) -> str:
 
 def _is_any(key: str, patterns: tuple[str, ...]) -> bool:
   stage, _, rest = key.partition(".")
-  if stage in ("vqvae", "mllm"):
+  if stage in _STAGES:
     key = f"*.{rest}"
   return any(
     key == p or (p.endswith(".*") and key.startswith(p[:-1])) for p in patterns

@@ -160,6 +160,7 @@ def _train(
     global_batch_size=train.global_batch_size,
     logs=logs,
     accept_changed_data=accept_changed_data,
+    begins=data_state is None,
   )
   del model
   if data_state is not None:

@@ -103,11 +103,10 @@ def mllm_part(
   *,
   noise: Noise,
   counts: losses.TargetCounts,
-  parts: int,
   warm: bool,
 ) -> tuple[Float[Array, ""], losses.LossSums]:
   """A part's share of the decoder's loss (`tasks.Task.loss`)."""
-  del parts, warm
+  del warm
   return mllm_loss(
     model,
     batch,
@@ -138,35 +137,48 @@ def mllm_metrics(
 
 
 def vqvae_loss(
-  model: VQVAE, batch: Batch, *, reconstruction: str, quantize: bool
+  model: VQVAE,
+  batch: Batch,
+  *,
+  reconstruction: str,
+  quantize: bool,
+  count: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-  """Reconstruction plus quantizer loss, means over all masks of a batch.
+  """Reconstruction plus quantizer loss, means over the masks of a batch.
 
   Args:
     model: the image tokenizer.
-    batch: only its seg_masks are used.
+    batch: its seg_masks are used, where they are valid.
     reconstruction: "mse" or "bce_dice".
     quantize: False trains a plain autoencoder (warm start).
+    count: masks of the whole batch, if `batch` is a part of one.
   """
   images = normalize_seg_masks(batch.seg_masks)
   images = images.reshape(-1, *images.shape[2:])
+  valid = batch.mask_valid.reshape(-1)
   out = model(images, quantize=quantize)
   if reconstruction == "mse":
-    fit = jnp.mean((out.images - images) ** 2)
+    fit = jnp.mean((out.images - images) ** 2, (1, 2, 3))
   else:
     fit = losses.seg_mask_loss(out.images, images)
-  metrics = {"reconstruction": fit, "vq": out.vq_loss}
+  count = jnp.sum(valid) if count is None else count
+  count = jnp.maximum(count, 1).astype(jnp.float32)
+  metrics = {
+    name: jnp.sum(jnp.where(valid, values, 0)) / count
+    for name, values in (("reconstruction", fit), ("vq", out.vq_loss))
+  }
+  loss = metrics["reconstruction"] + metrics["vq"]
   if out.codes is not None:
-    metrics["counts"] = model.quantizer.count_codes(out.codes)
-  return fit + out.vq_loss, metrics
+    metrics["counts"] = model.quantizer.count_codes(out.codes, valid)
+  return loss, metrics
 
 
 def vqvae_shared(
   model: VQVAE, batch: Batch, config: RunConfig, key: Array
-) -> tuple[Noise, None]:
-  """Nothing: the image tokenizer has no noise, and its parts are equal."""
-  del model, batch, config, key
-  return Noise(), None
+) -> tuple[Noise, Int[Array, ""]]:
+  """No noise, and the number of masks of a whole batch."""
+  del model, config, key
+  return Noise(), jnp.sum(batch.mask_valid)
 
 
 def vqvae_part(
@@ -175,21 +187,18 @@ def vqvae_part(
   config: RunConfig,
   *,
   noise: Noise,
-  counts: None,
-  parts: int,
+  counts: Int[Array, ""],
   warm: bool,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
   """A part's share of the image tokenizer's loss (`tasks.Task.loss`)."""
-  del noise, counts
-  loss, sums = vqvae_loss(
+  del noise
+  return vqvae_loss(
     model,
     batch,
     reconstruction=config.tokenizer_training.reconstruction,
     quantize=not warm,
+    count=counts,
   )
-  # Parts are of one size: the mean of their means is the whole mean.
-  sums |= {k: v / parts for k, v in sums.items() if k != "counts"}
-  return loss / parts, sums
 
 
 def vqvae_metrics(

@@ -164,7 +164,7 @@ def pace(run: TaskRun, *, start: int) -> throughput.Pace:
   """Measures how fast the run goes, from its step `start` on."""
   data, stage = run.rows.config, run.config.stage(run.task.name)
   count = flops.train_step(
-    run.task.products(run.model, data),
+    run.task.products(run.model, data, run.config),
     stage,
     constant=run.task.constant,
     adapters=run.config.adapters(run.task.name),

@@ -31,6 +31,8 @@ class TrainState(NamedTuple):
   # Exponential average of params in float32, or None. It is what others get to
   # see; in bfloat16 it would stand still.
   average: nnx.State | None = None
+  # Params as they were at the start, in the compute dtype, or None.
+  start: nnx.State | None = None
 
   @property
   def variables(self) -> nnx.State:
@@ -41,9 +43,10 @@ class TrainState(NamedTuple):
   @property
   def counters(self) -> tuple:
     """What a checkpoint holds beside the model: with an average, which stands
-    in the model's place, the raw parameters too."""
+    in the model's place, the raw parameters too; and a start that is kept."""
     raw = None if self.average is None else self.params
-    return self.step, self.optimizer, self.usage, raw
+    kept = () if self.start is None else (self.start,)
+    return self.step, self.optimizer, self.usage, raw, *kept
 
 
 class Described(NamedTuple):
@@ -77,6 +80,13 @@ class Described(NamedTuple):
     if self.state.average is not None:
       # A copy: the step gives its inputs' memory away.
       average = jax.tree.map(_float32_copy, params)
+    start = None
+    if self.state.start is not None:
+      start = jax.tree.map(
+        lambda p, kept: jnp.array(p, kept.dtype, copy=True),
+        params,
+        self.state.start,
+      )
     state = TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
@@ -84,6 +94,7 @@ class Described(NamedTuple):
       optimizer=moments,
       usage=jnp.zeros(self.state.usage.shape, jnp.int32),
       average=average,
+      start=start,
     )
     return jax.device_put(state, self.shardings)
 
@@ -116,6 +127,7 @@ class Described(NamedTuple):
       optimizer=counters[1],
       usage=counters[2],
       average=average,
+      start=None if self.state.start is None else counters[4],
     )
     return state, meta["data"]
 
@@ -147,7 +159,13 @@ def describe(
   else:
     trains = lora.trainable_filter(adapters, variables)
   graph, params, fixed = nnx.split(nnx.merge(graph, variables), trains, ...)
-  optimizer = make_optimizer(stage.optimizer, stage.train.steps, params)
+  optimizer = make_optimizer(stage.optimizer, stage.num_updates, params)
+  start = None
+  if stage.keeps_start:
+    dtype = jnp.dtype(stage.train.compute_dtype)
+    start = jax.eval_shape(
+      lambda p: jax.tree.map(lambda x: x.astype(dtype), p), params
+    )
   state = TrainState(
     step=jax.eval_shape(lambda: jnp.zeros((), jnp.int32)),
     params=params,
@@ -159,6 +177,7 @@ def describe(
       if stage.optimizer.ema_decay
       else None
     ),
+    start=start,
   )
   state = sharding.placed(state, sharding.state_shardings(state, mesh))
   return Described(graph, optimizer, state, adapters is not None)

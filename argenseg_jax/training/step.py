@@ -57,11 +57,10 @@ def make_train_step(
     warm: see `Task.warm_steps`.
   """
   stage = config.stage(task.name)
+  updates = stage.num_updates // stage.train.steps
+  require_equal_parts(stage.train, mesh)
   gradients = _in_turns(
-    functools.partial(
-      _part_loss, graph, config, task, count_parts(stage.train, mesh), warm
-    ),
-    stage.train,
+    functools.partial(_part_loss, graph, config, task, warm), stage.train
   )
   if sharding.num_shards(mesh) > 1:  # XLA does `tensor` by itself.
     gradients = _over_mesh(gradients, mesh)
@@ -69,21 +68,31 @@ def make_train_step(
   def step(state: TrainState, batch: Batch):
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     model = nnx.merge(graph, state.params, state.fixed)
-    noise, counts = task.shared(model, batch, config, key)
-    grads, sums, rows_finite = gradients(
-      state.params, state.fixed, batch, noise, counts
-    )
-    metrics, usage = task.metrics(sums, state.usage, config, warm=warm)
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    new = _updated(
-      state,
-      grads,
-      usage,
-      optimizer,
-      stage.optimizer.ema_decay,
-      jax.random.fold_in(key, _ROUNDING),
-    )
-    metrics["grad_norm"] = optax.tree.norm(grads)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      noise, counts = task.shared(model, batch, config, key)
+    if task.score is not None:
+      score = _scorer(functools.partial(_score, graph, config, task), mesh)
+      noise = _scored(score, state, batch, noise, old=updates > 1)
+
+    def update(state: TrainState, key: Array):
+      grads, sums, rows_finite = gradients(
+        state.params, state.fixed, batch, noise, counts
+      )
+      metrics, usage = task.metrics(sums, state.usage, config, warm=warm)
+      grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+      new = _updated(
+        state, grads, usage, optimizer, stage.optimizer.ema_decay, key
+      )
+      metrics["grad_norm"] = optax.tree.norm(grads)
+      return new, (metrics, rows_finite)
+
+    key = jax.random.fold_in(key, _ROUNDING)
+    if updates == 1:
+      new, (metrics, rows_finite) = update(state, key)
+    else:
+      new, of_each = lax.scan(update, state, jax.random.split(key, updates))
+      metrics = jax.tree.map(lambda x: jnp.mean(x, 0), of_each[0])
+      rows_finite = jnp.all(of_each[1], 0)
     given = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     finite = given & _all_finite(new.params)
     new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
@@ -102,8 +111,8 @@ def make_train_step(
   return step
 
 
-def count_parts(train: TrainConfig, mesh: Mesh) -> int:
-  """Into how many parts a batch is split, over devices and turns.
+def require_equal_parts(train: TrainConfig, mesh: Mesh) -> None:
+  """Checks that a batch can be split over devices and turns.
 
   Raises:
     ConfigError: the batch does not divide into them.
@@ -115,14 +124,12 @@ def count_parts(train: TrainConfig, mesh: Mesh) -> int:
       f"{parts} parts (accumulate_steps {train.accumulate_steps} times mesh "
       "axes slice, data and fsdp)."
     )
-  return parts
 
 
 def _part_loss(
   graph: nnx.GraphDef,
   config: RunConfig,
   task: Task,
-  parts: int,
   warm: bool,
   params: nnx.State,
   fixed: nnx.State,
@@ -132,9 +139,68 @@ def _part_loss(
 ) -> tuple[Array, Any]:
   """A part's share in the loss, and what to sum over parts."""
   model = nnx.merge(graph, *_whole_tables((params, fixed)))
-  return task.loss(
-    model, batch, config, noise=noise, counts=counts, parts=parts, warm=warm
-  )
+  return task.loss(model, batch, config, noise=noise, counts=counts, warm=warm)
+
+
+def _score(
+  graph: nnx.GraphDef,
+  config: RunConfig,
+  task: Task,
+  params: nnx.State,
+  fixed: nnx.State,
+  batch: Batch,
+  noise: Any,
+) -> Any:
+  """`Task.score` of a part, in the turns of gradient accumulation."""
+  assert task.score is not None
+  train = config.stage(task.name).train
+  states = _cast_split((params, fixed), train.compute_dtype)
+
+  def score(turn):
+    model = nnx.merge(graph, *_whole_tables(states))
+    return task.score(model, turn[0], config, turn[1])
+
+  if train.accumulate_steps == 1:
+    return score((batch, noise))
+  turns = functools.partial(_split_rows, train.accumulate_steps)
+  found = lax.map(score, jax.tree.map(turns, (batch, noise)))
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+
+def _scorer(score: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+  """The same of a whole batch, each device working on its own rows."""
+  if sharding.num_shards(mesh) == 1:
+    return score
+  rows = PartitionSpec(sharding.BATCH_AXES)
+
+  def whole(params, fixed, batch, noise):
+    return jax.shard_map(
+      score,
+      mesh=mesh,
+      in_specs=(*map(sharding.local_specs, (params, fixed)), rows, rows),
+      out_specs=rows,
+      axis_names=_manual_axes(mesh),
+      check_vma=False,
+    )(params, fixed, batch, noise)
+
+  return whole
+
+
+def _scored(
+  score: Callable[..., Any],
+  state: TrainState,
+  batch: Batch,
+  noise: Any,
+  *,
+  old: bool,
+) -> Any:
+  """The noise with what the weights, and those of the start, say of it."""
+  seen = noise
+  if old:
+    noise = noise._replace(old=score(state.params, state.fixed, batch, seen))
+  if state.start is not None:
+    noise = noise._replace(start=score(state.start, state.fixed, batch, seen))
+  return noise
 
 
 def _in_turns(
@@ -188,9 +254,6 @@ def _zeros(x: jax.ShapeDtypeStruct) -> Array:
 
 def _over_mesh(gradients: Gradients, mesh: Mesh) -> Gradients:
   """The same of a whole batch, each device working on its own rows."""
-  manual = set(mesh.axis_names)
-  if mesh.shape["tensor"] > 1:
-    manual.remove("tensor")  # XLA splits heads and MLPs by itself.
   rows = PartitionSpec(sharding.BATCH_AXES)
 
   def local(params, fixed, batch, noise, counts):
@@ -206,11 +269,18 @@ def _over_mesh(gradients: Gradients, mesh: Mesh) -> Gradients:
       mesh=mesh,
       in_specs=(specs, fixed_specs, rows, rows, PartitionSpec()),
       out_specs=(specs, PartitionSpec(), rows),
-      axis_names=manual,
+      axis_names=_manual_axes(mesh),
       check_vma=False,
     )(params, fixed, batch, noise, counts)
 
   return whole
+
+
+def _manual_axes(mesh: Mesh) -> set[str]:
+  """All but `tensor`, where XLA splits heads and MLPs by itself."""
+  return set(mesh.axis_names) - (
+    {"tensor"} if mesh.shape["tensor"] > 1 else set()
+  )
 
 
 def _updated(

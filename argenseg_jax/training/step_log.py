@@ -94,7 +94,8 @@ class StepLog:
     values = _as_floats(jax.device_get(metrics))
     values["skipped"] = self._guard.skipped
     self._writer.write(step, values | self._pace(step) | self._goodput())
-    self._bar.update(step, f"loss {values['loss']:.3f}")
+    shown = "reward" if "reward" in values else "loss"
+    self._bar.update(step, f"{shown} {values[shown]:.3f}")
 
 
 def _as_floats(metrics: dict[str, np.ndarray]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from argenseg_jax.evaluation.evaluator import Evaluator
 from argenseg_jax.evaluation.tokenizer import tokenizer_ceiling
 from argenseg_jax.models import flops
 from argenseg_jax.runtime import distributed
-from argenseg_jax.training import codebook_schedule, objectives
+from argenseg_jax.training import codebook_schedule, objectives, rl
 from argenseg_jax.training.state import TrainState
 
 _SAMPLES = 200  # Of an evaluation during training.
@@ -40,12 +40,17 @@ class Task:
       model, and its checkpoint is scored on every split.
     check: raises ConfigError for settings that do not suit it.
     data: settings of the rows that it reads.
-    products: matrix products of one row's forward pass.
+    products: matrix products of one row's forward pass, of a model with
+      these rows in this run.
     constant: parts of the model that pass no gradient, trained or not.
     shared: (model, batch, config, key) -> (noise, counts). Noise is split with
-      the rows of a batch, counts belong to the whole.
-    loss: (model, part, config, *, noise, counts, parts, warm) -> (share in the
-      loss, sums); shares and sums of all parts add up to the whole batch's.
+      the rows of a batch, counts belong to the whole. XLA partitions it.
+    score: None, or (model, part, config, noise) -> rows: what the weights say
+      of the noise before they change. It becomes the noise's `old`, where a
+      step updates them several times, and, of those that training started
+      from, its `start`.
+    loss: (model, part, config, *, noise, counts, warm) -> (share in the loss,
+      sums); shares and sums of all parts add up to the whole batch's.
     metrics: (sums, usage, config, *, warm) -> (metrics with "loss", usage).
     warm_steps: how many steps at the beginning have `warm` True.
     between_steps: (config, graph, state, step, rows, mesh) -> state.
@@ -59,9 +64,12 @@ class Task:
   reads_text: bool
   check: Callable[[RunConfig], None]
   data: Callable[[DataConfig], DataConfig]
-  products: Callable[[ModelConfig, DataConfig], Iterable[flops.Product]]
+  products: Callable[
+    [ModelConfig, DataConfig, RunConfig], Iterable[flops.Product]
+  ]
   constant: tuple[str, ...]
   shared: Callable[[Any, Any, RunConfig, Array], tuple[Any, Any]]
+  score: Callable[[Any, Any, RunConfig, Any], Any] | None
   loss: Callable[..., tuple[Array, Any]]
   metrics: Callable[..., tuple[dict[str, Array], Array]]
   warm_steps: Callable[[RunConfig], int]
@@ -84,8 +92,9 @@ def _check_codes(config: RunConfig) -> None:
 
 
 def _decoder_products(
-  model: ModelConfig, data: DataConfig
+  model: ModelConfig, data: DataConfig, config: RunConfig
 ) -> Iterable[flops.Product]:
+  del config
   return flops.mllm(
     model,
     data.sequence_length,
@@ -112,8 +121,9 @@ def _decoder_evaluation(
 
 
 def _tokenizer_products(
-  model: ModelConfig, data: DataConfig
+  model: ModelConfig, data: DataConfig, config: RunConfig
 ) -> Iterable[flops.Product]:
+  del config
   return flops.image_tokenizer(
     model.vqvae, data.max_masks, decode=True, part=""
   )
@@ -166,6 +176,7 @@ IMAGE_TOKENIZER = Task(
   products=_tokenizer_products,
   constant=(),
   shared=objectives.vqvae_shared,
+  score=None,
   loss=objectives.vqvae_part,
   metrics=objectives.vqvae_metrics,
   warm_steps=lambda config: config.tokenizer_training.warm_start_steps,
@@ -183,6 +194,7 @@ DECODER = Task(
   products=_decoder_products,
   constant=("vqvae",),  # Codes pass none.
   shared=objectives.mllm_shared,
+  score=None,
   loss=objectives.mllm_part,
   metrics=objectives.mllm_metrics,
   warm_steps=lambda config: 0,
@@ -193,4 +205,20 @@ DECODER = Task(
   },
 )
 
-TASKS = {task.name: task for task in (IMAGE_TOKENIZER, DECODER)}
+REINFORCEMENT = dataclasses.replace(
+  DECODER,
+  name="rl",
+  check=rl.check,
+  data=rl.data,
+  products=rl.products,
+  constant=("vqvae", rl.SAMPLING),
+  shared=rl.shared,
+  score=rl.log_probs,
+  loss=rl.part,
+  metrics=rl.metrics,
+  finish=lambda graph, variables, rows, config: {
+    "steps": config.rl.train.steps
+  },
+)
+
+TASKS = {task.name: task for task in (IMAGE_TOKENIZER, DECODER, REINFORCEMENT)}

@@ -1,17 +1,21 @@
 """A saved state goes on with the data it belongs to, or when it is forced."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from data import layouts
 
 from argenseg_jax.config import DataConfig
+from argenseg_jax.config_parsing import run_config
+from argenseg_jax.configs import tiny
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.pipeline import TrainIterator
 from argenseg_jax.data.sources.registry import open_source
+from argenseg_jax.training.batches import open_batches
 
 TOKENIZER = text.TextTokenizer()
 
@@ -43,8 +47,8 @@ def _rows(keys, **changes):
   )
 
 
-def _assert_refused(iterator, state):
-  with pytest.raises(DataError, match="--accept_changed_data"):
+def _assert_refused(iterator, state, said=""):
+  with pytest.raises(DataError, match=f"{said}.*--accept_changed_data"):
     iterator.set_state(state)
   iterator.set_state(state, force=True)
 
@@ -60,7 +64,43 @@ def test_a_changed_file_is_refused(tmp_path):
   state = _iterator(keys).state()
   _iterator(keys).set_state(state)
   _change(tmp_path / "data.jsonl", "left box", "wide box")
-  _assert_refused(_iterator(keys), state)
+  _assert_refused(_iterator(keys), state, "other data;")
+  del state["content"]  # As earlier versions saved it.
+  _assert_refused(_iterator(keys), state, "other data, data settings or")
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "folder", "refer", "reason_seg"])
+def test_a_changed_image_or_mask_is_named(layout, tmp_path):
+  """Its name and size are as before; a copy has another time only."""
+  keys = layouts.write(layout, tmp_path / "data")
+  values = tiny.get_config()
+  values.data.path = "unused"
+
+  def open_again(**flags):
+    flags = {"accept_changed_data": False, "begins": False} | flags
+    open_batches(
+      run_config(values),
+      _rows(keys),
+      None,
+      tmp_path,
+      global_batch_size=2,
+      **flags,
+    ).close()
+
+  open_again()
+  for file in (tmp_path / "data").rglob("*.*"):
+    os.utime(file, (1, 1))
+  open_again()
+  image = max((tmp_path / "data").rglob("[ab].jpg"))
+  image.write_bytes(image.read_bytes()[:-9] + bytes(9))
+  with pytest.raises(DataError, match=r"record \d \(.*--accept_changed_data"):
+    open_again()
+  open_again(accept_changed_data=True)
+  open_again()
+  image.unlink()
+  open_again(begins=True)  # Nothing was saved yet.
+  (tmp_path / "files_main.json").write_text("{")  # As a kill may leave it.
+  open_again()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +109,8 @@ def test_a_changed_file_is_refused(tmp_path):
 def test_changed_settings_are_refused(changes, tmp_path):
   keys = layouts.write("refer", tmp_path)
   state = _iterator(keys).state()
-  _assert_refused(_iterator(keys, **changes), state)
+  (key,) = changes
+  _assert_refused(_iterator(keys, **changes), state, f"data.{key}")
 
 
 def _reweigh(mixture):
@@ -125,7 +166,7 @@ def test_another_global_batch_goes_on_with_the_next_record(tmp_path):
   for _ in range(3):
     next(first)
   larger = _iterator(keys, 3)
-  _assert_refused(larger, first.state())
+  _assert_refused(larger, first.state(), "other global_batch_size;")
   assert larger.step == 2
   got = np.concatenate([next(larger).sample_id for _ in range(4)])
   np.testing.assert_array_equal(got, ids[6:])

@@ -199,7 +199,7 @@ def test_changed_data_are_not_mixed_with_older_answers(
   shutil.copytree(whole, half)
   (half / "results.json").unlink()
   claim = json.loads((half / "eval.json").read_text())
-  assert len(claim["fingerprints"]["train"]) == 16
+  assert len(claim["fingerprints"]["train"]) == 33
   claim["fingerprints"]["train"] = "of other data"
   (half / "eval.json").write_text(json.dumps(claim))
   before = _records(half)

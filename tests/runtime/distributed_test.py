@@ -127,6 +127,45 @@ def test_a_host_that_never_comes_is_said(process):
   assert "did not come within 1 s" in done.stderr.splitlines()[-1]
 
 
+_REFUSED = """
+import sys
+from argenseg_jax.data.errors import DataError
+from argenseg_jax.runtime import distributed
+from argenseg_jax.tools import checkpoint, cli
+def main(argv):
+  address, process, refused = argv[0], int(argv[1]), int(argv[2])
+  distributed.initialize(address, 3, process)
+  if process == refused:
+    raise DataError("mine.jsonl does not exist.")
+  distributed.wait_for_all("never")
+checkpoint.main = main
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+def test_what_ends_one_host_ends_all_with_its_sentence(refused):
+  """The others waited, and ended minutes later with a dump of their stacks."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  processes = [
+    subprocess.Popen(
+      [
+        *(sys.executable, "-c", _REFUSED, "checkpoint"),
+        *(address, str(process), str(refused)),
+      ],
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for process in range(3)
+  ]
+  for process in processes:
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    assert said.rstrip().endswith("mine.jsonl does not exist."), said
+
+
 def test_half_of_slurm_is_a_sentence(monkeypatch):
   monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
   for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID"):

@@ -16,6 +16,7 @@ from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.data import examples, pipeline
 from argenseg_jax.planning import plan
+from argenseg_jax.training.objectives import vqvae_loss
 from argenseg_jax.training.optimizer import trainable_filter
 from argenseg_jax.training.state import TrainState
 from argenseg_jax.training.step import make_train_step
@@ -46,6 +47,8 @@ def batches(tmp_path_factory):
     iterator = pipeline.TrainIterator(reader, B)
     found[kind] = (task, next(iterator), reader.config)
     iterator.close()
+  _, batch, _ = found["image tokenizer"]
+  batch.mask_valid[1] = False  # As a bad record leaves it.
   return found
 
 
@@ -92,6 +95,36 @@ def test_turns_change_no_loss_and_no_parameter(batches, kind):
       take(task, batch, config_for(task, data, turns)),
       whole,
     )
+
+
+def test_what_is_no_mask_trains_nothing(batches):
+  """Bad records and unused places were learned as black masks."""
+  task, batch, data = batches["image tokenizer"]
+  config = config_for(task, data, 1)
+  model = tiny_rows.model().vqvae
+  loss = jax.jit(
+    lambda batch: vqvae_loss(
+      model,
+      batch,
+      reconstruction=config.tokenizer_training.reconstruction,
+      quantize=True,
+    )
+  )
+  good = np.flatnonzero(batch.mask_valid)
+  assert 0 < len(good) < batch.mask_valid.size  # The others are no masks.
+  got, metrics = loss(jax.tree.map(jax.numpy.asarray, batch))
+  alone = []
+  for place in good:
+    valid = np.arange(batch.mask_valid.size) == place
+    one = batch._replace(
+      mask_valid=valid.reshape(batch.mask_valid.shape),
+      seg_masks=batch.seg_masks * valid.reshape(-1, 2, 1, 1, 1),
+    )
+    alone.append(loss(jax.tree.map(jax.numpy.asarray, one)))
+  np.testing.assert_allclose(got, np.mean([a for a, _ in alone]), rtol=1e-5)
+  np.testing.assert_array_equal(
+    metrics["counts"], sum(m["counts"] for _, m in alone)
+  )
 
 
 @pytest.mark.parametrize("kind", ["masks", "image tokenizer"])

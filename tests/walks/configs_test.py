@@ -88,6 +88,22 @@ def test_a_decoder_of(name):
   assert (trained / "tokenizer.json").exists()
 
 
+def test_reinforcement_of_a_decoder():
+  """With its checkpoint as the start that it is held to."""
+  given = [*paths_of("own_masks"), *sizes_of("own_masks")]
+  walking.argenseg(
+    "train", "--config=configs/own_masks.py", "--workdir=runs/start", *given
+  )
+  more = [
+    "--config.init_from=runs/start/mllm",
+    "--config.eval.splits=('train',)",
+  ]
+  more += ["--config.data.answer=<mask>", "--config.rl.train.eval_every=1"]
+  trained = walk("tiny_rl", [*given, *more], "rl")
+  said = walking.argenseg("eval", f"--checkpoint={trained}")
+  assert "ciou" in said.lower()
+
+
 # Config -> data in the four forms that users have; the last is packed.
 IMAGE_TOKENIZERS = {
   "vqvae_masks_256": "jsonl=mine.jsonl",

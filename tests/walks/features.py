@@ -41,6 +41,14 @@ FEATURES = (
     "path=mine.jsonl",
   ),
   Feature(
+    "reinforcement learning on the IoU of sampled masks",
+    (
+      f"{TRAIN.format('rl')} --config.tasks=\"('rl',)\" "
+      "--config.init_from=runs/mine/mllm --config.data.path=mine.jsonl",
+    ),
+    ("ciou",),
+  ),
+  Feature(
     "a mask for a request",
     (
       "argenseg predict --checkpoint=runs/mine/mllm --image=PHOTO.jpg "

@@ -39,7 +39,8 @@ def sizes_of(words: list[str]) -> list[str]:
     sizes += ["--config.data.cache_codes=False"]
   if "--config.data.mask_channels=3" in words or "reason" in str(words):
     sizes += ["--config.data.sequence_length=320"]
-  if "--workdir=runs/mine" not in words:
+  first = "--workdir=runs/mine" in words
+  if not (first or "--config.tasks=('rl',)" in words):
     tokenizer = str(pathlib.Path("runs/mine/vqvae").absolute())
     sizes += [
       "--config.tasks=('mllm',)",

@@ -77,7 +77,7 @@ def _run_lengths() -> list[str]:
     "eval.batch_size": ROWS,
     "eval.max_text": 4,
   }
-  for task in ("vqvae", "mllm"):
+  for task in ("vqvae", "mllm", "rl"):
     flags |= {
       f"{task}.train.steps": 2,
       f"{task}.train.global_batch_size": ROWS,

@@ -128,7 +128,8 @@ class Computed:
     def loss(params):
       out = nnx.merge(self.graph, params, rest)(self.heavy)
       fit = jnp.mean((out.images - self.heavy) ** 2)
-      return fit + out.vq_loss, (out.images, fit, out.vq_loss)
+      vq_loss = jnp.mean(out.vq_loss)
+      return fit + vq_loss, (out.images, fit, vq_loss)
 
     (_, values), gradients = loss(params)
     return values, torch_gradients(self.table, gradients)
@@ -149,7 +150,7 @@ class Computed:
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def loss(latent, params):
       out = nnx.merge(self.graph, params, rest).quantizer(latent)
-      return out.loss, out.latent
+      return jnp.mean(out.loss), out.latent
 
     found = loss(self.forward["latent"], params)
     (value, latents), (to_latent, to_params) = found
