@@ -167,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     "--kernel", default="", help="only kernels whose name contains this"
   )
   parser.add_argument(
-    "--results", help="JSON file to add results to, and to go on from"
+    "--results",
+    help="JSON file that collects results; a later run resumes from it",
   )
   parser.add_argument(
     "--markdown",

@@ -123,7 +123,7 @@ def _open(loaded, asked: dict[str, DataConfig], what: str) -> dict[str, Any]:
     asked = {name: examples.masks_only(d) for name, d in asked.items()}
   elif not loaded.is_whole:
     raise ConfigError(
-      f"checkpoint {loaded.path} holds an image tokenizer only; measure it "
+      f"checkpoint {loaded.path} contains an image tokenizer only; measure it "
       "with --what=tokenizer, or give one of a whole model."
     )
   else:
@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     default="",
     metavar="DIR",
     help="gets results.json and each data set's predictions.jsonl; an "
-    "interrupted evaluation goes on there",
+    "interrupted evaluation resumes there",
   )
   parser.add_argument(
     "--report", action="store_true", help="also a report.html to look at"

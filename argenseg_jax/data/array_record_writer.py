@@ -141,7 +141,7 @@ def _begin(work: pathlib.Path, plan: dict[str, Any]) -> None:
     _write(note, json.dumps(plan).encode())
   elif found != plan:
     raise DataError(
-      f"{work} holds an interrupted build of other data or with another "
+      f"{work} contains an interrupted build of other data or with another "
       "number of records a shard or size of images; remove it."
     )
 

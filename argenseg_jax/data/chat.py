@@ -266,7 +266,8 @@ def _chat_blocks(
     "".join((system_message, *(text for _, text in said))).encode()
   except UnicodeEncodeError as error:
     raise DataError(
-      f"a conversation holds {error.object[error.start]!r}, half a character."
+      f"a conversation contains {error.object[error.start]!r}, "
+      "half a character."
     ) from error
   # Special tokens that somebody typed are text.
   keep = {"gpt": (MASK,), "human": (IMAGE,) if image_tokens else ()}

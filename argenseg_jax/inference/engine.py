@@ -47,8 +47,8 @@ class Engine:
   ):
     if not isinstance(loaded.model, ARGenSeg):
       raise checkpoint.CheckpointError(
-        f"checkpoint {loaded.path} holds an image tokenizer only; give one of "
-        "a whole model."
+        f"checkpoint {loaded.path} contains an image tokenizer only; give one "
+        "of a whole model."
       )
     self.config = loaded.config
     run = loaded.meta["run"]

@@ -68,8 +68,8 @@ def export_weights(
   loaded = checkpoint.load(source_path, mesh=mesh)
   if loaded.adapters is not None and not merge:
     raise WeightsError(
-      f"{source_path} holds adapters; add --merge for a whole model, or export "
-      "them alone with --part adapters."
+      f"{source_path} contains adapters; add --merge for a whole model, or "
+      "export them alone with --part adapters."
     )
   lora.merge(loaded.model)
   if part == "all" and not loaded.is_whole:

@@ -156,9 +156,9 @@ def open_base(
     )
   if found.adapters is not None:
     raise ConfigError(
-      f"config key 'init_from' names {init_from}, which holds adapters; start "
-      f"from their base {found.adapters.base_path}, or from the two merged "
-      "(`argenseg export --merge`, then import)."
+      f"config key 'init_from' names {init_from}, which contains adapters; "
+      f"start from their base {found.adapters.base_path}, or from the two "
+      "merged (`argenseg export --merge`, then import)."
     )
   if dataclasses.replace(found.config, name=model.name) != model:
     raise ConfigError(

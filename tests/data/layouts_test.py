@@ -149,7 +149,7 @@ def test_refcoco_m(opened, tmp_path):
   for index, truth in enumerate((LEFT, RIGHT, LEFT, RIGHT)):
     np.testing.assert_array_equal(source[index].load_seg_mask(), truth)
   assert source[1].image_keys == source[0].image_keys != source[2].image_keys
-  with pytest.raises(DataError, match=r"holds no validation-\*\.parquet"):
+  with pytest.raises(DataError, match=r"contains no validation-\*\.parquet"):
     opened("refcoco_m", split="val")
   file = tmp_path / "validation-0.parquet"
   file.write_bytes(b"PAR1")

@@ -15,7 +15,7 @@ from argenseg_jax.tools.common import temp_bytes
 EXAMPLE = """\
 examples:
   argenseg bench kernels                 time on this machine
-  argenseg bench kernels --chips=v5e     compile for a chip that is not here
+  argenseg bench kernels --chips=v5e     compile for a chip you don't have
 
 Compiling needs the chip's compiler: pip install "jax[tpu]" or "jax[cuda12]",
 each in an environment of its own. Tables are in Markdown. GFLOP and GB are the

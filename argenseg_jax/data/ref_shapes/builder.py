@@ -159,7 +159,7 @@ def prepare(
       return target
     other = sorted(k for k in wanted if (found or {}).get(k) != wanted[k])
     raise DataError(
-      f"{target} holds ref_shapes with another {', '.join(other)}, or it is "
+      f"{target} contains ref_shapes with another {', '.join(other)}, or it is "
       "damaged; use another folder or remove it."
     )
   # TFDS builds in "incomplete.XXXXXX_1.2.0" and gives it its name at the end.

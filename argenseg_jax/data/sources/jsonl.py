@@ -41,7 +41,7 @@ class JsonLines:
     self._numbers = np.flatnonzero(~np.array(blank))
     self._places = np.stack((starts, ends), 1)[self._numbers]
     if not len(self._numbers):
-      raise DataError(f"{self.path} holds no records.")
+      raise DataError(f"{self.path} contains no records.")
     self._stamp = None
     if is_local(self.path):
       with open(self._file, "rb", closefd=False) as file:

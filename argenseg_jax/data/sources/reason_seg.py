@@ -50,8 +50,8 @@ class ReasonSegSource:
     self._files = sorted(self.path.glob("*.json"))
     if not self._files:
       raise DataError(
-        f"{self.path} holds no json files; give ReasonSeg's folder and one of "
-        "its splits."
+        f"{self.path} contains no json files; give ReasonSeg's folder and one "
+        "of its splits."
       )
     sizes = "".join(f"{f.name} {paths.size(f)}\n" for f in self._files)
     self.fingerprint = digest(sizes)
