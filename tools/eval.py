@@ -396,8 +396,9 @@ def _fingerprint(rows) -> str:
   """Of rows, and of what some of their images and masks hold."""
   from argenseg_jax.data import file_stamps
 
-  files = file_stamps.stamps(rows.source, most=file_stamps.SPOT).content
-  return f"{rows.fingerprint}-{hashlib.sha256(files).hexdigest()[:16]}"
+  stamps = file_stamps.stamps(rows.source, most=file_stamps.SPOT)
+  files = hashlib.sha256(stamps.content.tobytes())
+  return f"{rows.fingerprint}-{files.hexdigest()[:16]}"
 
 
 def _hash(step: paths.Path) -> str:

@@ -1,5 +1,6 @@
 """What a person sees of a run: metrics files and progress."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,8 +9,9 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import rich.progress
 
@@ -115,6 +117,19 @@ def _is_after(line: str, start: int) -> bool:
     return False  # Not a line of ours: it stays.
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+  """tensorboardX imports torch if it can: seconds, for nothing."""
+  if "torch" in sys.modules:
+    yield
+    return
+  sys.modules["torch"] = cast(types.ModuleType, None)  # Not to be imported.
+  try:
+    yield
+  finally:
+    del sys.modules["torch"]
+
+
 class _Board:
   """TensorBoard's event file.
 
@@ -123,8 +138,9 @@ class _Board:
   """
 
   def __init__(self, folder: pathlib.Path, start: int | None):
-    from tensorboardX import record_writer, summary
-    from tensorboardX.proto import event_pb2
+    with _without_torch():
+      from tensorboardX import record_writer, summary
+      from tensorboardX.proto import event_pb2
 
     made: Any = event_pb2  # Its classes are made when it is imported.
     self._event, self._scalar = made.Event, summary.scalar

@@ -154,6 +154,21 @@ def test_a_run_resumes_with_what_people_change(
   assert [entry["steps"]["mllm"] for entry in history] == [3, 6]
   assert history[1]["changed"]["mllm.train.steps"] == [6, 8]
 
+  # What a run that gives up advises works in the same directory.
+  longer = ["mllm.train.steps=12", "mllm.train.max_skipped=2"]
+  longer = [*free, *(f"--config.{change}" for change in longer)]
+  rate = "--config.mllm.optimizer.learning_rate"
+  code, err = train(*longer, f"{rate}=1e39", "--change_settings")
+  assert code == loop.DIVERGED, err
+  assert "the update was not finite in 2 steps in a row, the last of" in err
+  assert "lower the learning rate (add --change_settings)" in err
+  assert max(losses(run / "mllm")) <= 10
+  code, err = train(*longer, f"{rate}=1e-4", "--change_settings")
+  assert code == 0, err
+  curve = losses(run / "mllm")
+  assert max(curve) == 12
+  assert curve[11] < whole[1]  # From the last good weights.
+
 
 def test_loss_falls_and_the_frozen_part_stays(workdir):
   for task in ("vqvae", "mllm"):
