@@ -1,4 +1,4 @@
-"""`argenseg plan`: what a run needs and costs on hardware that is not here."""
+"""`argenseg plan`: what a run needs and costs on hardware you don't have."""
 
 import json
 from typing import Any

@@ -7,7 +7,7 @@ import zipfile
 import cv2
 import numpy as np
 from jaxtyping import Int, Shaped
-from PIL import Image
+from PIL import Image, ImageFile
 
 from argenseg_jax.data import image_codec, mask_values, safe_npz
 from argenseg_jax.data.errors import DataError
@@ -113,7 +113,8 @@ def _palette_colors(image: Image.Image) -> Shaped[np.ndarray, "h w 4"]:
 
 def _raw_mode(image: Image.Image) -> str:
   """How a file holds pixels, as Pillow's decoders name it."""
-  return str(image.tile[0].args) if image.tile else ""
+  tiles = image.tile if isinstance(image, ImageFile.ImageFile) else ()
+  return str(tiles[0].args) if tiles else ""
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -118,6 +118,10 @@ class Predictor:
       **options: see `segment_batch`.
     """
     if request is None:
+      if not isinstance(image, str):
+        raise DataError(
+          "segment(image) needs a request as well: segment(image, request)."
+        )
       return self._picture().segment(image, **options)
     (prediction,) = self.segment_batch([image], [request], **options)
     return prediction

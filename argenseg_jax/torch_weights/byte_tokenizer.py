@@ -48,7 +48,9 @@ def make(ids: TokenIds) -> tokenizers.Tokenizer:
     )
     model.decoder = decoders.ByteLevel()
   elif len(free) > 1:
-    vocabulary = dict(zip((_UNKNOWN, *_COMMON), free, strict=False))
+    vocabulary: dict[str, int] = dict(
+      zip((_UNKNOWN, *_COMMON), free, strict=False)
+    )
     model = tokenizers.Tokenizer(
       models.WordLevel(_whole(vocabulary, special, free), unk_token=_UNKNOWN)
     )

@@ -275,9 +275,12 @@ def _tokenizer_ids(
 ) -> dict[str, int]:
   """Added tokens of a text tokenizer's files, by text; the last named win."""
   ids: dict[str, int] = {}
-  beside = ("tokenizer_config.json", "added_tokens.json") if folder else ()
-  for path in (*(folder / name for name in beside), text_tokenizer):
-    if path is None or not path.is_file():
+  beside = ("tokenizer_config.json", "added_tokens.json")
+  files = [folder / name for name in beside] if folder is not None else []
+  if text_tokenizer is not None:
+    files.append(text_tokenizer)
+  for path in files:
+    if not path.is_file():
       continue
     try:
       values = json.loads(path.read_text())

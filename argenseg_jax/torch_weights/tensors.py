@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -107,7 +107,7 @@ class SafetensorsFile:
     with open(self.path, "rb") as file:
       file.seek(self._start + self._offset[name])
       flat = np.empty(math.prod(shape), dtype)
-      if file.readinto(flat.view(np.uint8)) != flat.nbytes:
+      if file.readinto(flat.view(np.uint8).data) != flat.nbytes:
         raise self._error(f"it ends inside tensor {name!r}")
     return flat.reshape(shape)
 
@@ -347,7 +347,8 @@ def write_file(
   path: str | os.PathLike, source: Source, names: Iterable[str]
 ) -> None:
   """Writes the named tensors of `source` as one safetensors file."""
-  header, end = {"__metadata__": {"format": "pt"}}, 0
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
   names = list(names)
   for name in names:
     info = source.tensors[name]

@@ -104,22 +104,25 @@ MASKS_READ = {
 MASKS_REFUSED = {
   "1 and 255-ignore": (
     _saved(_gray(OBJECT * 1 + STRIP * 255)),
-    "holds 0, 1, 255, .*ignore",
+    "contains 0, 1, 255, .*ignore",
   ),
-  "only 1 and 255": (_saved(_gray(~STRIP * 1 + STRIP * 255)), "holds 1, 255"),
-  "two instances": (_saved(_gray(SEVERAL)), "holds 0, 1, 2"),
+  "only 1 and 255": (
+    _saved(_gray(~STRIP * 1 + STRIP * 255)),
+    "contains 1, 255",
+  ),
+  "two instances": (_saved(_gray(SEVERAL)), "contains 0, 1, 2"),
   "twenty classes": (
     _saved(_gray(np.where(STRIP, 255, np.arange(64) % 21))),
-    "holds 0, 1, 2",
+    "contains 0, 1, 2",
   ),
   "thin classes": (
     _saved(_gray(np.where(np.arange(48)[:, None] % 3, 0, SEVERAL * 40))),
-    "holds 0, 40, 80",
+    "contains 0, 40, 80",
   ),
-  "three grays": (_saved(_gray(SEVERAL * 127)), "holds 0, 127, 254"),
+  "three grays": (_saved(_gray(SEVERAL * 127)), "contains 0, 127, 254"),
   "classes in 16 bits": (
     _saved(_gray(SEVERAL * 1000, np.uint16)),
-    "holds 0, 1000, 2000",
+    "contains 0, 1000, 2000",
   ),
   "Pascal VOC": (
     _saved(_painted((OBJECT, (128, 0, 0)), (STRIP, (224, 224, 192)))),
@@ -148,7 +151,7 @@ MASKS_REFUSED = {
     _saved(_photo().convert("L"), "JPEG"),
     "classes|neither black nor white",
   ),
-  "0 and 1 in JPEG": (_saved(_gray(OBJECT * 1), "JPEG"), "holds 0"),
+  "0 and 1 in JPEG": (_saved(_gray(OBJECT * 1), "JPEG"), "contains 0"),
   "all transparent": (_saved(_painted(mode="RGBA")), "is transparent"),
   "one gray": (_saved(_gray(np.full(SIZE, 7))), "nothing but the value 7"),
   "frames": (_frames(), "holds 2 frames"),
@@ -348,7 +351,7 @@ LINES_REFUSED = [
   (_ask(question="Which?", choices=["a", "a"], answer=0), "'a' twice"),
   (_ask(question="Which?", choices=["a"], answer=0), "1 choices; use 2 to"),
   ('{"image": "a.jpg", "image": "b.jpg"}', "the key 'image' twice"),
-  ('{"image": "a.jpg", "x": NaN}', "it holds NaN"),
+  ('{"image": "a.jpg", "x": NaN}', "it contains NaN"),
   (json.dumps(_line()).encode("utf-16"), "is UTF-16, not UTF-8"),
   ('{"text": "\N{LATIN SMALL LETTER E WITH ACUTE}"}'.encode("latin1"), "UTF-8"),
 ]
@@ -632,7 +635,7 @@ def test_label_maps_are_read_by_index_and_only_so(tmp_path):
   sample = open_source(DataConfig(**keys))[0]
   np.testing.assert_array_equal(sample.choose(0).load_seg_mask(), LEFT)
   Image.fromarray(np.array(labels, np.uint16) + np.uint16(256)).save(file)
-  with pytest.raises(DataError, match="holds class 25"):
+  with pytest.raises(DataError, match="contains class 25"):
     open_source(DataConfig(**keys))[0]
   labels.convert("RGB").save(file)
   with pytest.raises(DataError, match="mode is RGB"):

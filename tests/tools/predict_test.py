@@ -140,7 +140,7 @@ def test_requests_come_from_stdin(fake, folder, monkeypatch, capsys):
   [
     (["--text=cup"], "give both --image and --text"),
     ([], "give --image and --text, or --requests"),
-    (["--image=in/none*", "--text=cup"], "in/none* holds no image"),
+    (["--image=in/none*", "--text=cup"], "in/none* contains no image"),
     (["--requests=none.jsonl"], "--requests none.jsonl: cannot read"),
     (["--requests=in/notes.txt"], "in/notes.txt, request 1: it is not JSON"),
     (["--image=in/a.png", "--text=a", "--out=x/y.png"], "folder x of --out"),

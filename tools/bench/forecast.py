@@ -92,4 +92,6 @@ def _compiled(config, layers: int, batch: int, dtype: str, mesh):
     program = jax.jit(run, donate_argnums=donated)
     lowered = program.lower(placed(state), *placed(stage.inputs))
     counted = lowered.compile().cost_analysis()
+    if counted is None:
+      raise RuntimeError("this compiler does not count FLOPs and bytes.")
     yield Cost(counted.get("flops", 0.0), counted["bytes accessed"])

@@ -106,7 +106,10 @@ def bounds(
     for name, cost in parts.items()
     if name == "prefill" or name.startswith("scale ")
   ]
-  tower, decode = tuple(parts["vision tower"]), tuple(parts["VQ decode"])
+  tower, decode = (
+    (cost.flops, cost.bytes)
+    for cost in (parts["vision tower"], parts["VQ decode"])
+  )
   return {
     WHOLE: [tower, *decoder, decode],
     VISION: [tower],

@@ -146,10 +146,11 @@ def extension_cost(
 
 
 def _prefill(model: ARGenSeg, tokens, vision):
+  rows, length = tokens.shape
   hidden, _ = model.llm.extend(
     model.prompt_embeddings(tokens, vision),
-    KVCache.empty(model.config.llm, *tokens.shape, model.llm.dtype),
-    positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
+    KVCache.empty(model.config.llm, rows, length, model.llm.dtype),
+    positions=jnp.broadcast_to(jnp.arange(length), tokens.shape),
     valid=jnp.ones_like(tokens, bool),
   )
   return hidden

@@ -108,10 +108,11 @@ def of_checkpoint(path: str) -> tuple[Settings, typing.Any]:
   """Settings of the run that made a checkpoint, and its image tokenizer."""
   from argenseg_jax import checkpoint
   from argenseg_jax.config import RunConfig
+  from argenseg_jax.models.argenseg import ARGenSeg
   from argenseg_jax.training import initialize
 
   loaded = checkpoint.load(path)
-  if loaded.is_whole:
+  if isinstance(loaded.model, ARGenSeg):
     data = from_mapping(DataConfig, loaded.meta["run"]["data"])
     tokenizer = checkpoint.text_tokenizer(loaded)
     return Settings(data, loaded.config, tokenizer), loaded.model.vqvae

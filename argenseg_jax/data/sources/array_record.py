@@ -102,7 +102,8 @@ class _Records(TfdsRecords):
         f"{self._path} has {len(names)} files of split {self._split!r}, its "
         f"dataset_info.json names {len(lengths)}; copy them all."
       )
-    self._parse = tf_example_pb2.Example.FromString
+    made: Any = tf_example_pb2  # Its classes are made when it is imported.
+    self._parse = made.Example.FromString
     return Shards(names, lengths)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
