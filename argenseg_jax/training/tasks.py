@@ -13,10 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from argenseg_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig
+from argenseg_jax.config import ConfigError, DataConfig, RunConfig
 from argenseg_jax.data import examples, pipeline
 from argenseg_jax.evaluation.evaluator import Evaluator
 from argenseg_jax.evaluation.tokenizer import tokenizer_ceiling
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import flops
 from argenseg_jax.runtime import distributed
 from argenseg_jax.training import codebook_schedule, objectives, rl
