@@ -4,6 +4,7 @@ import contextlib
 import errno
 import importlib
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -48,7 +49,7 @@ _REMEDIES = {
   errno.ENAMETOOLONG: "give a shorter path",
   errno.ELOOP: "give another path: symbolic links go around in a circle",
   errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
-  errno.ENFILE: "close what holds so many files open on this machine",
+  errno.ENFILE: "close what contains so many files open on this machine",
 }
 _MEMORY = (
   "out of memory ({}); take smaller batches, fewer data.workers or a machine "
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
   from_shell = argv is None
   argv = list(sys.argv[1:] if argv is None else argv)
   name = argv[0] if argv else "help"
+  if from_shell and (child := _child_under_a_limit()):
+    return _watched(child, name)
   with _lasting_streams() if from_shell else contextlib.nullcontext():
     try:
       code = _main(name, argv[1:], from_shell)
@@ -90,6 +93,31 @@ def _end_others(
   if distributed is not None and distributed.is_several():
     before()
     distributed.end_all(said, code)
+
+
+def _child_under_a_limit() -> int:
+  """Starts a process that goes on with the command where `ulimit -v` holds,
+  so that this one can speak for it: C++ code ends itself without a sentence.
+
+  Returns:
+    The process; 0 in itself, and where there is no limit.
+  """
+  limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+  return 0 if limit == resource.RLIM_INFINITY else os.fork()
+
+
+def _watched(child: int, name: str) -> int:
+  """Waits for a process that runs the command; returns its exit code."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # A terminal asks both.
+  signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
+  code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  if code >= 0:
+    return code
+  if -code not in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS):
+    return 128 - code
+  said = _MEMORY.format(f"it was ended by {signal.Signals(-code).name}")
+  print(f"argenseg {name}: {said}", file=sys.stderr)
+  return 2
 
 
 def _main(name: str, rest: list[str], from_shell: bool) -> int:
@@ -128,27 +156,37 @@ def _main(name: str, rest: list[str], from_shell: bool) -> int:
 def sentence(error: BaseException) -> str | None:
   """What is wrong with the input or this machine and what to do; None for
   errors that are the program's own."""
+  if _is_about_memory(error):
+    text = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return _MEMORY.format(text or "an allocation failed")
   from argenseg_jax.checkpoint import CheckpointError
   from argenseg_jax.config import ConfigError
   from argenseg_jax.data.errors import DataError
 
   if isinstance(error, (CheckpointError, ConfigError, DataError)):
+    cause = error.__cause__  # A save that fails may fail for lack of memory.
+    if cause is not None and _is_about_memory(cause):
+      return sentence(cause)
     return str(error)
   if isinstance(error, OSError) and error.errno in _REMEDIES:
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror}; {_REMEDIES[error.errno]}."
-  text = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-  if isinstance(error, MemoryError) or (
-    isinstance(error, OSError) and error.errno == errno.ENOMEM
-  ):
-    return _MEMORY.format(text or "an allocation failed")
-  # XLA's errors and those of threads are `RuntimeError`s told by their text.
-  if isinstance(error, RuntimeError) and any(
-    sign in text
-    for sign in ("RESOURCE_EXHAUSTED", "can't start new thread", "bad_alloc")
-  ):
-    return _MEMORY.format(text)
   return None
+
+
+def _is_about_memory(error: BaseException) -> bool:
+  """Errors of XLA, threads and the loader are told by their text."""
+  if isinstance(error, OSError):
+    return error.errno == errno.ENOMEM
+  if isinstance(error, MemoryError):
+    return True
+  signs = (
+    *("RESOURCE_EXHAUSTED", "can't start new thread", "bad_alloc"),
+    *("failed to map segment", "cannot allocate memory"),
+  )
+  return isinstance(error, (RuntimeError, ImportError)) and any(
+    sign in str(error) for sign in signs
+  )
 
 
 class _Lasting:

@@ -78,7 +78,7 @@ def test_empty_data_set_is_named(capsys, tmp_path, request):
     f"--config.data.path={data}",
   )
   assert code == 2
-  assert "holds no records" in err
+  assert "contains no records" in err
 
 
 def test_unreadable_image_and_existing_output_are_named(capsys, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import jax
 import pytest
 
+from argenseg_jax.checkpoint import CheckpointError
 from argenseg_jax.tools import checkpoint as command
 from argenseg_jax.tools import cli
 
@@ -21,6 +22,12 @@ def _fail(monkeypatch, error):
 
 def _os_error(number):
   return OSError(number, os.strerror(number), "/some/file")
+
+
+def _caused(cause):
+  error = CheckpointError("cannot write. Free up space.")
+  error.__cause__ = cause
+  return error
 
 
 @pytest.mark.parametrize(
@@ -42,6 +49,8 @@ def _os_error(number):
       "(RESOURCE_EXHAUSTED: Out of memory); take smaller batches",
     ),
     (RuntimeError("can't start new thread"), "out of memory"),
+    (ImportError("x.so: failed to map segment from shared"), "out of memory"),
+    (_caused(RuntimeError("can't start new thread")), "out of memory"),
   ],
 )
 def test_what_a_machine_lacks_is_one_sentence(error, said, monkeypatch, capsys):
@@ -114,6 +123,41 @@ def test_what_nobody_reads_costs_no_work(shell, tmp_path):
   assert path.read_text() == "done"
   # No file got the number of a standard stream.
   assert int((tmp_path / "out.fd").read_text()) > 2
+
+
+_ENDS = """
+import os, signal, sys
+from argenseg_jax.tools import checkpoint, cli
+def main(argv):
+  if argv[0] == "returns":
+    return 7
+  os.kill(os.getpid(), getattr(signal, argv[0]))
+  signal.pause()
+checkpoint.main = main
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(
+  ("how", "code", "said"),
+  [
+    ("SIGABRT", 2, "out of memory (it was ended by SIGABRT); take smaller"),
+    ("returns", 7, ""),
+  ],
+)
+def test_what_ends_without_a_word_under_a_limit_is_said(how, code, said):
+  """C++ code ends itself where `ulimit -v` gives it no more memory."""
+  ran = subprocess.run(
+    [
+      *("bash", "-c", 'ulimit -v 50000000; exec "$@"', "bash"),
+      *(sys.executable, "-c", _ENDS, "checkpoint", how),
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert ran.returncode == code, ran.stderr
+  assert said in ran.stderr.splitlines()[-1] if said else not ran.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")

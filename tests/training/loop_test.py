@@ -154,6 +154,21 @@ def test_a_run_resumes_with_what_people_change(
   assert [entry["steps"]["mllm"] for entry in history] == [3, 6]
   assert history[1]["changed"]["mllm.train.steps"] == [6, 8]
 
+  # What a run that gives up advises works in the same directory.
+  longer = ["mllm.train.steps=12", "mllm.train.max_skipped=2"]
+  longer = [*free, *(f"--config.{change}" for change in longer)]
+  rate = "--config.mllm.optimizer.learning_rate"
+  code, err = train(*longer, f"{rate}=1e39", "--change_settings")
+  assert code == loop.DIVERGED, err
+  assert "the update was not finite in 2 steps in a row, the last of" in err
+  assert "lower the learning rate (add --change_settings)" in err
+  assert max(losses(run / "mllm")) <= 10
+  code, err = train(*longer, f"{rate}=1e-4", "--change_settings")
+  assert code == 0, err
+  curve = losses(run / "mllm")
+  assert max(curve) == 12
+  assert curve[11] < whole[1]  # From the last good weights.
+
 
 def test_loss_falls_and_the_frozen_part_stays(workdir):
   for task in ("vqvae", "mllm"):
@@ -207,7 +222,7 @@ def test_predictions_have_the_size_of_the_picture(workdir):
 
 @pytest.mark.parametrize(
   ("path", "message"),
-  [("absent", "does not exist"), (".", "holds no checkpoint")],
+  [("absent", "does not exist"), (".", "contains no checkpoint")],
 )
 def test_missing_checkpoint_is_named(path, message, tmp_path):
   with pytest.raises(checkpoint.CheckpointError, match=message):
@@ -253,7 +268,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_results(
   assert "results.json exists" in capsys.readouterr().err
   (half / "results.json").unlink()
   assert cli.main([*command, "--max_samples=3", f"--out={half}"]) == 2
-  assert "holds another evaluation" in capsys.readouterr().err
+  assert "contains another evaluation" in capsys.readouterr().err
 
 
 def test_a_checkpoint_can_be_inspected(workdir, capsys):
