@@ -114,6 +114,7 @@ def compile_training(config: RunConfig, name: str, mesh: Mesh) -> Program:
       "moments": state.optimizer,
       "average": state.average,
       "start": state.start,
+      "start": state.start,
       "batch": batch,
     },
     state.params,
