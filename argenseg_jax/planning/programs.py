@@ -114,7 +114,6 @@ def compile_training(config: RunConfig, name: str, mesh: Mesh) -> Program:
       "moments": state.optimizer,
       "average": state.average,
       "start": state.start,
-      "start": state.start,
       "batch": batch,
     },
     state.params,
