@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
   topology = topology_lib.parse(values.topology, values.slices)
   topology_lib.prepare(topology)
   from argenseg_jax import sharding
-  from argenseg_jax.planning import plan
+  from argenseg_jax.planning import plan, programs
 
   mesh = sharding.make_mesh(
     config.mesh, topology_lib.devices(topology), slices=topology.slices
@@ -63,9 +63,9 @@ def main(argv: list[str]) -> int:
   reports = []
   for task in tasks:
     if task == "generate":
-      program = plan.compile_generation(config, mesh)
+      program = programs.compile_generation(config, mesh)
     else:
-      program = plan.compile_training(config, task, mesh)
+      program = programs.compile_training(config, task, mesh)
     reports.append(plan.report(program, config, task, topology, mesh))
     if not values.json:
       print(describe(reports[-1]))

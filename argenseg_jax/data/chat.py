@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from argenseg_jax.config import TokenIds
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.text import SPECIAL_TOKENS, TextTokenizer, escape
+from argenseg_jax.model_config import TokenIds
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
 
 IGNORE_LABEL = -100  # The authors' mark for "no loss here".

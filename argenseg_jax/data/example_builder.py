@@ -11,7 +11,7 @@ import numpy as np
 
 from argenseg_jax.config import SPEED_KEYS, DataConfig
 from argenseg_jax.config_parsing import to_dict
-from argenseg_jax.data import chat, text, transforms
+from argenseg_jax.data import chat, image_codec, text, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, Source, Turn
 from argenseg_jax.data.worker_signals import leave_ctrl_c_to_main
@@ -264,7 +264,7 @@ class RowMaker:
       pixels = sample.load_image(number)
       if self.config.jpeg_quality and rng is not None:
         quality = rng.integers(self.config.jpeg_quality, 101)
-        pixels = transforms.degrade(pixels, int(quality))
+        pixels = image_codec.degrade(pixels, int(quality))
       resized = transforms.resize_image(
         pixels,
         self.config.image_side,
@@ -288,7 +288,9 @@ class RowMaker:
             "'data.mask_channels' to 3."
           )
         return transforms.resize_image(
-          transforms.decode_image(sample.seg_masks[number], where=sample.where),
+          image_codec.decode_image(
+            sample.seg_masks[number], where=sample.where
+          ),
           config.mask_side,
           backend=config.resize,
           pad_square=config.pad_square,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from pycocotools import mask as coco
 
-from argenseg_jax.data import mask_image, mask_values, transforms
+from argenseg_jax.data import image_codec, mask_image, mask_values
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.mask_values import Reading
 from argenseg_jax.runtime import paths
@@ -278,10 +278,10 @@ def _is_polygon(value: Any) -> bool:
 def _check_size(size: tuple[int, int], where: str) -> None:
   """Refuses a size before memory is taken for it."""
   height, width = size
-  if height < 1 or width < 1 or height * width > transforms.MAX_PIXELS:
+  if height < 1 or width < 1 or height * width > image_codec.MAX_PIXELS:
     raise DataError(
       f"{where}: the height and width of a mask must be above 0, and their "
-      f"product at most {transforms.MAX_PIXELS}."
+      f"product at most {image_codec.MAX_PIXELS}."
     )
 
 

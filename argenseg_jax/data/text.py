@@ -18,8 +18,8 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import models, pre_tokenizers, processors
 
-from argenseg_jax.config import TokenIds
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.model_config import TokenIds
 from argenseg_jax.runtime.paths import Path, as_path
 
 SHIPPED = pathlib.Path(__file__).parent / "tokenizer.json"

@@ -11,8 +11,8 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from argenseg_jax.config import ModelConfig
 from argenseg_jax.kernels import dispatch
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import layers
 from argenseg_jax.models.llm import Decoder
 from argenseg_jax.models.vit import VisionEncoder

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from argenseg_jax.config import LLMConfig
+from argenseg_jax.model_config import LLMConfig
 from argenseg_jax.models import attention, layers, splash_attention
 
 

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from argenseg_jax.config import VisionConfig
-from argenseg_jax.models import attention, layers
+from argenseg_jax.model_config import VisionConfig
+from argenseg_jax.models import attention, layers, resize
 
 _position_init = nnx.initializers.normal(0.02)
 
@@ -176,8 +176,8 @@ class VisionTower(nnx.Module):
     if side == self.grid_side:
       return grid
     grid = grid.reshape(1, self.grid_side, self.grid_side, -1)
-    matrix = layers.bicubic_matrix(self.grid_side, side)
-    return layers.resize_with(matrix, grid).reshape(side * side, -1)
+    matrix = resize.bicubic_matrix(self.grid_side, side)
+    return resize.resize_with(matrix, grid).reshape(side * side, -1)
 
   def embed(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b t d"]:
     """Class token and patches with their positions."""

@@ -15,8 +15,8 @@ from tokenizers import (
   processors,
 )
 
-from argenseg_jax.config import TokenIds
 from argenseg_jax.data.text import SPECIAL_TOKENS
+from argenseg_jax.model_config import TokenIds
 from argenseg_jax.torch_weights.tensors import WeightsError
 
 NAME = "bytes"  # In place of a file.

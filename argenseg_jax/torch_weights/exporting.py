@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint
-from argenseg_jax.config import ModelConfig
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import lora
 from argenseg_jax.runtime.paths import Path, copy, disk_path, fetched
 from argenseg_jax.torch_weights import (

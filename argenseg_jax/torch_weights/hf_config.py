@@ -10,14 +10,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from argenseg_jax.config import (
+from argenseg_jax.data.text import ADDED_TOKENS
+from argenseg_jax.model_config import (
   LLMConfig,
   ModelConfig,
   TokenIds,
   VisionConfig,
   VQVAEConfig,
 )
-from argenseg_jax.data.text import ADDED_TOKENS
 from argenseg_jax.scales import SCALES_256, SCALES_512, Scales
 from argenseg_jax.torch_weights import families
 from argenseg_jax.torch_weights.tensors import TensorInfo, WeightsError

@@ -34,7 +34,6 @@ _MAX_HEADER = 100_000_000
 _MAX_RANK = 32
 _INDEX = "model.safetensors.index.json"
 
-
 _CONVERT = (
   'python -c "from transformers import AutoModel as A; '
   "A.from_pretrained('{0}', trust_remote_code=True, torch_dtype='auto')"
@@ -235,7 +234,7 @@ class PickleFile:
     self._state = state
     self._bfloat16 = torch.bfloat16
     self._bits = torch.int16
-    self.tensors = {}
+    self.tensors: dict[str, TensorInfo] = {}
     dtypes = {dtype.name: dtype for dtype in DTYPES.values()}
     room = self.path.stat().st_size
     for name, value in state.items():

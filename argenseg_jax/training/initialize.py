@@ -10,13 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint, config_parsing, sharding, variants
-from argenseg_jax.config import (
-  ConfigError,
-  LoRAConfig,
-  ModelConfig,
-  RunConfig,
-)
+from argenseg_jax.config import ConfigError, LoRAConfig, RunConfig
 from argenseg_jax.data.text import TextTokenizer
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import int8, lora
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.runtime import paths
@@ -39,6 +35,21 @@ def model_config(config: RunConfig, init_from: str | None) -> ModelConfig:
       "'init_from', and that is empty too."
     )
   return config_parsing.replace(checkpoint.describe(init_from).config, changes)
+
+
+def require_model(task: str, init_from: str | None) -> None:
+  """Raises ConfigError unless `init_from` holds a whole model.
+
+  Args:
+    task: that starts from it.
+    init_from: a checkpoint, or none.
+  """
+  if init_from is None or not checkpoint.describe(init_from).is_whole:
+    raise ConfigError(
+      f"task {task!r} starts from a model that segments already: set config "
+      "key 'init_from' to the checkpoint of a whole model, or train 'mllm' "
+      "before it."
+    )
 
 
 def text_tokenizer(

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from argenseg_jax import config_parsing, sharding
-from argenseg_jax.config import MeshConfig, ModelConfig
+from argenseg_jax.config import MeshConfig
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.planning import topology
 from argenseg_jax.tools.bench.stages import Cost, Stage, stages

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from argenseg_jax.config import (
+from argenseg_jax.model_config import (
   LLMConfig,
   ModelConfig,
   VisionConfig,

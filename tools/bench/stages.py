@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from argenseg_jax.config import LLMConfig, ModelConfig
 from argenseg_jax.inference.segment import to_uint8
 from argenseg_jax.kernels.scale_prediction import scale_prediction
+from argenseg_jax.model_config import LLMConfig, ModelConfig
 from argenseg_jax.models import flops
 from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
 from argenseg_jax.models.flops import Product

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from argenseg_jax.config import ConfigError, ModelConfig
+from argenseg_jax.config import ConfigError
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.tools.common import temp_bytes
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, Batch
 

@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 
 from argenseg_jax import checkpoint, sharding
-from argenseg_jax.config import ModelConfig, RunConfig
+from argenseg_jax.config import RunConfig
 from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import base
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import flops
 from argenseg_jax.tools.bench.timing import median_seconds
 from argenseg_jax.tools.bench.train import make_batch

@@ -6,10 +6,11 @@ import pathlib
 import typing
 
 from argenseg_jax import configs
-from argenseg_jax.config import ConfigError, DataConfig, ModelConfig
+from argenseg_jax.config import ConfigError, DataConfig
 from argenseg_jax.config_parsing import from_mapping
 from argenseg_jax.data.sources import registry
 from argenseg_jax.data.text import TextTokenizer
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.tools import train
 
 
