@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from argenseg_jax import config as config_lib
 from argenseg_jax import config_parsing
-from argenseg_jax.config import (
+from argenseg_jax.data.text import TextTokenizer
+from argenseg_jax.model_config import (
   LLMConfig,
   ModelConfig,
   TokenIds,
   VisionConfig,
   VQVAEConfig,
 )
-from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.scales import SCALES_512
 
 _NUM_CODES = 4096

@@ -370,7 +370,9 @@ def _finish(a_ring, b_ring, full, free, warpgroup, plan, j):
 
     return sum_ref[...]
 
-  values = pl.run_scoped(add_up, plgpu.ACC(tile, jnp.float32))
+  # Public by JAX's documentation; its module forgets to say so.
+  accumulator = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+  values = pl.run_scoped(add_up, accumulator(tile, jnp.float32))
   plgpu.barrier_arrive(free.at[lax.rem(first + slices - 1, ring)])
   return values
 

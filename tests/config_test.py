@@ -11,15 +11,10 @@ import typing
 import pytest
 
 from argenseg_jax import config_parsing, variants
-from argenseg_jax.config import (
-  ConfigError,
-  LLMConfig,
-  ModelChoice,
-  ModelConfig,
-  RunConfig,
-)
+from argenseg_jax.config import ConfigError, ModelChoice, RunConfig
 from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import base, tiny
+from argenseg_jax.model_config import LLMConfig, ModelConfig
 from argenseg_jax.ranges import MOST, Range
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"

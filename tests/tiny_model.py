@@ -5,7 +5,7 @@ import functools
 import jax
 from flax import nnx
 
-from argenseg_jax.config import (
+from argenseg_jax.model_config import (
   LLMConfig,
   ModelConfig,
   TokenIds,

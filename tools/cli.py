@@ -49,7 +49,7 @@ _REMEDIES = {
   errno.ENAMETOOLONG: "give a shorter path",
   errno.ELOOP: "give another path: symbolic links go around in a circle",
   errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
-  errno.ENFILE: "close what holds so many files open on this machine",
+  errno.ENFILE: "close what contains so many files open on this machine",
 }
 _MEMORY = (
   "out of memory ({}); take smaller batches, fewer data.workers or a machine "

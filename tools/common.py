@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 
 def dispatch(
@@ -42,3 +43,15 @@ def dispatch(
   return importlib.import_module(f"argenseg_jax.tools.{command}.{name}").main(
     rest
   )
+
+
+def temp_bytes(compiled: Any) -> int:
+  """Temporary memory of a compiled JAX program on each device.
+
+  Raises:
+    RuntimeError: its compiler does not say.
+  """
+  memory = compiled.memory_analysis()
+  if memory is None:
+    raise RuntimeError("this compiler does not report a program's memory.")
+  return memory.temp_size_in_bytes

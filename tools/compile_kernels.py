@@ -45,6 +45,7 @@ from argenseg_jax.kernels.scale_prediction import (
   shapes as prediction_shapes,
 )
 from argenseg_jax.planning import topology
+from argenseg_jax.tools.common import temp_bytes
 
 # The same processors as the H100's: its kernels are these.
 _NOT_COMPILED = ("h200",)
@@ -166,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     "--kernel", default="", help="only kernels whose name contains this"
   )
   parser.add_argument(
-    "--results", help="JSON file to add results to, and to go on from"
+    "--results",
+    help="JSON file that collects results; a later run resumes from it",
   )
   parser.add_argument(
     "--markdown",
@@ -206,9 +208,7 @@ def _compile_all(chips, options) -> int:
       start = time.monotonic()
       try:
         compiled = compile_for(chip, case.function, case.inputs)
-        memory = compiled.memory_analysis()
-        assert memory is not None  # XLA always tells.
-        temp = memory.temp_size_in_bytes / 2**20
+        temp = temp_bytes(compiled) / 2**20
         done[case.name], result = temp, f"{temp:.2f}"
       except jax.errors.JaxRuntimeError as error:
         result = "failed: " + str(error).split("\n\n")[0][:200]

@@ -123,7 +123,7 @@ def _open(loaded, asked: dict[str, DataConfig], what: str) -> dict[str, Any]:
     asked = {name: examples.masks_only(d) for name, d in asked.items()}
   elif not loaded.is_whole:
     raise ConfigError(
-      f"checkpoint {loaded.path} holds an image tokenizer only; measure it "
+      f"checkpoint {loaded.path} contains an image tokenizer only; measure it "
       "with --what=tokenizer, or give one of a whole model."
     )
   else:
@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     default="",
     metavar="DIR",
     help="gets results.json and each data set's predictions.jsonl; an "
-    "interrupted evaluation goes on there",
+    "interrupted evaluation resumes there",
   )
   parser.add_argument(
     "--report", action="store_true", help="also a report.html to look at"
@@ -312,7 +312,7 @@ def _measure_model(
   for name, made in rows.items():
     folder = None if out is None else out / name
     results[name] = _answer_all(evaluator, state, made, name, args, folder)
-  if args.report:
+  if args.report and out is not None:
     from argenseg_jax import checkpoint
     from argenseg_jax.evaluation import report as evaluation_report
 
@@ -401,7 +401,7 @@ def _fingerprint(rows) -> str:
   return f"{rows.fingerprint}-{files.hexdigest()[:16]}"
 
 
-def _hash(step: pathlib.Path) -> str:
+def _hash(step: paths.Path) -> str:
   """Of the manifest, which holds the hash of every file."""
   from argenseg_jax.checkpoint.manifest import MANIFEST
 

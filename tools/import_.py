@@ -71,14 +71,14 @@ def main(argv: list[str]) -> int:
   mesh = conversion_mesh(args.fsdp)
   if peft_adapters.is_peft(args.source):
     if not args.base:
-      parser.error(f"{args.source} holds adapters: add --base CHECKPOINT.")
+      parser.error(f"{args.source} contains adapters: add --base CHECKPOINT.")
     count = peft_adapters.import_adapters(
       args.source, args.target, base=args.base, mesh=mesh
     )
     print(f"{args.target}: {count} tensors (adapters).")
     return 0
   if args.base:
-    parser.error(f"--base is for adapters, and {args.source} holds none.")
+    parser.error(f"--base is for adapters, and {args.source} contains none.")
   imported = import_weights(
     args.source,
     args.target,

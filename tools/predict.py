@@ -248,7 +248,7 @@ class _Images:
 
   def read(self, paths: Sequence[pathlib.Path]) -> None:
     """Reads what was not asked for last, and forgets all others."""
-    from argenseg_jax.data import transforms
+    from argenseg_jax.data import image_codec
 
     kept, self._read = self._read, {}
     for path in dict.fromkeys(paths):
@@ -256,7 +256,7 @@ class _Images:
         self._read[path] = kept[path]
         continue
       try:
-        self._read[path] = transforms.decode_image(path)
+        self._read[path] = image_codec.decode_image(path)
       except DataError as error:
         self._read[path] = error
 

@@ -26,18 +26,20 @@ from argenseg_jax.checkpoint.load import (
   Adapters,
   Description,
   Loaded,
-  compare,
   describe,
   load,
   load_adapters,
   model_factory,
-  read_variables,
   refuse_other_base,
-  stored_variables,
   structure_faults,
   text_tokenizer,
 )
 from argenseg_jax.checkpoint.manager import Checkpoints
+from argenseg_jax.checkpoint.variables import (
+  compare,
+  read_variables,
+  stored_variables,
+)
 
 __all__ = [
   "DAMAGED",

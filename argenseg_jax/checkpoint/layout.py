@@ -50,8 +50,8 @@ def step_directory(path: str | Path) -> Path:
       if steps:
         raise CheckpointError(every_is_damaged(directory))
   raise CheckpointError(
-    f"{path} holds no checkpoint; give a work directory of `argenseg train` or "
-    "`argenseg quickstart`, or one of its checkpoints/STEP directories."
+    f"{path} contains no checkpoint; give a work directory of `argenseg train` "
+    "or `argenseg quickstart`, or one of its checkpoints/STEP directories."
   )
 
 
@@ -73,7 +73,7 @@ def steps_below(path: Path) -> list[Path]:
     found += [*path.glob(f"{_STEPS}/*"), *path.glob(f"*/{_STEPS}/*")]
   found = list(filter(is_step, found))
   if not found:
-    raise CheckpointError(f"{path} holds no checkpoint.")
+    raise CheckpointError(f"{path} contains no checkpoint.")
   return sorted(found, key=lambda d: (d.parent, step_number(d)))
 
 

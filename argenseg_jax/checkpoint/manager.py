@@ -22,13 +22,8 @@ from argenseg_jax.checkpoint.layout import (
   every_is_damaged,
   warn,
 )
-from argenseg_jax.checkpoint.load import (
-  FORMAT,
-  compare,
-  read_meta,
-  stored_tree,
-  with_values,
-)
+from argenseg_jax.checkpoint.load import FORMAT, read_meta
+from argenseg_jax.checkpoint.variables import compare, stored_tree, with_values
 from argenseg_jax.runtime import distributed, paths
 
 # What a file system says when it takes no more, wherever that stands in the

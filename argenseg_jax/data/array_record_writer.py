@@ -141,7 +141,7 @@ def _begin(work: pathlib.Path, plan: dict[str, Any]) -> None:
     _write(note, json.dumps(plan).encode())
   elif found != plan:
     raise DataError(
-      f"{work} holds an interrupted build of other data or with another "
+      f"{work} contains an interrupted build of other data or with another "
       "number of records a shard or size of images; remove it."
     )
 
@@ -177,7 +177,10 @@ def _set_sources(sources: dict[str, Source]) -> None:
   _sources.update(sources)
 
 
-def _work(given: tuple, job: tuple[str, int, int, int]) -> dict:
+def _work(
+  given: tuple[pathlib.Path, array_record.Resizing | None],
+  job: tuple[str, int, int, int],
+) -> dict[str, Any]:
   return _write_shard(_sources[job[0]], *given, *job)
 
 
@@ -280,7 +283,9 @@ def _serializer() -> Callable[[dict[str, Any]], bytes]:
   from tensorflow_datasets.core import example_serializer
 
   features = _features()
-  made = example_serializer.ExampleSerializer(features.get_serialized_info())
+  # TFDS' own annotation knows no nested features.
+  specs: Any = features.get_serialized_info()
+  made = example_serializer.ExampleSerializer(specs)
   return lambda record: made.serialize_example(features.encode_example(record))
 
 

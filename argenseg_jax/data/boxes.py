@@ -16,7 +16,8 @@ FULL = 1000  # InternVL's unit: an image is 1000 x 1000, whatever its size.
 def mask_box(seg_mask: np.ndarray) -> tuple[float, ...] | None:
   """The tight box (x1, y1, x2, y2) of a bool [h w] mask in shares of the
   image's width and height, ends exclusive; None for an empty mask."""
-  rows, columns = seg_mask.any(1).nonzero()[0], seg_mask.any(0).nonzero()[0]
+  rows = np.flatnonzero(seg_mask.any(1))
+  columns = np.flatnonzero(seg_mask.any(0))
   if not rows.size:
     return None
   height, width = seg_mask.shape

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from argenseg_jax.config import TokenIds
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.text import SPECIAL_TOKENS, TextTokenizer, escape
+from argenseg_jax.model_config import TokenIds
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET
 
 IGNORE_LABEL = -100  # The authors' mark for "no loss here".
@@ -252,28 +252,29 @@ def _chat_blocks(
   system_message: str,
 ) -> list[tuple[str, str]]:
   """(role, text in the `internvl2_5` template) of each turn, images placed."""
-  turns = [(t["from"], t["value"]) for t in turns]
-  if turns and turns[0][0] == "system":
-    system_message = turns[0][1]
-    turns = turns[1:]
-  length = len(system_message) + sum(len(text) for _, text in turns)
+  said = [(t["from"], t["value"]) for t in turns]
+  if said and said[0][0] == "system":
+    system_message = said[0][1]
+    said = said[1:]
+  length = len(system_message) + sum(len(text) for _, text in said)
   if length > MAX_CHARACTERS:
     raise DataError(
       f"a conversation of {length} characters is too long; at most "
       f"{MAX_CHARACTERS} are read."
     )
   try:
-    "".join((system_message, *(text for _, text in turns))).encode()
+    "".join((system_message, *(text for _, text in said))).encode()
   except UnicodeEncodeError as error:
     raise DataError(
-      f"a conversation holds {error.object[error.start]!r}, half a character."
+      f"a conversation contains {error.object[error.start]!r}, "
+      "half a character."
     ) from error
   # Special tokens that somebody typed are text.
   keep = {"gpt": (MASK,), "human": (IMAGE,) if image_tokens else ()}
   system_message = tokenizer.escape(system_message)
-  turns = [(r, tokenizer.escape(t, keep=keep.get(r, ()))) for r, t in turns]
-  human = [text for role, text in turns if role == "human"]
-  if not turns or turns[0][0] != "human":
+  said = [(r, tokenizer.escape(t, keep=keep.get(r, ()))) for r, t in said]
+  human = [text for role, text in said if role == "human"]
+  if not said or said[0][0] != "human":
     raise DataError("a conversation must begin with a human turn.")
   placed = sum(text.count(IMAGE) for text in human)
   if image_tokens and placed > len(image_tokens):
@@ -281,14 +282,14 @@ def _chat_blocks(
       f"a conversation has {placed} <image> for {len(image_tokens)} images."
     )
   missing = f"{IMAGE}\n" * (len(image_tokens) - placed)
-  turns[0] = ("human", missing + turns[0][1])
+  said[0] = ("human", missing + said[0][1])
   blocks = []
   if system_message:
     blocks.append(
       ("system", f"<|im_start|>system\n{system_message}<|im_end|>\n")
     )
   counts = iter(image_tokens)
-  for role, text in turns:
+  for role, text in said:
     if role == "human":
       for _ in range(text.count(IMAGE) if image_tokens else 0):
         context = SPECIAL_TOKENS["img_context"] * next(counts)

@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from argenseg_jax.config import SPEED_KEYS, DataConfig
 from argenseg_jax.config_parsing import to_dict
-from argenseg_jax.data import chat, text, transforms
+from argenseg_jax.data import chat, image_codec, text, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.sample import Sample, Source, Turn
 from argenseg_jax.data.worker_signals import leave_ctrl_c_to_main
@@ -19,6 +19,8 @@ from argenseg_jax.types import Batch
 
 # In an answer: what the source calls the target.
 DESCRIPTION = "{description}"
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class RowMaker:
     self.image_tokens = image_tokens
     self.num_codes = num_codes
     self.codes = codes
-    self._cache: dict[Any, np.ndarray] = {}
+    self._cache: dict[Any, Any] = {}
     # Samples whose images are in the cache, without their encoded bytes.
     self._cached_samples: dict[int, Sample] = {}
 
@@ -200,7 +202,7 @@ class RowMaker:
       raise TypeError(f"{name} gives options; set its has_options.")
     if chosen:
       options = len(sample.options)
-      sample = sample.choose(0 if rng is None else rng.integers(options))
+      sample = sample.choose(0 if rng is None else int(rng.integers(options)))
     if len(sample.seg_masks) > config.max_masks:
       raise DataError(
         f"{sample.where} has {len(sample.seg_masks)} masks; max_masks is "
@@ -212,9 +214,11 @@ class RowMaker:
           f"{sample.where} has {len(sample.images)} images; max_images is "
           f"{config.max_images}."
         )
+      size = None
       for i in range(len(sample.images)):
         row.images[i], size = self._image(sample, i, rng)
-      if len(sample.images) == 1:  # Else: of which image is the mask?
+      # With several: of which image is the mask?
+      if len(sample.images) == 1 and size is not None:
         sample = sample.sized(size)
     row.mask_valid[: len(sample.seg_masks)] = True
     if self.codes is not None:
@@ -260,14 +264,15 @@ class RowMaker:
       pixels = sample.load_image(number)
       if self.config.jpeg_quality and rng is not None:
         quality = rng.integers(self.config.jpeg_quality, 101)
-        pixels = transforms.degrade(pixels, int(quality))
+        pixels = image_codec.degrade(pixels, int(quality))
       resized = transforms.resize_image(
         pixels,
         self.config.image_side,
         backend=self.config.resize,
         pad_square=self.config.pad_square,
       )
-      return resized, sample.size if sample.resized else pixels.shape[:2]
+      height, width = pixels.shape[:2]
+      return resized, sample.size if sample.resized else (height, width)
 
     return self._cached(("image", sample.image_keys[number]), make)
 
@@ -283,7 +288,9 @@ class RowMaker:
             "'data.mask_channels' to 3."
           )
         return transforms.resize_image(
-          transforms.decode_image(sample.seg_masks[number], where=sample.where),
+          image_codec.decode_image(
+            sample.seg_masks[number], where=sample.where
+          ),
           config.mask_side,
           backend=config.resize,
           pad_square=config.pad_square,
@@ -307,7 +314,7 @@ class RowMaker:
     key = ("seg_mask", sample.index, number, sample.expressions)
     return self._cached(key, make)
 
-  def _cached(self, key: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
+  def _cached(self, key: Any, make: Callable[[], _T]) -> _T:
     if not self.config.cache:
       return make()
     if key not in self._cache:
@@ -336,7 +343,7 @@ class RowMaker:
     )
 
 
-def stack_rows(rows: list[Row]) -> tuple[Batch, Remarks]:
+def stack_rows(rows: Sequence[Row]) -> tuple[Batch, Remarks]:
   """A batch of numpy arrays, and what to say of its records."""
   batch = Batch(*map(np.stack, zip(*(r.fields for r in rows), strict=True)))
   return batch, Remarks(

@@ -2,9 +2,10 @@
 
 import dataclasses
 
-from argenseg_jax.config import ConfigError, DataConfig, ModelConfig
+from argenseg_jax.config import ConfigError, DataConfig
 from argenseg_jax.data import pipeline, text
 from argenseg_jax.data.sources.registry import open_source
+from argenseg_jax.model_config import ModelConfig
 
 
 def make_rows(

@@ -7,8 +7,9 @@ look up, and of their content. Files that were merely copied keep the second.
 import hashlib
 import json
 import os
+import pathlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from jaxtyping import UInt64
@@ -148,13 +149,13 @@ def _content_one(value: Any) -> bytes:
   return b"".join(pieces)
 
 
-def _is_file(value: Any) -> bool:
-  return isinstance(value, os.PathLike) and paths.is_local(value)
+def _is_file(value: Any) -> TypeGuard[pathlib.Path]:
+  return isinstance(value, paths.Path) and paths.is_local(value)
 
 
 def _inside(value: Any) -> bytes:
   """What a record itself holds; of a file in a bucket, its size."""
-  if isinstance(value, os.PathLike):
+  if isinstance(value, paths.Path):
     try:
       return b"%d %s" % (paths.size(value), os.fspath(value).encode())
     except OSError:

@@ -7,9 +7,9 @@ import zipfile
 import cv2
 import numpy as np
 from jaxtyping import Int, Shaped
-from PIL import Image
+from PIL import Image, ImageFile
 
-from argenseg_jax.data import mask_values, safe_npz, transforms
+from argenseg_jax.data import image_codec, mask_values, safe_npz
 from argenseg_jax.data.errors import DataError
 
 _ARRAY = b"\x93NUMPY"
@@ -18,7 +18,9 @@ _ARCHIVE = b"PK\x03\x04"
 _MODES = ("1", "L", "LA", "RGB", "RGBA")
 
 
-def read(stored: transforms.Encoded, *, where: str = "") -> mask_values.Reading:
+def read(
+  stored: image_codec.Encoded, *, where: str = ""
+) -> mask_values.Reading:
   """Which pixels of an encoded mask are the object, see `mask_values.read`.
 
   Palettes are read by their colors, and the file's own EXIF orientation is
@@ -27,25 +29,25 @@ def read(stored: transforms.Encoded, *, where: str = "") -> mask_values.Reading:
   Raises:
     DataError: missing, truncated, several frames, not a mask.
   """
-  data, name = transforms.read_encoded(stored, where)
+  data, name = image_codec.read_encoded(stored, where)
   if data.startswith((_ARRAY, _ARCHIVE)):
     return mask_values.read(_array(data, name), where=name)
-  with transforms.opened(data, "mask", name) as image:
+  with image_codec.opened(data, "mask", name) as image:
     _require_one_frame(image)
-    orientation, left = transforms.own_orientation(image)
+    orientation, left = image_codec.own_orientation(image)
     lossy = _is_lossy(image, data)
     indexed = image.mode in ("P", "PA")
     values = _channels(image, data)
   reading = mask_values.read(values, lossy=lossy, where=name)
   kind = f"indexed, {reading.kind}" if indexed else reading.kind
-  seg_mask = transforms.turn(reading.seg_mask, left)
+  seg_mask = image_codec.turn(reading.seg_mask, left)
   return dataclasses.replace(
     reading, seg_mask=seg_mask, kind=kind, orientation=orientation
   )
 
 
 def read_ids(
-  stored: transforms.Encoded, *, color: bool, where: str = ""
+  stored: image_codec.Encoded, *, color: bool, where: str = ""
 ) -> Int[np.ndarray, "h w"]:
   """The numbers of a map of classes or segments.
 
@@ -57,10 +59,10 @@ def read_ids(
   Raises:
     DataError: it cannot be decoded, or numbers are not what it holds.
   """
-  data, name = transforms.read_encoded(stored, where)
-  with transforms.opened(data, "map", name) as image:
+  data, name = image_codec.read_encoded(stored, where)
+  with image_codec.opened(data, "map", name) as image:
     _require_one_frame(image)
-    orientation, _ = transforms.own_orientation(image)
+    orientation, _ = image_codec.own_orientation(image)
     if orientation != 1:
       raise DataError("it has an EXIF orientation; store it upright")
     if _is_lossy(image, data):
@@ -111,7 +113,8 @@ def _palette_colors(image: Image.Image) -> Shaped[np.ndarray, "h w 4"]:
 
 def _raw_mode(image: Image.Image) -> str:
   """How a file holds pixels, as Pillow's decoders name it."""
-  return str(image.tile[0].args) if image.tile else ""
+  tiles = image.tile if isinstance(image, ImageFile.ImageFile) else ()
+  return str(tiles[0].args) if tiles else ""
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -146,7 +149,7 @@ def _is_lossy(image: Image.Image, data: bytes) -> bool:
 
 def _array(data: bytes, name: str) -> Shaped[np.ndarray, "..."]:
   """The only array of a `.npy` or `.npz`, which must fit its bytes."""
-  most = 8 * transforms.MAX_PIXELS
+  most = 8 * image_codec.MAX_PIXELS
   try:
     if data.startswith(_ARCHIVE):
       arrays = safe_npz.read_from(io.BytesIO(data), most)

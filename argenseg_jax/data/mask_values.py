@@ -79,9 +79,9 @@ def read(
   if not values.size:
     raise DataError(f"{where}: a mask has no pixels.")
   if values.dtype.kind not in "buif":
-    raise DataError(f"{where}: a mask holds {values.dtype}, not numbers.")
+    raise DataError(f"{where}: a mask contains {values.dtype}, not numbers.")
   if values.dtype.kind == "f" and not np.isfinite(values).all():
-    raise DataError(f"{where}: a mask holds NaN or infinite numbers.")
+    raise DataError(f"{where}: a mask contains NaN or infinite numbers.")
   if values.shape[-1] in (2, 4):
     return _of_alpha(values[..., :-1], values[..., -1], lossy, where)
   return _of_colors(values, lossy, where)
@@ -128,14 +128,14 @@ def _of_colors(
   found = _different_colors(colors)
   if len(found) > _MAX_PARTS + 1:
     raise DataError(
-      f"{where}: the mask holds {len(found)} or more colors; it is a photo, a "
-      f"label map or has soft edges in color; {_REMEDY}."
+      f"{where}: the mask contains {len(found)} or more colors; it is a photo, "
+      f"a label map or has soft edges in color; {_REMEDY}."
     )
   named = ", ".join(_named(color) for color in found)
   parts = [color for color in found if any(color)]
   if len(parts) == len(found):
     raise DataError(
-      f"{where}: the mask holds the colors {named} and no black background; "
+      f"{where}: the mask contains the colors {named} and no black background; "
       f"{_REMEDY}."
     )
   odd = (
@@ -145,7 +145,7 @@ def _of_colors(
   )
   if odd:
     raise DataError(
-      f"{where}: the mask holds the colors {named}, of which some may be "
+      f"{where}: the mask contains the colors {named}, of which some may be "
       f'classes, instances or "ignore"; {_REMEDY}.'
     )
   return Reading((colors != 0).any(-1), "colored", named)
@@ -180,22 +180,24 @@ def _of_gray(
     listed += f", ... {_number(high.item())} ({len(levels)} in all)"
   if low < 0:
     raise DataError(
-      f"{where}: the mask holds values below 0: {listed}; {_REMEDY}."
+      f"{where}: the mask contains values below 0: {listed}; {_REMEDY}."
     )
   if lossy or len(levels) > 2:
-    return _of_soft(values, levels, lossy, f"{where}: the mask holds {listed}")
+    return _of_soft(
+      values, levels, lossy, f"{where}: the mask contains {listed}"
+    )
   if len(levels) == 1:
     top = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
     if high not in (0, 1, 255, top):
       raise DataError(
-        f"{where}: the mask holds nothing but the value {listed}, which may "
+        f"{where}: the mask contains nothing but the value {listed}, which may "
         f"mean the object or the background; {_REMEDY}."
       )
     return Reading(values > 0, "one value", listed)
   if high == 255 and 0 < low < _IDS_BELOW:
     raise DataError(
-      f"{where}: the mask holds {listed}; {_number(low.item())} may be a class "
-      f'and 255 "ignore"; {_REMEDY}.'
+      f"{where}: the mask contains {listed}; {_number(low.item())} may be a "
+      f'class and 255 "ignore"; {_REMEDY}.'
     )
   return Reading(values > low, "two values", listed)
 
@@ -255,9 +257,9 @@ def _spread(share: Shaped[np.ndarray, "h w"], count: int) -> bool:
   of classes beside a 255 that means "ignore"."""
   inner = np.unique(share[(share > share.min()) & (share < share.max())])
   if count <= 2 * _FEW:
-    return inner.min() >= 2 * _SLACK
+    return bool(inner.min() >= 2 * _SLACK)
   middle = (inner > _NEAR_END) & (inner < 1 - _NEAR_END)
-  return 3 * np.count_nonzero(middle) >= len(inner)
+  return bool(3 * np.count_nonzero(middle) >= len(inner))
 
 
 def _require_smooth(

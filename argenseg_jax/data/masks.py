@@ -2,8 +2,7 @@
 
 import dataclasses
 import operator
-import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -11,9 +10,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 from pycocotools import mask as coco
 
-from argenseg_jax.data import mask_image, mask_values, transforms
+from argenseg_jax.data import image_codec, mask_image, mask_values
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.mask_values import Reading
+from argenseg_jax.runtime import paths
 
 _MAX_SHIFT = 40  # Of a run length's bits; no image has so many pixels.
 
@@ -85,7 +85,7 @@ def read(
   """
   if isinstance(stored, np.ndarray):
     reading = mask_values.read(stored, where=where)
-  elif isinstance(stored, (bytes, str, pathlib.PurePath)):
+  elif isinstance(stored, (bytes, str, paths.Path)):
     reading = mask_image.read(stored, where=where)
   elif isinstance(stored, Union):
     reading = _union(stored.parts, size, where)
@@ -136,13 +136,15 @@ def _draw(
   for polygon, fill in zip(stored.polygons, stored.fills, strict=True):
     points = np.array(polygon, np.float64)
     _check_outline(points, size, where)
-    points = points.astype(np.int32)[None]
-    cv2.fillPoly(pixels, points, int(fill))
-    cv2.polylines(pixels, points, True, int(fill), 1)
+    outline = [points.astype(np.int32)]
+    cv2.fillPoly(pixels, outline, int(fill))
+    cv2.polylines(pixels, outline, True, int(fill), 1)
   return pixels.view(np.bool_)
 
 
-def _from_run_lengths(stored: dict, where: str) -> Bool[np.ndarray, "h w"]:
+def _from_run_lengths(
+  stored: Mapping[str, Any], where: str
+) -> Bool[np.ndarray, "h w"]:
   try:
     height, width = map(whole_number, stored["size"])
     counts = stored["counts"]
@@ -195,7 +197,8 @@ def whole_number(value: Any) -> int:
 
 def run_lengths(seg_mask: np.ndarray) -> dict[str, Any]:
   """A mask, bool [h w], as COCO's compressed run lengths, JSON-ready."""
-  coded = coco.encode(np.asfortranarray(seg_mask.astype(np.uint8)))
+  # Its annotation says str; the counts are bytes.
+  coded: Any = coco.encode(np.asfortranarray(seg_mask.astype(np.uint8)))
   return {
     "size": list(seg_mask.shape),
     "counts": coded["counts"].decode("ascii"),
@@ -278,10 +281,10 @@ def _is_polygon(value: Any) -> bool:
 def _check_size(size: tuple[int, int], where: str) -> None:
   """Refuses a size before memory is taken for it."""
   height, width = size
-  if height < 1 or width < 1 or height * width > transforms.MAX_PIXELS:
+  if height < 1 or width < 1 or height * width > image_codec.MAX_PIXELS:
     raise DataError(
       f"{where}: the height and width of a mask must be above 0, and their "
-      f"product at most {transforms.MAX_PIXELS}."
+      f"product at most {image_codec.MAX_PIXELS}."
     )
 
 

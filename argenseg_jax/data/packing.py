@@ -33,13 +33,13 @@ class Packer:
       self._rows(int(index), np.random.default_rng(seed))
       for index, seed in zip(indices, seeds, strict=True)
     ]
-    sizes = [np.count_nonzero(row.fields.segment_ids) for row in made]
+    sizes = [int(np.count_nonzero(row.fields.segment_ids)) for row in made]
     while (excess := sum(sizes) - length) > 0:
       i = int(np.argmax(sizes))
       fitting = max(sizes[i] - excess, length // len(sizes))
       again = np.random.default_rng(seeds[i])
       made[i] = self._rows(int(indices[i]), again, length=fitting)
-      sizes[i] = np.count_nonzero(made[i].fields.segment_ids)
+      sizes[i] = int(np.count_nonzero(made[i].fields.segment_ids))
     return Row(
       self._join([row.fields for row in made]),
       bad=tuple(bad for row in made for bad in row.bad),

@@ -57,7 +57,7 @@ class TrainIterator:
     self._bad: set[int] = set()
     self._cut: set[int] = set()
     self._step = 0
-    self._batches: Iterator | None = None
+    self._batches: grain.DatasetIterator | None = None
     size = _host_batch_size(global_batch_size, host_count)
     order, make = _order(rows), rows
     if rows.config.pack > 1:
@@ -221,7 +221,9 @@ def _host_batch_size(global_batch_size: int, host_count: int) -> int:
   return global_batch_size // host_count
 
 
-def _start(stream: grain.MapDataset, config: DataConfig) -> Iterator:
+def _start(
+  stream: grain.MapDataset, config: DataConfig
+) -> grain.DatasetIterator:
   """Starts threads or processes that make batches in advance."""
   threads = 0 if config.prefetch == 0 else config.threads
   dataset = stream.to_iter_dataset(

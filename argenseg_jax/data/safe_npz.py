@@ -67,7 +67,7 @@ def read_array(data: bytes) -> np.ndarray:
 def _require_fitting(file: IO[bytes], size: int) -> None:
   shape, dtype = _header(file)
   if math.prod(shape) * dtype.itemsize > size:
-    raise ValueError(f"it holds fewer bytes than {shape} of {dtype} take")
+    raise ValueError(f"it contains fewer bytes than {shape} of {dtype} take")
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

@@ -18,8 +18,8 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import models, pre_tokenizers, processors
 
-from argenseg_jax.config import TokenIds
 from argenseg_jax.data.errors import DataError
+from argenseg_jax.model_config import TokenIds
 from argenseg_jax.runtime.paths import Path, as_path
 
 SHIPPED = pathlib.Path(__file__).parent / "tokenizer.json"
@@ -137,17 +137,24 @@ class TextTokenizer:
     self._set(model, "the vocabulary given", first_code)
     return self
 
-  def _set(self, model, name: str, first_code: int | None) -> None:
+  def _set(
+    self, model: tokenizers.Tokenizer, name: str, first_code: int | None
+  ) -> None:
     self._model = model
     self._first_code = first_code
     self.name = name
-    ids = {f: model.token_to_id(t) for f, t in SPECIAL_TOKENS.items()}
-    pads = [model.token_to_id(t) for t in _PAD_TOKENS]
-    ids["pad"] = next((i for i in pads if i is not None), None)
-    for field, found in ids.items():
-      if found is None:
-        text = SPECIAL_TOKENS.get(field, " or ".join(_PAD_TOKENS))
+    texts: dict[str, tuple[str, ...]] = {
+      field: (text,) for field, text in SPECIAL_TOKENS.items()
+    }
+    texts["pad"] = _PAD_TOKENS
+    ids: dict[str, int] = {}
+    for field, alternatives in texts.items():
+      found = map(model.token_to_id, alternatives)
+      first = next((i for i in found if i is not None), None)
+      if first is None:
+        text = " or ".join(alternatives)
         raise DataError(f"text tokenizer {name} has no token {text}.")
+      ids[field] = first
     prefix = model.encode("", add_special_tokens=True).ids
     if first_code is None:
       first_code = model.get_vocab_size()
@@ -298,7 +305,12 @@ class TextTokenizer:
     ids.flags.writeable = False
     return ids
 
-  def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+  def decode(
+    self,
+    ids: Sequence[int] | Int[np.ndarray, "t"],
+    *,
+    keep_special: bool = False,
+  ) -> str:
     """Text of ids; image codes are left out, and so are special tokens unless
     `keep_special`."""
     text = [int(i) for i in ids if 0 <= i < self.token_ids.first_code]

@@ -116,9 +116,9 @@ def _add(count: Counts, look: _Look) -> None:
   sample, row = look.sample, look.row
   count.requests += 1
   count.cut += len(row.cut)
-  drawn = np.count_nonzero(row.fields.mask_valid)
+  drawn = int(np.count_nonzero(row.fields.mask_valid))
   count.masks += drawn - sample.num_past_masks
-  tokens = np.count_nonzero(row.fields.segment_ids)
+  tokens = int(np.count_nonzero(row.fields.segment_ids))
   count.longest = max(count.longest, tokens)
   count.left_out += look.left_out
   count.ignores += look.ignores

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from argenseg_jax.evaluation.segmentation_metrics import Sums
+from argenseg_jax.evaluation.segmentation_metrics import MetricSums
 
 RESAMPLES = 1000
 # Of `results`: numbers, not shares.
@@ -18,7 +18,7 @@ _CHUNK = 50  # Resamples at once: bounds memory at 50 x images numbers.
 
 
 def intervals(
-  sums: Sequence[Sums],
+  sums: Sequence[MetricSums],
   images: Sequence[Hashable],
   *,
   share: float = 0.95,
@@ -43,7 +43,7 @@ def intervals(
   if not sums:
     return {}
   kind = type(sums[0])
-  whole: dict[Hashable, Sums] = {}
+  whole: dict[Hashable, MetricSums] = {}
   for image, one in zip(images, sums, strict=True):
     whole[image] = whole[image] + one if image in whole else one
   per_image = {

@@ -203,10 +203,12 @@ class Evaluator:
       size = truths[0].shape if truths else sample.size
       if size is None and answers.num_masks[i] and sample.images:
         size = sample.load_image().shape[:2]
-      masks = [
-        seg_mask_at_size(image, size, pad_square=rows.config.pad_square)
-        for image in answers.images[i, : answers.num_masks[i] if size else 0]
-      ]
+      masks = []
+      if size is not None:
+        masks = [
+          seg_mask_at_size(image, size, pad_square=rows.config.pad_square)
+          for image in answers.images[i, : answers.num_masks[i]]
+        ]
       found += predictions.records(
         index,
         sample,

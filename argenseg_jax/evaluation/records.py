@@ -225,7 +225,7 @@ def rescore(path: str | pathlib.Path) -> dict[str, Any]:
   except (OSError, UnicodeDecodeError) as error:
     raise DataError(f"{path} cannot be read ({error}).") from error
   if not scorer.count:
-    raise DataError(f"{path} holds no answered sample.")
+    raise DataError(f"{path} contains no answered sample.")
   return scorer.results()
 
 

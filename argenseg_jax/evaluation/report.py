@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import matplotlib
@@ -19,6 +19,7 @@ from argenseg_jax.visualize import render
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 # Upper ends of the bars: objects by their share of the image, requests by
 # their words.
@@ -122,8 +123,15 @@ def confusion(
   masks: Sequence[dict[str, Any]],
 ) -> dict[str, dict[str, int]]:
   """How many requests with and without a target got which sort of answer."""
-  columns = ("mask that meets it", "mask elsewhere", "empty mask", "no mask")
-  counts = {row: dict.fromkeys(columns, 0) for row in ("target", "no target")}
+  columns: tuple[str, ...] = (
+    "mask that meets it",
+    "mask elsewhere",
+    "empty mask",
+    "no mask",
+  )
+  counts = {
+    row: {column: 0 for column in columns} for row in ("target", "no target")
+  }
   for record in masks:
     truth = records.pixels(record["truth"])
     answer = records.pixels(record["mask"])
@@ -166,7 +174,8 @@ def distributions(masks: Sequence[dict[str, Any]]) -> np.ndarray:
     ax.spines[["top", "right"]].set_visible(False)
   figure.tight_layout()
   figure.canvas.draw()
-  drawn = np.array(figure.canvas.buffer_rgba())[..., :3]
+  canvas = cast(FigureCanvasAgg, figure.canvas)  # Of the backend above.
+  drawn = np.array(canvas.buffer_rgba())[..., :3]
   plt.close(figure)
   return drawn
 

@@ -56,12 +56,12 @@ def _require_same(
       raise ConfigError(f"{path} is damaged; give another --out.") from error
     if differing == ["fingerprints"]:
       raise ConfigError(
-        f"{name} holds an unfinished evaluation of data that has changed since "
-        f"({_changed(found, wanted)}); give another --out."
+        f"{name} contains an unfinished evaluation of data that has changed "
+        f"since ({_changed(found, wanted)}); give another --out."
       )
     if differing:
       raise ConfigError(
-        f"{name} holds another evaluation, not finished: its {path.name} "
+        f"{name} contains another evaluation, not finished: its {path.name} "
         f"differs in {', '.join(map(repr, differing))}; give another --out or "
         "the same arguments."
       )

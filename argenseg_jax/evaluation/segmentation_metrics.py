@@ -15,6 +15,7 @@ PRECISIONS = (0.5, 0.6, 0.7, 0.8, 0.9)
 _BOX_THRESHOLD = 0.5
 
 
+@dataclasses.dataclass
 class Sums:
   """A dataclass of numbers; `a + b` merges two of them."""
 
@@ -27,12 +28,20 @@ class Sums:
     )
 
 
+class MetricSums(Sums):
+  """Sums that divide into named metrics."""
+
+  def results(self) -> dict[str, Any]:
+    """The metrics by name."""
+    raise NotImplementedError
+
+
 def _hits() -> np.ndarray:
   return np.zeros(len(PRECISIONS), np.int64)
 
 
 @dataclasses.dataclass
-class SegmentationSums(Sums):
+class SegmentationSums(MetricSums):
   """Sums over answered masks.
 
   A sample is a mask that was due, or a request of something absent.

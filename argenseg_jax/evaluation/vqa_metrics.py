@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 
 from argenseg_jax.evaluation import published_rules, short_answers
-from argenseg_jax.evaluation.segmentation_metrics import Sums, plain, share
+from argenseg_jax.evaluation.segmentation_metrics import (
+  MetricSums,
+  plain,
+  share,
+)
 
 KINDS = ("yes_no", "vqa", "choice", "caption", "text")
 
 
 @dataclasses.dataclass
-class UnderstandingSums(Sums):
+class UnderstandingSums(MetricSums):
   """Sums over questions that are answered in words.
 
   Attributes:

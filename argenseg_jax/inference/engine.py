@@ -47,8 +47,8 @@ class Engine:
   ):
     if not isinstance(loaded.model, ARGenSeg):
       raise checkpoint.CheckpointError(
-        f"checkpoint {loaded.path} holds an image tokenizer only; give one of "
-        "a whole model."
+        f"checkpoint {loaded.path} contains an image tokenizer only; give one "
+        "of a whole model."
       )
     self.config = loaded.config
     run = loaded.meta["run"]
@@ -201,7 +201,7 @@ class Engine:
     rows = _row_bucket(len(asked), settings.batch_size)
     extra = rows - len(asked)
     padded = prompts.pad(
-      [*asked, *asked[-1:] * extra], self.config.token_ids.pad
+      [*asked, *list(asked[-1:]) * extra], self.config.token_ids.pad
     )
     if images is not None:
       images = np.concatenate((images, *[images[-1:]] * extra))

@@ -11,14 +11,15 @@ from jax.sharding import Mesh
 from PIL import Image, ImageOps
 
 from argenseg_jax import checkpoint
-from argenseg_jax.config import DataConfig, EvalConfig, ModelConfig
-from argenseg_jax.data import transforms
+from argenseg_jax.config import DataConfig, EvalConfig
+from argenseg_jax.data import image_codec
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.inference import prompts
 from argenseg_jax.inference.engine import Engine
 from argenseg_jax.inference.prompts import Prompt, Turns
 from argenseg_jax.inference.segment import Prediction
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import int8
 
 AnyImage = np.ndarray | Image.Image | str | pathlib.Path
@@ -110,13 +111,17 @@ class Predictor:
     `segment(image, request)` about this one.
 
     Args:
-      image: RGB [h w 3] of any size (uint8, or as `transforms.image_pixels`
+      image: RGB [h w 3] of any size (uint8, or as `image_codec.image_pixels`
         takes it), a PIL image or a file.
       request: what to segment, in the wording of the model's training; the
         request template of its data is put around it.
       **options: see `segment_batch`.
     """
     if request is None:
+      if not isinstance(image, str):
+        raise DataError(
+          "segment(image) needs a request as well: segment(image, request)."
+        )
       return self._picture().segment(image, **options)
     (prediction,) = self.segment_batch([image], [request], **options)
     return prediction
@@ -313,10 +318,10 @@ class Picture:
 def _pixels(image: AnyImage) -> np.ndarray:
   """uint8 RGB [h w 3], as the image's file would give it."""
   if isinstance(image, (str, pathlib.Path)):
-    return transforms.decode_image(pathlib.Path(image))
+    return image_codec.decode_image(pathlib.Path(image))
   if isinstance(image, Image.Image):
-    return transforms.image_pixels(ImageOps.exif_transpose(image))
-  return transforms.image_pixels(np.asarray(image))
+    return image_codec.image_pixels(ImageOps.exif_transpose(image))
+  return image_codec.image_pixels(np.asarray(image))
 
 
 def _chunks(count: int, size: int) -> list[slice]:

@@ -269,7 +269,7 @@ def _name_fault(job: Job, name: str, suffix: str) -> str:
   try:
     size = len(f"{name}_overlay{suffix}".encode())
   except UnicodeEncodeError:
-    return f"{where}id {name!r} is no file name: it holds half a character."
+    return f"{where}id {name!r} is no file name: it contains half a character."
   if name in ("", ".", "..") or any(
     c in "/\\" or unicodedata.category(c) == "Cc" for c in name
   ):
@@ -312,7 +312,7 @@ def _images(given: str) -> list[str]:
   else:
     return [given]
   if not found:
-    raise DataError(f"--image {given} holds no image.")
+    raise DataError(f"--image {given} contains no image.")
   return sorted(found)
 
 

@@ -130,7 +130,7 @@ class Prediction:
   @functools.cached_property
   def seg_mask(self) -> np.ndarray:
     """bool [h w]: every pixel of any of its masks; empty without a mask."""
-    return self.seg_masks.any(0)
+    return np.asarray(self.seg_masks.any(0))
 
   @property
   def confidence(self) -> float:

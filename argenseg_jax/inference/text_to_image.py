@@ -34,8 +34,8 @@ def draw_images(
   """
   if not isinstance(loaded.model, ARGenSeg):
     raise checkpoint.CheckpointError(
-      f"checkpoint {loaded.path} holds an image tokenizer only; give one of a "
-      "whole model."
+      f"checkpoint {loaded.path} contains an image tokenizer only; give one of "
+      "a whole model."
     )
   data = from_mapping(DataConfig, loaded.meta["run"]["data"])
   tokenizer = checkpoint.text_tokenizer(loaded)

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from argenseg_jax.config import ModelConfig
 from argenseg_jax.kernels import dispatch
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import layers
 from argenseg_jax.models.llm import Decoder
 from argenseg_jax.models.vit import VisionEncoder
@@ -121,7 +122,7 @@ class ARGenSeg(nnx.Module):
     on a GPU a slice of an input is a copy, too. A CPU waits for the program,
     where slices cost nothing.
     """
-    traced = isinstance(self.llm.norm.scale[...], jax.core.Tracer)
+    traced = isinstance(self.llm.norm.scale[...], Tracer)
     if dispatch.copies_stacks() and (traced or dispatch.copies_slices()):
       self.unstack()
 

@@ -10,11 +10,10 @@ is no model FLOP: it is counted apart. Left out, each below a thousandth of the
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from argenseg_jax.config import (
+from argenseg_jax.config import LoRAConfig, StageConfig
+from argenseg_jax.model_config import (
   LLMConfig,
-  LoRAConfig,
   ModelConfig,
-  StageConfig,
   VisionConfig,
   VQVAEConfig,
 )

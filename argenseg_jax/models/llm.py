@@ -6,7 +6,7 @@ One module with switches serves InternLM2 (no qkv bias, untied head) and Qwen2
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from argenseg_jax.config import LLMConfig
+from argenseg_jax.model_config import LLMConfig
 from argenseg_jax.models import attention, layers, splash_attention
 
 
@@ -71,7 +71,9 @@ class Attention(nnx.Module):
   def __init__(self, config: LLMConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
     self.config = config
     d, hd = config.width, config.head_dim
-    kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    kwargs: dict[str, Any] = dict(
+      rngs=rngs, dtype=dtype, param_dtype=param_dtype
+    )
     bias = dict(use_bias=config.qkv_bias)
     heads, kv = config.num_heads * hd, config.num_kv_heads * hd
     self.query = layers.Linear(
@@ -87,7 +89,9 @@ class Attention(nnx.Module):
       heads, d, axes=("heads", "embed"), use_bias=config.out_bias, **kwargs
     )
     if config.qk_norm:
-      norm = dict(rngs=rngs, eps=config.norm_eps, param_dtype=param_dtype)
+      norm: dict[str, Any] = dict(
+        rngs=rngs, eps=config.norm_eps, param_dtype=param_dtype
+      )
       self.query_norm = layers.RMSNorm(hd, **norm)
       self.key_norm = layers.RMSNorm(hd, **norm)
     if config.tie_first_head_init:
@@ -115,7 +119,7 @@ class MLP(nnx.Module):
 
   def __init__(self, config: LLMConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
     d, m = config.width, config.mlp_width
-    kwargs = dict(
+    kwargs: dict[str, Any] = dict(
       rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype
     )
     self.gate = layers.Linear(d, m, axes=("embed", "mlp"), **kwargs)
@@ -130,8 +134,12 @@ class DecoderLayer(nnx.Module):
   """Pre-norm attention and MLP."""
 
   def __init__(self, config: LLMConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
-    kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-    norm = dict(rngs=rngs, eps=config.norm_eps, param_dtype=param_dtype)
+    kwargs: dict[str, Any] = dict(
+      rngs=rngs, dtype=dtype, param_dtype=param_dtype
+    )
+    norm: dict[str, Any] = dict(
+      rngs=rngs, eps=config.norm_eps, param_dtype=param_dtype
+    )
     self.attention_norm = layers.RMSNorm(config.width, **norm)
     self.attention = Attention(config, **kwargs)
     self.mlp_norm = layers.RMSNorm(config.width, **norm)
@@ -188,7 +196,7 @@ class Decoder(nnx.Module):
       )
     )
     # [vocab], where `int8.quantize` made the head's numbers eight-bit.
-    self.head_scale = None
+    self.head_scale: nnx.Variable | None = None
 
   def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
     """Word embeddings; the row of `pad_id` gets no gradient."""

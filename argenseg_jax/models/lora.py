@@ -119,10 +119,11 @@ def adapt(model: nnx.Module, config: LoRAConfig, *, seed: int = 0) -> None:
       continue
     if isinstance(linear, _Adapted):
       raise ConfigError(f"{path} has an adapter already.")
-    kind = AdaptedLinear
     if isinstance(linear, int8.QuantizedLinear):
-      kind = AdaptedQuantizedLinear
-    setattr(parent, name, kind(linear, config, rngs))
+      adapted = AdaptedQuantizedLinear(linear, config, rngs)
+    else:
+      adapted = AdaptedLinear(linear, config, rngs)
+    setattr(parent, name, adapted)
   for pattern in config.targets:
     if pattern not in used:
       raise ConfigError(
@@ -138,16 +139,17 @@ def merge(model: nnx.Module) -> None:
     ValueError: an eight-bit kernel, which cannot hold the sum.
   """
   for path, parent, name, linear in projections(model):
-    if not isinstance(linear, _Adapted):
-      continue
-    if isinstance(linear, int8.QuantizedLinear):
+    if isinstance(linear, AdaptedQuantizedLinear):
       raise ValueError(f"{path} has eight-bit weights; merge into the base.")
-    setattr(parent, name, _Merged(linear))
+    if isinstance(linear, AdaptedLinear):
+      setattr(parent, name, _Merged(linear))
 
 
 def projections(
   model: nnx.Module,
-) -> Iterator[tuple[str, nnx.Module, str, nnx.Module]]:
+) -> Iterator[
+  tuple[str, nnx.Module, str, layers.Linear | int8.QuantizedLinear]
+]:
   """(dotted path, parent, its attribute, projection) of every projection, in
   the order of paths."""
   found = []

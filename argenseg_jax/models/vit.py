@@ -14,8 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from argenseg_jax.config import VisionConfig
-from argenseg_jax.models import attention, layers
+from argenseg_jax.model_config import VisionConfig
+from argenseg_jax.models import attention, layers, resize
 
 _position_init = nnx.initializers.normal(0.02)
 
@@ -155,7 +155,7 @@ class VisionTower(nnx.Module):
     """
     x = self.embed(images)
     count = len(self.drop_rates) if num_layers is None else num_layers
-    if not count:
+    if not count or self.layers is None:
       return x
     drops = None
     if drop_path is not None:
@@ -176,8 +176,8 @@ class VisionTower(nnx.Module):
     if side == self.grid_side:
       return grid
     grid = grid.reshape(1, self.grid_side, self.grid_side, -1)
-    matrix = layers.bicubic_matrix(self.grid_side, side)
-    return layers.resize_with(matrix, grid).reshape(side * side, -1)
+    matrix = resize.bicubic_matrix(self.grid_side, side)
+    return resize.resize_with(matrix, grid).reshape(side * side, -1)
 
   def embed(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b t d"]:
     """Class token and patches with their positions."""
@@ -296,7 +296,7 @@ class VisionLayer(nnx.Module):
 
   def _attention(self, x: Array) -> Array:
     q, k, v = jnp.split(self.qkv(x), 3, -1)
-    if self.query_norm is not None:
+    if self.query_norm is not None and self.key_norm is not None:
       q, k = self.query_norm(q), self.key_norm(k)
     q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1) for y in (q, k, v))
     b, t = x.shape[:2]
@@ -361,7 +361,7 @@ def _layers_to_run(config: VisionConfig) -> int:
 
 def _drop_path(x: Array, rate: Array | None, noise: Array | None) -> Array:
   """Zeroes whole samples with probability `rate`, rescales the others."""
-  if noise is None:
+  if rate is None or noise is None:
     return x
   keep = 1 - rate
   kept = (noise < keep)[:, None, None]

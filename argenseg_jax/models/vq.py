@@ -15,9 +15,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from argenseg_jax.config import VQVAEConfig
 from argenseg_jax.kernels.nearest_code import nearest_code
-from argenseg_jax.models import layers
+from argenseg_jax.model_config import VQVAEConfig
+from argenseg_jax.models import layers, resize
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -120,7 +120,7 @@ class Quantizer(nnx.Module):
     side, full = self.scales.sides[k], self.scales.latent_side
     x = self.lookup(codes_k).reshape(-1, side, side, partial.shape[-1])
     if side != full:
-      x = layers.resize_with(layers.bicubic_matrix(side, full), x)
+      x = resize.resize_with(resize.bicubic_matrix(side, full), x)
     return partial + self._phi(x, k)
 
   def next_input(
@@ -201,7 +201,7 @@ class Quantizer(nnx.Module):
     """`x` area-resized to scale `k`, as [b n c]."""
     side, full = self.scales.sides[k], self.scales.latent_side
     if side != full:
-      x = layers.resize_with(layers.area_matrix(full, side), x)
+      x = resize.resize_with(resize.area_matrix(full, side), x)
     return x.reshape(x.shape[0], side * side, -1)
 
   def _phi(self, x: Array, k: int) -> Array:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from argenseg_jax.config import VQVAEConfig
+from argenseg_jax.model_config import VQVAEConfig
 from argenseg_jax.models import attention, layers
 from argenseg_jax.models.vq import Quantizer
 

@@ -102,7 +102,7 @@ def _keep(lock, owner, held, closed, beat) -> None:
         generation, text = lock.read()
         if text != owner:
           print(
-            f"{lock} belongs to another run now, or is gone; this one ends.",
+            f"{lock} was taken over or deleted; stopping this run.",
             file=sys.stderr,
             flush=True,
           )

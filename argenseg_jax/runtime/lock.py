@@ -62,7 +62,7 @@ def _owned_on_disk(
     except BlockingIOError:
       raise refused(path.read_text(errors="replace")) from None
     file.seek(0)
-    if not _is_note(file.buffer.read()):
+    if not _is_note(bytes(file.buffer.read())):
       raise ConfigError(
         f"{path} is a file of something else; give a work directory that is "
         "empty or of an earlier run."

@@ -95,6 +95,6 @@ def _advice(step: int, what: str, limit: int, log: str) -> str:
     remedy = "raise optimizer.eps or lower the learning rate"
   return (
     f"the {what} was not finite in {limit} steps in a row, the last of them "
-    f"{step}. The last checkpoint holds the weights before them: {remedy} (add "
+    f"{step}. The last checkpoint is from before those steps: {remedy} (add "
     "--change_settings), then rerun the same command."
   )

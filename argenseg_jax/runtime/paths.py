@@ -27,13 +27,15 @@ fsspec_config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
-def _glob_below(folder: gpath.PosixGPath, pattern: str) -> Iterator[Any]:
+def _glob_below(
+  self: gpath.PosixGPath, pattern: str
+) -> Iterator[gpath.PosixGPath]:
   """etils takes the name of the folder itself for a pattern: below one with "["
   or a backslash Orbax would find nothing of what it has written."""
-  if is_address(os.fspath(folder)):
-    return _glob(folder, pattern)
-  found = pathlib.Path(os.fspath(folder)).glob(pattern)
-  return (type(folder)(path) for path in found)
+  if is_address(os.fspath(self)):
+    return _glob(self, pattern)
+  found = pathlib.Path(os.fspath(self)).glob(pattern)
+  return (type(self)(path) for path in found)
 
 
 _glob = gpath.PosixGPath.glob

@@ -15,8 +15,8 @@ from tokenizers import (
   processors,
 )
 
-from argenseg_jax.config import TokenIds
 from argenseg_jax.data.text import SPECIAL_TOKENS
+from argenseg_jax.model_config import TokenIds
 from argenseg_jax.torch_weights.tensors import WeightsError
 
 NAME = "bytes"  # In place of a file.
@@ -48,7 +48,9 @@ def make(ids: TokenIds) -> tokenizers.Tokenizer:
     )
     model.decoder = decoders.ByteLevel()
   elif len(free) > 1:
-    vocabulary = dict(zip((_UNKNOWN, *_COMMON), free, strict=False))
+    vocabulary: dict[str, int] = dict(
+      zip((_UNKNOWN, *_COMMON), free, strict=False)
+    )
     model = tokenizers.Tokenizer(
       models.WordLevel(_whole(vocabulary, special, free), unk_token=_UNKNOWN)
     )

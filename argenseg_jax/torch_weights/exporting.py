@@ -1,7 +1,6 @@
 """Checkpoints to PyTorch folders in the authors' naming and layout."""
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,9 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint
-from argenseg_jax.config import ModelConfig
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import lora
-from argenseg_jax.runtime.paths import copy, disk_path, fetched
+from argenseg_jax.runtime.paths import Path, copy, disk_path, fetched
 from argenseg_jax.torch_weights import (
   families,
   hf_config,
@@ -35,13 +34,13 @@ _INNER = {"llm": ("llm.", "language_model."), "vqvae": ("vqvae.", "")}
 
 
 def export_weights(
-  source_path: str | os.PathLike,
-  target: str | os.PathLike,
+  source_path: str | Path,
+  target: str | Path,
   *,
   mesh: Mesh,
   part: Part = "all",
   dtype: str | None = None,
-  files_from: str | os.PathLike | None = None,
+  files_from: str | Path | None = None,
   max_file_bytes: int = 5_000_000_000,
   merge: bool = False,
 ) -> int:
@@ -69,8 +68,8 @@ def export_weights(
   loaded = checkpoint.load(source_path, mesh=mesh)
   if loaded.adapters is not None and not merge:
     raise WeightsError(
-      f"{source_path} holds adapters; add --merge for a whole model, or export "
-      "them alone with --part adapters."
+      f"{source_path} contains adapters; add --merge for a whole model, or "
+      "export them alone with --part adapters."
     )
   lora.merge(loaded.model)
   if part == "all" and not loaded.is_whole:
@@ -89,7 +88,7 @@ def _write(
   target: pathlib.Path,
   part: Part,
   dtype: str | None,
-  files_from: str | os.PathLike | None,
+  files_from: str | Path | None,
   max_file_bytes: int,
 ) -> int:
   files = kept if files_from is None else disk_path(files_from)
@@ -196,7 +195,8 @@ def _corrected(kept: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
       if k in kept and isinstance(v, (int, float)) and kept[k] != v
     }
 
-  whole = {"text_vocab": ours["text_vocab"]} | numbers(kept, ours)
+  whole: dict[str, Any] = {"text_vocab": ours["text_vocab"]}
+  whole |= numbers(kept, ours)
   for name in ("llm", "vision"):
     mine = ours[f"{name}_config"]
     key = f"{name}_config" if f"{name}_config" in kept else name

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from argenseg_jax.config import LLMConfig
+from argenseg_jax.model_config import LLMConfig
 from argenseg_jax.torch_weights.tables import (
   SAME,
   Rule,

@@ -10,14 +10,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from argenseg_jax.config import (
+from argenseg_jax.data.text import ADDED_TOKENS
+from argenseg_jax.model_config import (
   LLMConfig,
   ModelConfig,
   TokenIds,
   VisionConfig,
   VQVAEConfig,
 )
-from argenseg_jax.data.text import ADDED_TOKENS
 from argenseg_jax.scales import SCALES_256, SCALES_512, Scales
 from argenseg_jax.torch_weights import families
 from argenseg_jax.torch_weights.tensors import TensorInfo, WeightsError
@@ -275,9 +275,12 @@ def _tokenizer_ids(
 ) -> dict[str, int]:
   """Added tokens of a text tokenizer's files, by text; the last named win."""
   ids: dict[str, int] = {}
-  beside = ("tokenizer_config.json", "added_tokens.json") if folder else ()
-  for path in (*(folder / name for name in beside), text_tokenizer):
-    if path is None or not path.is_file():
+  beside = ("tokenizer_config.json", "added_tokens.json")
+  files = [folder / name for name in beside] if folder is not None else []
+  if text_tokenizer is not None:
+    files.append(text_tokenizer)
+  for path in files:
+    if not path.is_file():
       continue
     try:
       values = json.loads(path.read_text())

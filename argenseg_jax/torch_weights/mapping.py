@@ -102,21 +102,21 @@ def check(
       raise WeightsError(f"{where} lacks tensor {name!r}{hint}.")
     if tuple(found[name].shape) != tuple(shape):
       raise WeightsError(
-        f"{where} holds {name!r} of shape {tuple(found[name].shape)}; its "
+        f"{where} contains {name!r} of shape {tuple(found[name].shape)}; its "
         f"config asks for {tuple(shape)}."
       )
     if not tensors.is_floating(found[name].dtype):
       raise WeightsError(
-        f"{where} holds {name!r} as {found[name].dtype}; quantized weights are "
-        "not supported."
+        f"{where} contains {name!r} as {found[name].dtype}; quantized weights "
+        "are not supported."
       )
   for name in found:
     if name.endswith(_DERIVED):
       continue
     if name not in expected and name not in carried:
       raise WeightsError(
-        f"{where} holds an unexpected tensor {name!r}; it is of another model, "
-        "or its config.json is not its own."
+        f"{where} contains an unexpected tensor {name!r}; it is of another "
+        "model, or its config.json is not its own."
       )
   return [name for name in carried if name in found]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from argenseg_jax.config import ModelConfig, VisionConfig, VQVAEConfig
+from argenseg_jax.model_config import ModelConfig, VisionConfig, VQVAEConfig
 from argenseg_jax.torch_weights import families
 from argenseg_jax.torch_weights.tables import (
   BATCHED,

@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -34,7 +34,6 @@ _MAX_HEADER = 100_000_000
 _MAX_RANK = 32
 _INDEX = "model.safetensors.index.json"
 
-
 _CONVERT = (
   'python -c "from transformers import AutoModel as A; '
   "A.from_pretrained('{0}', trust_remote_code=True, torch_dtype='auto')"
@@ -55,7 +54,8 @@ class TensorInfo(NamedTuple):
 class Source(Protocol):
   """Named tensors that are read one at a time."""
 
-  tensors: Mapping[str, TensorInfo]
+  @property
+  def tensors(self) -> Mapping[str, TensorInfo]: ...
 
   def read(self, name: str) -> np.ndarray: ...
 
@@ -107,7 +107,7 @@ class SafetensorsFile:
     with open(self.path, "rb") as file:
       file.seek(self._start + self._offset[name])
       flat = np.empty(math.prod(shape), dtype)
-      if file.readinto(flat.view(np.uint8)) != flat.nbytes:
+      if file.readinto(flat.view(np.uint8).data) != flat.nbytes:
         raise self._error(f"it ends inside tensor {name!r}")
     return flat.reshape(shape)
 
@@ -234,7 +234,7 @@ class PickleFile:
     self._state = state
     self._bfloat16 = torch.bfloat16
     self._bits = torch.int16
-    self.tensors = {}
+    self.tensors: dict[str, TensorInfo] = {}
     dtypes = {dtype.name: dtype for dtype in DTYPES.values()}
     room = self.path.stat().st_size
     for name, value in state.items():
@@ -347,7 +347,8 @@ def write_file(
   path: str | os.PathLike, source: Source, names: Iterable[str]
 ) -> None:
   """Writes the named tensors of `source` as one safetensors file."""
-  header, end = {"__metadata__": {"format": "pt"}}, 0
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
   names = list(names)
   for name in names:
     info = source.tensors[name]

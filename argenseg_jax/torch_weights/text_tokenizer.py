@@ -134,7 +134,7 @@ def add_tokens(folder: pathlib.Path, wanted: Mapping[str, int]) -> None:
   model.save(str(file))
   added = folder / "added_tokens.json"
   if added.is_file():
-    _write_json(added, read_json(added) | wanted)
+    _write_json(added, read_json(added) | dict(wanted))
   config = folder / "tokenizer_config.json"
   values = read_json(config)
   if isinstance(values.get("added_tokens_decoder"), dict):
@@ -253,7 +253,7 @@ def _from_sentencepiece(
   if model.add_dummy_prefix:
     steps.append(normalizers.Prepend(_SPACE))
   steps.append(normalizers.Replace(" ", _SPACE))
-  back = [decoders.Replace(_SPACE, " ")]
+  back: list[Any] = [decoders.Replace(_SPACE, " ")]
   for text in sorted(stand_ins, key=len, reverse=True):
     steps.append(normalizers.Replace(text, stand_ins[text]))
     back.append(decoders.Replace(stand_ins[text], text.replace(_SPACE, " ")))

@@ -95,7 +95,7 @@ def open_batches(
     return main
   if rows.config.codes:
     raise ConfigError(
-      "config key 'data.codes' holds the codes of one split; set "
+      "config key 'data.codes' contains the codes of one split; set "
       "'data.warmup_steps' to 0."
     )
   easy = rows_lib.of_split(rows, rows.config.warmup_split, evaluation=False)

@@ -139,7 +139,9 @@ def stored(
     if not isinstance(note, dict):
       raise ValueError("its note is no JSON object")
     if codes.dtype.kind != "i" or np.any((codes < 0) | (codes >= num_codes)):
-      raise ValueError(f"it holds something else than codes below {num_codes}")
+      raise ValueError(
+        f"it contains something else than codes below {num_codes}"
+      )
     if "quick" not in found:
       raise ValueError("it does not say which files it was made of")
     known = file_stamps.Stamps(found["quick"], found["content"])

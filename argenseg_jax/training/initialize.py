@@ -1,6 +1,7 @@
 """What a training run takes from the checkpoint that it starts from."""
 
 import dataclasses
+import typing
 from collections.abc import Callable
 
 import jax
@@ -9,14 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from argenseg_jax import checkpoint, config_parsing, sharding, variants
-from argenseg_jax.config import (
-  ConfigError,
-  LoRAConfig,
-  ModelConfig,
-  RunConfig,
-)
+from argenseg_jax.config import ConfigError, LoRAConfig, RunConfig
 from argenseg_jax.data.text import TextTokenizer
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import int8, lora
+from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.runtime import paths
 from argenseg_jax.runtime.paths import Path
 
@@ -37,6 +35,21 @@ def model_config(config: RunConfig, init_from: str | None) -> ModelConfig:
       "'init_from', and that is empty too."
     )
   return config_parsing.replace(checkpoint.describe(init_from).config, changes)
+
+
+def require_model(task: str, init_from: str | None) -> None:
+  """Raises ConfigError unless `init_from` holds a whole model.
+
+  Args:
+    task: that starts from it.
+    init_from: a checkpoint, or none.
+  """
+  if init_from is None or not checkpoint.describe(init_from).is_whole:
+    raise ConfigError(
+      f"task {task!r} starts from a model that segments already: set config "
+      "key 'init_from' to the checkpoint of a whole model, or train 'mllm' "
+      "before it."
+    )
 
 
 def text_tokenizer(
@@ -93,7 +106,8 @@ def _adapted(
   """
   full = lora.trainable_filter(config, nnx.state(model))
   if config.base == "int8":
-    int8.quantize(model.llm, "int8")
+    # Only a whole model has adapters, see `RunConfig.adapters`.
+    int8.quantize(typing.cast(ARGenSeg, model).llm, "int8")
   base = "float32" if config.base == "float32" else "bfloat16"
   state = nnx.state(model)
 
@@ -153,9 +167,9 @@ def open_base(
     )
   if found.adapters is not None:
     raise ConfigError(
-      f"config key 'init_from' names {init_from}, which holds adapters; start "
-      f"from their base {found.adapters.base_path}, or from the two merged "
-      "(`argenseg export --merge`, then import)."
+      f"config key 'init_from' names {init_from}, which contains adapters; "
+      f"start from their base {found.adapters.base_path}, or from the two "
+      "merged (`argenseg export --merge`, then import)."
     )
   if dataclasses.replace(found.config, name=model.name) != model:
     raise ConfigError(

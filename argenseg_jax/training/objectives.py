@@ -168,7 +168,7 @@ def vqvae_loss(
     for name, values in (("reconstruction", fit), ("vq", out.vq_loss))
   }
   loss = metrics["reconstruction"] + metrics["vq"]
-  if quantize:
+  if out.codes is not None:
     metrics["counts"] = model.quantizer.count_codes(out.codes, valid)
   return loss, metrics
 

@@ -60,8 +60,8 @@ def _require_ours(workdir: pathlib.Path) -> None:
   found = [name for name in _WRITTEN if (workdir / name).exists()]
   if found and not (workdir / "config.json").exists():
     raise ConfigError(
-      f"{workdir} holds a {found[0]} of something else; give a work directory "
-      "that is empty or of an earlier quickstart."
+      f"{workdir} contains a {found[0]} of something else; give a work "
+      "directory that is empty or of an earlier quickstart."
     )
 
 

@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int
 from argenseg_jax.config import (
   ConfigError,
   DataConfig,
-  ModelConfig,
   RLConfig,
   RunConfig,
 )
 from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import flops
 from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
 from argenseg_jax.training import rewards, rollouts

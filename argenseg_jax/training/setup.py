@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from argenseg_jax import checkpoint, config_parsing, sharding
-from argenseg_jax.config import ModelConfig, RunConfig, TrainConfig
+from argenseg_jax.config import RunConfig, TrainConfig
 from argenseg_jax.data import examples, pipeline
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import flops
 from argenseg_jax.runtime import distributed, paths, throughput
 from argenseg_jax.runtime.paths import Path
@@ -60,6 +61,8 @@ def open_run(
     DataError: the data cannot be read.
   """
   task.check(config)
+  if task.needs_model:
+    initialize.require_model(task.name, init_from)
   stage = config.stage(task.name)
   model = initialize.model_config(config, init_from)
   mesh = sharding.make_mesh(config.mesh)

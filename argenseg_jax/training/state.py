@@ -167,11 +167,11 @@ def describe(
       lambda p: jax.tree.map(lambda x: x.astype(dtype), p), params
     )
   state = TrainState(
-    step=jax.ShapeDtypeStruct((), jnp.int32),
+    step=jax.eval_shape(lambda: jnp.zeros((), jnp.int32)),
     params=params,
     fixed=fixed,
     optimizer=jax.eval_shape(lambda p: init_moments(optimizer, p), params),
-    usage=jax.ShapeDtypeStruct((num_codes,), jnp.int32),
+    usage=jax.eval_shape(lambda: jnp.zeros(num_codes, jnp.int32)),
     average=(
       jax.eval_shape(lambda p: jax.tree.map(_float32_copy, p), params)
       if stage.optimizer.ema_decay

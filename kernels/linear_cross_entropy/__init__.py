@@ -1,6 +1,7 @@
 """Cross-entropy of a linear head, without the logits in memory."""
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,9 @@ def linear_cross_entropy(
       dtype=hidden.dtype,
     )
     bears = weights != 0
-    losses = _token_losses(module, z_loss, hidden, head, targets, bears)
+    losses = cast(  # Not what `custom_vjp` says of it.
+      Array, _token_losses(module, z_loss, hidden, head, targets, bears)
+    )
   return weights * losses
 
 

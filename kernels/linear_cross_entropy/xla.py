@@ -91,10 +91,10 @@ def statistics_and_chances(
     chances = powers * (1 / total)[:, None]
     return peak + jnp.log(total), target_logits, chances
 
-  *found, chances = tokens.map(
+  normalizers, target_logits, chances = tokens.map(
     tokens_block, tokens.split(hidden), tokens.split(targets)
   )
-  return *map(tokens.join, found), chances
+  return tokens.join(normalizers), tokens.join(target_logits), chances
 
 
 def gradients(
@@ -116,7 +116,8 @@ def gradients(
   dtype = head.dtype
   tokens = _Tokens.of(head, targets, bears)
   given = hidden, targets, normalizers, d_normalizers, d_logits
-  blocks = *map(tokens.split, given), chances
+  split = tuple(map(tokens.split, given))
+  blocks = *split, chances
 
   def words_block(i, state):
     d_hidden, d_head = state
@@ -147,7 +148,7 @@ def gradients(
     )
     return d_hidden, lax.dynamic_update_slice_in_dim(d_head, d_rows, start, 0)
 
-  d_hidden = jnp.zeros(blocks[0].shape, jnp.float32)
+  d_hidden = jnp.zeros(split[0].shape, jnp.float32)
   state = (d_hidden, jnp.zeros_like(head))
   num_blocks, _ = _word_blocks(head)
   d_hidden, d_head = lax.fori_loop(0, num_blocks, words_block, state)

@@ -1,6 +1,6 @@
 """From hidden states to the codes of one scale, without logits in memory."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt32
@@ -13,6 +13,34 @@ class Scores(NamedTuple):
 
   logits: Float[Array, "b n"]  # float32; before temperature and noise.
   log_sum_exp: Float[Array, "b n"]  # float32; over all codes' logits.
+
+
+@overload
+def scale_prediction(
+  hidden: Float[Array, "b n d"],
+  code_head: Float[Array, "codes d"],
+  codebook: Float[Array, "codes c"],
+  *,
+  key: Key[Array, ""] | UInt32[Array, "words"] | None = None,
+  temperature: float = 0.0,
+  top_k: int | None = None,
+  return_scores: Literal[False] = False,
+  implementation: dispatch.Implementation | None = None,
+) -> tuple[Int[Array, "b n"], Float[Array, "b n c"]]: ...
+
+
+@overload
+def scale_prediction(
+  hidden: Float[Array, "b n d"],
+  code_head: Float[Array, "codes d"],
+  codebook: Float[Array, "codes c"],
+  *,
+  key: Key[Array, ""] | UInt32[Array, "words"] | None = None,
+  temperature: float = 0.0,
+  top_k: int | None = None,
+  return_scores: Literal[True],
+  implementation: dispatch.Implementation | None = None,
+) -> tuple[Int[Array, "b n"], Float[Array, "b n c"], Scores]: ...
 
 
 def scale_prediction(
@@ -67,10 +95,13 @@ def scale_prediction(
       f"hidden is {hidden.dtype} and code_head is {code_head.dtype}; "
       "cast one of them."
     )
-  if temperature < 0 or (temperature and key is None):
-    raise ValueError(
-      f"temperature {temperature} needs a random key and must not be negative."
-    )
+  if temperature < 0:
+    raise ValueError(f"temperature {temperature} must not be negative.")
+  seed = None
+  if temperature:
+    if key is None:
+      raise ValueError(f"temperature {temperature} needs a random key.")
+    seed = noise.make_seed(key)
   check_top_k(top_k, code_head.shape[0])
   hidden, code_head, codebook = lax.stop_gradient((hidden, code_head, codebook))
   b, n, d = hidden.shape
@@ -79,7 +110,7 @@ def scale_prediction(
     hidden.reshape(b * n, d),
     code_head,
     codebook,
-    seed=noise.make_seed(key) if temperature else None,
+    seed=seed,
     temperature=float(temperature),
     top_k=top_k if temperature else None,
   )

@@ -44,7 +44,7 @@ def test_every_image_below_a_folder_is_a_record(folder):
   layouts.mask(folder / "c.png", layouts.LEFT)
   assert ImageFolderSource(folder).fingerprint != source.fingerprint
   (folder / "empty").mkdir()
-  with pytest.raises(DataError, match="empty holds no images"):
+  with pytest.raises(DataError, match="empty contains no images"):
     ImageFolderSource(folder / "empty")
 
 

@@ -81,7 +81,9 @@ def test_refer(opened, tmp_path):
   with pytest.raises(DataError, match="no split 'tset'; it has train, val"):
     opened("refer", split="tset")
   (tmp_path / "refs(google).p").write_bytes(b"")
-  with pytest.raises(DataError, match=r"must hold one refs\(\*\)\.p"):
+  with pytest.raises(
+    DataError, match=r"must contain exactly one refs\(\*\)\.p"
+  ):
     open_source(_config({"source": "refer", "path": str(tmp_path)}))
 
 
@@ -147,7 +149,7 @@ def test_refcoco_m(opened, tmp_path):
   for index, truth in enumerate((LEFT, RIGHT, LEFT, RIGHT)):
     np.testing.assert_array_equal(source[index].load_seg_mask(), truth)
   assert source[1].image_keys == source[0].image_keys != source[2].image_keys
-  with pytest.raises(DataError, match=r"holds no validation-\*\.parquet"):
+  with pytest.raises(DataError, match=r"contains no validation-\*\.parquet"):
     opened("refcoco_m", split="val")
   file = tmp_path / "validation-0.parquet"
   file.write_bytes(b"PAR1")

@@ -16,7 +16,7 @@ from data import layouts
 from PIL import Image, ImageFilter
 
 from argenseg_jax.config import ConfigError, DataConfig
-from argenseg_jax.data import masks, text, transforms
+from argenseg_jax.data import image_codec, masks, text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.sources import registry
@@ -104,22 +104,25 @@ MASKS_READ = {
 MASKS_REFUSED = {
   "1 and 255-ignore": (
     _saved(_gray(OBJECT * 1 + STRIP * 255)),
-    "holds 0, 1, 255, .*ignore",
+    "contains 0, 1, 255, .*ignore",
   ),
-  "only 1 and 255": (_saved(_gray(~STRIP * 1 + STRIP * 255)), "holds 1, 255"),
-  "two instances": (_saved(_gray(SEVERAL)), "holds 0, 1, 2"),
+  "only 1 and 255": (
+    _saved(_gray(~STRIP * 1 + STRIP * 255)),
+    "contains 1, 255",
+  ),
+  "two instances": (_saved(_gray(SEVERAL)), "contains 0, 1, 2"),
   "twenty classes": (
     _saved(_gray(np.where(STRIP, 255, np.arange(64) % 21))),
-    "holds 0, 1, 2",
+    "contains 0, 1, 2",
   ),
   "thin classes": (
     _saved(_gray(np.where(np.arange(48)[:, None] % 3, 0, SEVERAL * 40))),
-    "holds 0, 40, 80",
+    "contains 0, 40, 80",
   ),
-  "three grays": (_saved(_gray(SEVERAL * 127)), "holds 0, 127, 254"),
+  "three grays": (_saved(_gray(SEVERAL * 127)), "contains 0, 127, 254"),
   "classes in 16 bits": (
     _saved(_gray(SEVERAL * 1000, np.uint16)),
-    "holds 0, 1000, 2000",
+    "contains 0, 1000, 2000",
   ),
   "Pascal VOC": (
     _saved(_painted((OBJECT, (128, 0, 0)), (STRIP, (224, 224, 192)))),
@@ -148,7 +151,7 @@ MASKS_REFUSED = {
     _saved(_photo().convert("L"), "JPEG"),
     "classes|neither black nor white",
   ),
-  "0 and 1 in JPEG": (_saved(_gray(OBJECT * 1), "JPEG"), "holds 0"),
+  "0 and 1 in JPEG": (_saved(_gray(OBJECT * 1), "JPEG"), "contains 0"),
   "all transparent": (_saved(_painted(mode="RGBA")), "is transparent"),
   "one gray": (_saved(_gray(np.full(SIZE, 7))), "nothing but the value 7"),
   "frames": (_frames(), "holds 2 frames"),
@@ -201,7 +204,7 @@ def test_soft_masks_have_one_threshold(radius, size):
 
 def test_images_of_more_bits_are_neither_black_nor_white(tmp_path):
   gray = np.array(_photo().convert("L"))
-  as_8_bits = transforms.decode_image(_saved(_gray(gray)))
+  as_8_bits = image_codec.decode_image(_saved(_gray(gray)))
   for image in (
     _gray(gray / np.float32(255), np.float32),
     _gray(gray, np.float32),
@@ -209,20 +212,20 @@ def test_images_of_more_bits_are_neither_black_nor_white(tmp_path):
     _gray(gray * np.int32(257), np.int32),
     _gray(gray * np.uint16(257), np.uint16),
   ):
-    got = transforms.decode_image(_saved(image, "TIFF"))
+    got = image_codec.decode_image(_saved(image, "TIFF"))
     np.testing.assert_array_equal(got, as_8_bits)
     for given in (image, np.asarray(image)):
-      np.testing.assert_array_equal(transforms.image_pixels(given), as_8_bits)
+      np.testing.assert_array_equal(image_codec.image_pixels(given), as_8_bits)
   for bad in (np.full(SIZE, np.nan), np.full(SIZE, -1.0), np.ones((3, 3, 2))):
     with pytest.raises(DataError, match="an image"):
-      transforms.image_pixels(bad)
+      image_codec.image_pixels(bad)
 
 
 def test_only_regular_files_are_read(tmp_path):
   pipe = tmp_path / "pipe.jpg"
   os.mkfifo(pipe)
   for path in (pipe, "/dev/zero", tmp_path):
-    for read in (transforms.decode_image, masks.load_seg_mask):
+    for read in (image_codec.decode_image, masks.load_seg_mask):
       with pytest.raises(DataError, match=r"cannot read .* (regular|folder)"):
         read(path)
   for source in ("jsonl", "refer", "meta", "coco_panoptic"):
@@ -237,11 +240,11 @@ def test_images_turn_as_exif_says(orientation, kind):
   exif[0x0112] = orientation
   options = {"WEBP": {"lossless": True}}.get(kind, {"quality": 98})
   data = _saved(_photo(), kind, exif=exif, **options)
-  upright = transforms.turn(np.array(_photo()), orientation)
-  got = transforms.decode_image(data).astype(int)
+  upright = image_codec.turn(np.array(_photo()), orientation)
+  got = image_codec.decode_image(data).astype(int)
   assert got.shape == upright.shape
   assert np.abs(got - upright).mean() < 4
-  frame = transforms.image_frame(data)
+  frame = image_codec.image_frame(data)
   assert frame == (SIZE, orientation)
   assert frame.upright_size == upright.shape[:2]
 
@@ -273,7 +276,7 @@ def test_a_mask_never_lies_beside_its_object(orientation, tmp_path):
   exif = Image.Exif()
   exif[0x0112] = orientation
   (tmp_path / "a.jpg").write_bytes(_saved(_photo(), "JPEG", exif=exif))
-  shown = transforms.turn(OBJECT, orientation)
+  shown = image_codec.turn(OBJECT, orientation)
   for mask, is_turned in ((OBJECT, False), (shown, True)):
     polygon = [[float(n) for n in layouts.box(mask)]]
     Image.fromarray(mask).save(tmp_path / "m.png")
@@ -360,7 +363,7 @@ LINES_REFUSED = [
   (_ask(question="Which?", choices=["a", "a"], answer=0), "'a' twice"),
   (_ask(question="Which?", choices=["a"], answer=0), "1 choices; use 2 to"),
   ('{"image": "a.jpg", "image": "b.jpg"}', "the key 'image' twice"),
-  ('{"image": "a.jpg", "x": NaN}', "it holds NaN"),
+  ('{"image": "a.jpg", "x": NaN}', "it contains NaN"),
   (json.dumps(_line()).encode("utf-16"), "is UTF-16, not UTF-8"),
   ('{"text": "\N{LATIN SMALL LETTER E WITH ACUTE}"}'.encode("latin1"), "UTF-8"),
 ]
@@ -649,7 +652,7 @@ def test_label_maps_are_read_by_index_and_only_so(tmp_path):
   sample = open_source(DataConfig(**keys))[0]
   np.testing.assert_array_equal(sample.choose(0).load_seg_mask(), LEFT)
   Image.fromarray(np.array(labels, np.uint16) + np.uint16(256)).save(file)
-  with pytest.raises(DataError, match="holds class 25"):
+  with pytest.raises(DataError, match="contains class 25"):
     open_source(DataConfig(**keys))[0]
   labels.convert("RGB").save(file)
   with pytest.raises(DataError, match="mode is RGB"):

@@ -48,7 +48,7 @@ def test_sources_can_be_sent_to_workers(prepared):
 def test_ref_shapes_refusals(prepared, tmp_path):
   with pytest.raises(DataError, match="no split 'tset'; it has "):
     RefShapesSource(prepared, "tset")
-  with pytest.raises(DataError, match="holds no finished ref_shapes"):
+  with pytest.raises(DataError, match="contains no finished ref_shapes"):
     RefShapesSource(tmp_path, "val")
 
 
@@ -153,7 +153,7 @@ def test_unusable_jsonl_files_are_named(tmp_path):
   with pytest.raises(DataError, match=r"cannot read .*no\.jsonl: No such file"):
     JsonlSource(tmp_path / "no.jsonl")
   (tmp_path / "empty.jsonl").write_text("\n\n")
-  with pytest.raises(DataError, match=r"empty\.jsonl holds no records"):
+  with pytest.raises(DataError, match=r"empty\.jsonl contains no records"):
     JsonlSource(tmp_path / "empty.jsonl")
   (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
   with pytest.raises(DataError, match="line 1 is not UTF-8"):

@@ -118,7 +118,7 @@ def test_nothing_was_answered_before_the_first_batch(tmp_path):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("", "holds no answered sample"),
+    ("", "contains no answered sample"),
     ("{}\n", r"jsonl:1 is not an answered sample"),
     ("nonsense\n", r"jsonl:1 is not an answered sample"),
     (

@@ -32,7 +32,13 @@ from data import layouts
 from argenseg_jax import checkpoint
 from argenseg_jax.checkpoint import manifest as integrity
 from argenseg_jax.config import ConfigError, DataConfig
-from argenseg_jax.data import chat, mask_image, masks, text, transforms
+from argenseg_jax.data import (
+  chat,
+  image_codec,
+  mask_image,
+  masks,
+  text,
+)
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.sources import array_record
@@ -207,7 +213,7 @@ _PICTURES = _pictures()
 
 def _picture(data) -> None:
   raw = data.draw(mutated(data.draw(st.sampled_from(_PICTURES))))
-  for decode in (transforms.decode_image, mask_image.read):
+  for decode in (image_codec.decode_image, mask_image.read):
     with contextlib.suppress(DataError):
       decode(raw)
 

@@ -13,7 +13,13 @@ import pytest
 from data import layouts
 
 from argenseg_jax.config import ConfigError, DataConfig
-from argenseg_jax.data import chat, mask_image, masks, text, transforms
+from argenseg_jax.data import (
+  chat,
+  image_codec,
+  mask_image,
+  masks,
+  text,
+)
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.refer import parse_refs
 from argenseg_jax.data.sources.registry import open_source
@@ -172,14 +178,14 @@ def _png(width: int, height: int) -> bytes:
   ],
 )
 def test_a_picture_larger_than_any_is_not_decoded(raw):
-  for decode in (transforms.decode_image, mask_image.read):
+  for decode in (image_codec.decode_image, mask_image.read):
     with pytest.raises(DataError, match=r"cannot decode .* \(bytes\)"):
       decode(raw)
 
 
 def test_a_picture_that_is_a_program_is_not_run():
   with pytest.raises(DataError, match="not a known image format"):
-    transforms.decode_image(
+    image_codec.decode_image(
       b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     )
 

@@ -133,6 +133,12 @@ def test_requests_that_share_a_picture_get_the_same_answers(
   assert len({answer.confidence for answer in alone}) == 3
 
 
+def test_an_image_without_a_request_is_refused(open_predictor):
+  (image,) = pictures(1)
+  with pytest.raises(DataError, match="needs a request as well"):
+    open_predictor().segment(image)
+
+
 def test_forced_words_give_the_codes_of_an_answer_that_says_them(
   open_predictor,
 ):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from argenseg_jax.config import VisionConfig
+from argenseg_jax.model_config import VisionConfig
 from argenseg_jax.models.vit import (
   VisionEncoder,
   VisionLayer,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from argenseg_jax.config import VQVAEConfig
+from argenseg_jax.model_config import VQVAEConfig
 from argenseg_jax.models.vqvae import VQVAE
 
 CONFIG = VQVAEConfig(

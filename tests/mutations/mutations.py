@@ -51,6 +51,7 @@ def _of(path: str, *tests: str):
 
 
 _layers = _of(f"{_MODELS}/layers.py", _LLM)
+_resize = _of(f"{_MODELS}/resize.py", _VQ)
 _llm = _of(f"{_MODELS}/llm.py", _LLM)
 _attention = _of(f"{_MODELS}/attention.py", _ATTENTION)
 _vit = _of(f"{_MODELS}/vit.py", _VIT)
@@ -71,6 +72,8 @@ _optimizer = _of(
 _metrics = _of("argenseg_jax/evaluation/segmentation_metrics.py", _METRICS)
 _vqa = _of("argenseg_jax/evaluation/vqa_metrics.py", _VQA)
 _manifest = _of("argenseg_jax/checkpoint/manifest.py", _DAMAGE)
+_families = _of("argenseg_jax/torch_weights/families.py", _MAPPING)
+_tables = _of("argenseg_jax/torch_weights/tables.py", _MAPPING)
 _rules = _of("argenseg_jax/torch_weights/rules.py", _MAPPING)
 
 MUTATIONS = (
@@ -94,8 +97,8 @@ MUTATIONS = (
     _golden("internlm2_dynamic"),
   ),
   _layers("y -= self._group_mean(y)", "y -= 0.0", _VQVAE),
-  _layers("= 1 / (stop - start)", "= 1 / source", _VQ),
-  _layers("* source / target - 0.5", "* source / target", _VQ),
+  _resize("= 1 / (stop - start)", "= 1 / source"),
+  _resize("* source / target - 0.5", "* source / target"),
   _layers("(rows, columns), -1", "(columns, rows), -1", _VIT, _GENERATE),
   _llm(
     "jax.nn.silu(self.gate(x)) * self.up(x)",
@@ -217,19 +220,21 @@ MUTATIONS = (
   _manifest("      if not same:", "      if same:"),
   _manifest("there.keys() - wanted.keys()", "wanted.keys() - there.keys()"),
   # Weight rules.
-  _rules("k = groups[:, -2]", "k = groups[:, -1]", _golden("internlm2_linear")),
-  _rules(
+  _families(
+    "k = groups[:, -2]", "k = groups[:, -1]", _golden("internlm2_linear")
+  ),
+  _tables(
     "lambda x: x.transpose(2, 3, 1, 0)",
     "lambda x: x.transpose(3, 2, 1, 0)",
     _MAPPING,
     "tests/torch_weights/transformers_test.py",
   ),
-  _rules(
+  _families(
     'feed_forward.w1", f"{ours}mlp.gate"',
     'feed_forward.w1", f"{ours}mlp.up"',
     _golden("internlm2_linear"),
   ),
-  _rules("_one(lambda x: x[0, 0],", "_one(lambda x: x[0, -1],"),
+  _tables("one(lambda x: x[0, 0],", "one(lambda x: x[0, -1],"),
   # Generation.
   _generate(
     "* wide[:rows] - ramp * wide[rows:]",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from argenseg_jax.config import LLMConfig
+from argenseg_jax.model_config import LLMConfig
 from argenseg_jax.models import int8, layers
 from argenseg_jax.models.llm import Decoder, KVCache
 from argenseg_jax.planning import topology

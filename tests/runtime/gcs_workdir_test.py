@@ -161,7 +161,7 @@ def test_its_checkpoints_are_read(trained, argenseg, bucket):
   bucket.blob("run/eval/results.json").delete()
   code, said = argenseg(*evaluate, "--dtype=bfloat16")
   assert code == 2
-  assert f"{RUN}/eval holds another evaluation" in said
+  assert f"{RUN}/eval contains another evaluation" in said
   assert _names(bucket, "run/eval/") == {"eval.json", "val/predictions.jsonl"}
 
 

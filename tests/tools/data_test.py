@@ -50,7 +50,7 @@ def test_check_names_every_fault_and_goes_on(capsys, tmp_path):
   assert code == 1
   faults = [x for x in out.splitlines() if x.startswith("  fault: ")]
   assert len(faults) == 5
-  assert "none holds no images" in faults[0]
+  assert "none contains no images" in faults[0]
   assert "record 1: " in faults[1]
   assert "b.jpg" in faults[1]
   assert "b.jpg" in faults[2]

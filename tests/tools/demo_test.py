@@ -196,6 +196,19 @@ def test_a_missing_extra_is_named():
     demo.main(["--checkpoint=missing"])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_programs_see_one_endpoint_and_half_a_click_is_no_error(answerer):
+  gradio = pytest.importorskip("gradio", reason="needs the extra [demo]")
+  from argenseg_jax.tools.demo import page
+
+  named = page.build(answerer, []).get_api_info()["named_endpoints"]
+  assert list(named) == ["/segment"]
+  page._require_place(("[[500, 500]]", "point"))
+  with pytest.raises(gradio.Error) as caught:
+    page._require_place(None)
+  assert not caught.value.visible
+
+
 @pytest.fixture
 def address(answerer):
   pytest.importorskip("gradio", reason="needs the extra [demo]")

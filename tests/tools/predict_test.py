@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argenseg_jax.data import masks, transforms
+from argenseg_jax.data import image_codec, masks, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.inference.answer_files import AnswerFiles
 from argenseg_jax.inference.segment import Prediction
@@ -140,7 +140,7 @@ def test_requests_come_from_stdin(fake, folder, monkeypatch, capsys):
   [
     (["--text=cup"], "give both --image and --text"),
     ([], "give --image and --text, or --requests"),
-    (["--image=in/none*", "--text=cup"], "in/none* holds no image"),
+    (["--image=in/none*", "--text=cup"], "in/none* contains no image"),
     (["--requests=none.jsonl"], "--requests none.jsonl: cannot read"),
     (["--requests=in/notes.txt"], "in/notes.txt, request 1: it is not JSON"),
     (["--image=in/a.png", "--text=a", "--out=x/y.png"], "folder x of --out"),
@@ -437,7 +437,7 @@ def test_two_commands_do_not_write_one_file(fake, folder, capsys, monkeypatch):
 
 def test_an_image_is_decoded_and_seen_once(fake, folder, monkeypatch):
   read, seen = [], []
-  decode, see = transforms.decode_image, fake.set_image
+  decode, see = image_codec.decode_image, fake.set_image
   monkeypatch.setattr(
     transforms, "decode_image", lambda p: read.append(p) or decode(p)
   )

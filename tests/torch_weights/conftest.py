@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from argenseg_jax.config import (
+from argenseg_jax.model_config import (
   LLMConfig,
   ModelConfig,
   TokenIds,

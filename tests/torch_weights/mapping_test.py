@@ -13,8 +13,8 @@ from argenseg_jax.models.vit import VisionEncoder
 from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.torch_weights import (
   families,
-  importing,
   mapping,
+  recognize,
   rules,
   tensors,
 )
@@ -101,7 +101,7 @@ def test_every_tensor_of_argenseg_8b_has_its_place():
     }
   )
   values = manifest["config"] | {"set": "manifest"}
-  config = importing.whole_config(values, source, None)
+  config = recognize.whole_config(values, source, None)
   assert config.token_ids.first_code == 92557
   state = nnx.state(nnx.eval_shape(lambda: ARGenSeg(config, rngs=nnx.Rngs(0))))
   table, leaves = rules.argenseg(config), mapping.variables(state)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from argenseg_jax import variants
-from argenseg_jax.config import VisionConfig
+from argenseg_jax.model_config import VisionConfig
 from argenseg_jax.models.llm import Decoder
 from argenseg_jax.models.vit import VisionEncoder
 from argenseg_jax.torch_weights import (

@@ -15,7 +15,7 @@ from argenseg_jax.config import MeshConfig
 from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.data import examples, pipeline
-from argenseg_jax.planning import plan
+from argenseg_jax.planning import programs
 from argenseg_jax.training.objectives import vqvae_loss
 from argenseg_jax.training.optimizer import trainable_filter
 from argenseg_jax.training.state import TrainState
@@ -130,7 +130,7 @@ def test_what_is_no_mask_trains_nothing(batches):
 @pytest.mark.parametrize("kind", ["masks", "image tokenizer"])
 def test_plan_describes_the_batch_that_the_pipeline_makes(batches, kind):
   task, batch, data = batches[kind]
-  described = plan.abstract_batch(
+  described = programs.abstract_batch(
     config_for(task, data, 2), tiny_rows.model().config, task
   )
   for name, mine in described._asdict().items():

@@ -19,14 +19,14 @@ from PIL import Image, ImageDraw
 
 from argenseg_jax import checkpoint
 from argenseg_jax.checkpoint import CheckpointError
-from argenseg_jax.config import (
+from argenseg_jax.configs import adapters as adapters_config
+from argenseg_jax.model_config import (
   LLMConfig,
   ModelConfig,
   TokenIds,
   VisionConfig,
   VQVAEConfig,
 )
-from argenseg_jax.configs import adapters as adapters_config
 from argenseg_jax.models import lora
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.tools import cli

@@ -222,7 +222,7 @@ def test_predictions_have_the_size_of_the_picture(workdir):
 
 @pytest.mark.parametrize(
   ("path", "message"),
-  [("absent", "does not exist"), (".", "holds no checkpoint")],
+  [("absent", "does not exist"), (".", "contains no checkpoint")],
 )
 def test_missing_checkpoint_is_named(path, message, tmp_path):
   with pytest.raises(checkpoint.CheckpointError, match=message):
@@ -268,7 +268,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_results(
   assert "results.json exists" in capsys.readouterr().err
   (half / "results.json").unlink()
   assert cli.main([*command, "--max_samples=3", f"--out={half}"]) == 2
-  assert "holds another evaluation" in capsys.readouterr().err
+  assert "contains another evaluation" in capsys.readouterr().err
 
 
 def test_a_checkpoint_can_be_inspected(workdir, capsys):

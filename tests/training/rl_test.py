@@ -17,7 +17,7 @@ from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.models.argenseg import normalize_images
 from argenseg_jax.models.llm import KVCache
-from argenseg_jax.training import rewards, rl, rollouts
+from argenseg_jax.training import initialize, rewards, rl, rollouts
 from argenseg_jax.training.optimizer import trainable_filter
 from argenseg_jax.training.state import TrainState
 from argenseg_jax.training.step import make_train_step
@@ -392,6 +392,11 @@ def test_advantages_are_relative_to_the_group():
 def test_settings_that_do_not_suit_are_named(changes, message):
   with pytest.raises(ConfigError, match=message):
     rl.check(make_config(**changes))
+
+
+def test_a_start_is_needed():
+  with pytest.raises(ConfigError, match="'rl' starts from a model that segm"):
+    initialize.require_model("rl", None)
 
 
 @pytest.mark.parametrize(

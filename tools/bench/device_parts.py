@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 
 from argenseg_jax import variants
-from argenseg_jax.config import ModelConfig
 from argenseg_jax.kernels.chips import CHIPS, Chip, name_of
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.tools.bench.timing import median_seconds
 
 Result = dict[str, Any]

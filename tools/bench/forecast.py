@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from argenseg_jax import config_parsing, sharding
-from argenseg_jax.config import MeshConfig, ModelConfig
+from argenseg_jax.config import MeshConfig
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.planning import topology
 from argenseg_jax.tools.bench.stages import Cost, Stage, stages
@@ -91,4 +92,6 @@ def _compiled(config, layers: int, batch: int, dtype: str, mesh):
     program = jax.jit(run, donate_argnums=donated)
     lowered = program.lower(placed(state), *placed(stage.inputs))
     counted = lowered.compile().cost_analysis()
+    if counted is None:
+      raise RuntimeError("this compiler does not count FLOPs and bytes.")
     yield Cost(counted.get("flops", 0.0), counted["bytes accessed"])

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from argenseg_jax.tools.common import temp_bytes
+
 EXAMPLE = """\
 examples:
   argenseg bench kernels                 time on this machine
-  argenseg bench kernels --chips=v5e     compile for a chip that is not here
+  argenseg bench kernels --chips=v5e     compile for a chip you don't have
 
 Compiling needs the chip's compiler: pip install "jax[tpu]" or "jax[cuda12]",
 each in an environment of its own. Tables are in Markdown. GFLOP and GB are the
@@ -107,7 +109,7 @@ def _compile_all(chips):
           print(f"{program} for {name}: {error}", file=sys.stderr)
           cells = ["does not fit" if full else "raises", "", "", "", ""]
         else:
-          temp = compiled.memory_analysis().temp_size_in_bytes
+          temp = temp_bytes(compiled)
           cells = [f"{temp / 2**20:.1f}", f"{temp / case.matrix:.2%}"]
           cells += _roofline(compiled, program, chip)
         row = (name, case.name, program, *cells)
@@ -157,7 +159,7 @@ def _time_all(repeats):
     times = _time(compiled, arrays, repeats)
     naive = times["naive"]
     for name, turns in times.items():
-      temp = compiled[name].memory_analysis().temp_size_in_bytes / 2**20
+      temp = temp_bytes(compiled[name]) / 2**20
       least = min(turn.wall for turn in turns)
       median = statistics.median(turn.busy for turn in turns)
       ratio = statistics.median(

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from argenseg_jax.config import ModelConfig
 from argenseg_jax.inference.generate import generate
 from argenseg_jax.inference.segment import seg_mask_at_size, to_uint8
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models.argenseg import normalize_images
 from argenseg_jax.models.llm import KVCache
 from argenseg_jax.tools.bench.stages import AHEAD, PROMPT_TEXT, stages
@@ -106,7 +106,10 @@ def bounds(
     for name, cost in parts.items()
     if name == "prefill" or name.startswith("scale ")
   ]
-  tower, decode = tuple(parts["vision tower"]), tuple(parts["VQ decode"])
+  tower, decode = (
+    (cost.flops, cost.bytes)
+    for cost in (parts["vision tower"], parts["VQ decode"])
+  )
   return {
     WHOLE: [tower, *decoder, decode],
     VISION: [tower],

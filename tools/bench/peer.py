@@ -6,13 +6,14 @@ plain vision tower and VAR's VQ decoder. One mask at batch 1.
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from argenseg_jax.config import (
+from argenseg_jax.model_config import (
   LLMConfig,
   ModelConfig,
   VisionConfig,
@@ -197,6 +198,8 @@ class Peer(nn.Module):
 
 
 def llama_config(config: LLMConfig) -> LlamaConfig:
+  # A keyword of every config, which the class itself does not list.
+  options: dict[str, Any] = {"attn_implementation": "sdpa"}
   return LlamaConfig(
     hidden_size=config.width,
     intermediate_size=config.mlp_width,
@@ -205,7 +208,7 @@ def llama_config(config: LLMConfig) -> LlamaConfig:
     num_key_value_heads=config.num_kv_heads,
     head_dim=config.head_dim,
     vocab_size=config.vocab_size,
-    attn_implementation="sdpa",
+    **options,
   )
 
 

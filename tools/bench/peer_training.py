@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaModel
 
-from argenseg_jax.config import ModelConfig, VQVAEConfig
+from argenseg_jax.model_config import ModelConfig, VQVAEConfig
 from argenseg_jax.runtime.cpu import num_cores
 from argenseg_jax.tools.bench.peer import (
   Attention,

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from argenseg_jax.config import LLMConfig, ModelConfig
 from argenseg_jax.inference.segment import to_uint8
 from argenseg_jax.kernels.scale_prediction import scale_prediction
+from argenseg_jax.model_config import LLMConfig, ModelConfig
 from argenseg_jax.models import flops
 from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
 from argenseg_jax.models.flops import Product
@@ -146,10 +146,11 @@ def extension_cost(
 
 
 def _prefill(model: ARGenSeg, tokens, vision):
+  rows, length = tokens.shape
   hidden, _ = model.llm.extend(
     model.prompt_embeddings(tokens, vision),
-    KVCache.empty(model.config.llm, *tokens.shape, model.llm.dtype),
-    positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
+    KVCache.empty(model.config.llm, rows, length, model.llm.dtype),
+    positions=jnp.broadcast_to(jnp.arange(length), tokens.shape),
     valid=jnp.ones_like(tokens, bool),
   )
   return hidden

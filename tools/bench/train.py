@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from argenseg_jax.config import ConfigError, ModelConfig
+from argenseg_jax.config import ConfigError
+from argenseg_jax.model_config import ModelConfig
+from argenseg_jax.tools.common import temp_bytes
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, Batch
 
 EXAMPLE = """\
@@ -182,7 +184,7 @@ def ours(
   step = jax.jit(jax.value_and_grad(loss)).lower(*inputs).compile()
   return Program(
     lambda: jax.block_until_ready(step(*inputs)),
-    step.memory_analysis().temp_size_in_bytes / 2**20,
+    temp_bytes(step) / 2**20,
   )
 
 

@@ -11,12 +11,14 @@ import numpy as np
 from flax import nnx
 
 from argenseg_jax import checkpoint, sharding
-from argenseg_jax.config import ModelConfig, RunConfig
+from argenseg_jax.config import RunConfig
 from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import base
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import flops
 from argenseg_jax.tools.bench.timing import median_seconds
 from argenseg_jax.tools.bench.train import make_batch
+from argenseg_jax.tools.common import temp_bytes
 from argenseg_jax.training import state as train_state
 from argenseg_jax.training.step import make_train_step
 from argenseg_jax.training.tasks import DECODER
@@ -111,7 +113,7 @@ def step(
     flops=count.model,
     trace_seconds=traced - began,
     compile_seconds=finished - traced,
-    temp_mib=compiled.memory_analysis().temp_size_in_bytes / 2**20,
+    temp_mib=temp_bytes(compiled) / 2**20,
     loss=float(metrics["loss"]),
   )
 

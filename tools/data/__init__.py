@@ -4,7 +4,7 @@ from argenseg_jax.tools import common
 
 # Name -> what `argenseg data --help` says of it.
 ACTIONS = {
-  "check": "read a whole source; name every fault and count what it holds",
+  "check": "read a whole source; name every fault and count what it contains",
   "build": "pack a source into ArrayRecord files",
   "tokenize": "turn a source's masks into image codes, once",
   "show": "draw records as a model gets them",

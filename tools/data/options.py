@@ -6,10 +6,11 @@ import pathlib
 import typing
 
 from argenseg_jax import configs
-from argenseg_jax.config import ConfigError, DataConfig, ModelConfig
+from argenseg_jax.config import ConfigError, DataConfig
 from argenseg_jax.config_parsing import from_mapping
 from argenseg_jax.data.sources import registry
 from argenseg_jax.data.text import TextTokenizer
+from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.tools import train
 
 
@@ -107,10 +108,11 @@ def of_checkpoint(path: str) -> tuple[Settings, typing.Any]:
   """Settings of the run that made a checkpoint, and its image tokenizer."""
   from argenseg_jax import checkpoint
   from argenseg_jax.config import RunConfig
+  from argenseg_jax.models.argenseg import ARGenSeg
   from argenseg_jax.training import initialize
 
   loaded = checkpoint.load(path)
-  if loaded.is_whole:
+  if isinstance(loaded.model, ARGenSeg):
     data = from_mapping(DataConfig, loaded.meta["run"]["data"])
     tokenizer = checkpoint.text_tokenizer(loaded)
     return Settings(data, loaded.config, tokenizer), loaded.model.vqvae

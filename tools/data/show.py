@@ -1,6 +1,7 @@
 """`argenseg data show`: a contact sheet of records as a model gets them."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +85,7 @@ def _round_trip(vqvae):
   state = nnx.state(vqvae)
 
   def reconstruct(seg_masks: np.ndarray) -> np.ndarray:
-    pixels = sharding.put_like(seg_masks, state)
+    pixels: Any = sharding.put_like(seg_masks, state)
     decoded = vqvae.decode(vqvae.encode(normalize_seg_masks(pixels)))
     return np.asarray(to_uint8(decoded))
 

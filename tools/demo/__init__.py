@@ -101,5 +101,5 @@ def _examples(folder: str | None) -> list[str]:
   suffixes = (".jpg", ".jpeg", ".png", ".webp")
   found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
   if not found:
-    raise ConfigError(f"--examples {folder} holds no image.")
+    raise ConfigError(f"--examples {folder} contains no image.")
   return list(map(str, found))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from argenseg_jax.data import transforms
+from argenseg_jax.data import image_codec
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.masks import run_lengths
 from argenseg_jax.data.sources import interactive
@@ -265,7 +265,7 @@ def _pixels(image: str | None) -> np.ndarray:
   if not image:
     raise DataError("add an image first.")
   try:
-    return transforms.decode_image(pathlib.Path(image))
+    return image_codec.decode_image(pathlib.Path(image))
   except DataError as error:
     # The upload's path on the server is nobody's business.
     name = pathlib.Path(image).name

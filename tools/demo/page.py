@@ -15,6 +15,8 @@ from argenseg_jax.tools.demo.limits import RateLimit
 from argenseg_jax.visualize import render
 
 _WORDS, _POINT, _BOX = "type a request", "click a point", "click two corners"
+# Of calls that only the page makes.
+_HIDDEN: dict[str, Any] = {"api_visibility": "private"}
 _QUEUE = 64  # Calls that may wait; more are told to come back.
 
 
@@ -147,16 +149,17 @@ def _segment_tab(answerer: Answerer, examples: Sequence[str]) -> None:
     segment, [image, requests, opacity], outputs, api_name="segment", **shared
   )
   place = gr.State(None)
-  image.select(
-    _clicked, [image, mode, corners], [corners, place, said], api_name=False
-  ).success(_require_place, [place], None, api_name=False).success(
-    at_place, [image, place, opacity], outputs, api_name=False, **shared
+  clicked = image.select(
+    _clicked, [image, mode, corners], [corners, place, said], **_HIDDEN
+  )
+  clicked.success(_require_place, [place], None, **_HIDDEN).success(
+    at_place, [image, place, opacity], outputs, **_HIDDEN, **shared
   )
   opacity.release(
     lambda kept, share: answers.overlays(kept, share) if kept else [],
     [found, opacity],
     [shown],
-    api_name=False,
+    **_HIDDEN,
   )
 
 
@@ -185,7 +188,8 @@ def _clicked(image, mode, corners, event: gr.SelectData):
 
 def _require_place(place) -> None:
   if place is None:
-    raise gr.CancelledError
+    # What follows is left out; nothing is wrong.
+    raise gr.Error(visible=False, print_exception=False)
 
 
 def _chat_tab(answerer: Answerer) -> None:
@@ -221,9 +225,9 @@ def _chat_tab(answerer: Answerer) -> None:
     converse,
     [image, message, history, talk],
     [message, history, talk],
-    api_name=False,
+    **_HIDDEN,
     concurrency_id="model",
   )
   cleared = ([], [])
-  again.click(lambda: cleared, None, [history, talk], api_name=False)
-  image.change(lambda: cleared, None, [history, talk], api_name=False)
+  again.click(lambda: cleared, None, [history, talk], **_HIDDEN)
+  image.change(lambda: cleared, None, [history, talk], **_HIDDEN)

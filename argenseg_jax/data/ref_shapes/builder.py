@@ -159,7 +159,7 @@ def prepare(
       return target
     other = sorted(k for k in wanted if (found or {}).get(k) != wanted[k])
     raise DataError(
-      f"{target} holds ref_shapes with another {', '.join(other)}, or it is "
+      f"{target} contains ref_shapes with another {', '.join(other)}, or it is "
       "damaged; use another folder or remove it."
     )
   # TFDS builds in "incomplete.XXXXXX_1.2.0" and gives it its name at the end.
@@ -168,8 +168,9 @@ def prepare(
   shown = sys.stdout  # TFDS talks of a download; only progress may be seen.
 
   def report(done: int, total: int) -> None:
-    with contextlib.redirect_stdout(shown):
-      on_progress(done, total)
+    if on_progress is not None:
+      with contextlib.redirect_stdout(shown):
+        on_progress(done, total)
 
   builder = RefShapes(
     data_dir=str(data_dir),
@@ -178,7 +179,7 @@ def prepare(
     seed=seed,
     image_side=image_side,
     workers=workers,
-    on_progress=report if on_progress else None,
+    on_progress=report,
   )
   tfds.disable_progress_bar()
   with contextlib.redirect_stdout(None):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from argenseg_jax.config import DataConfig
-from argenseg_jax.data import transforms
+from argenseg_jax.data import image_codec, transforms
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources.parsing import (
   as_text,
@@ -102,7 +102,8 @@ class _Records(TfdsRecords):
         f"{self._path} has {len(names)} files of split {self._split!r}, its "
         f"dataset_info.json names {len(lengths)}; copy them all."
       )
-    self._parse = tf_example_pb2.Example.FromString
+    made: Any = tf_example_pb2  # Its classes are made when it is imported.
+    self._parse = made.Example.FromString
     return Shards(names, lengths)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
@@ -153,8 +154,8 @@ def encode(sample: Sample, resizing: Resizing | None = None) -> dict[str, Any]:
   for holder in (sample, *chosen):
     for number, stored in enumerate(holder.seg_masks):
       if sample.target == "picture":
-        transforms.decode_image(stored, where=sample.where)
-        seg_masks.append(transforms.read_encoded(stored, sample.where)[0])
+        image_codec.decode_image(stored, where=sample.where)
+        seg_masks.append(image_codec.read_encoded(stored, sample.where)[0])
       else:
         seg_masks.append(_png(holder.load_seg_mask(number)))
   ignores = [sample.load_ignore(i) for i in range(len(sample.ignores))]
@@ -173,7 +174,7 @@ def encode(sample: Sample, resizing: Resizing | None = None) -> dict[str, Any]:
   }
   if resizing is None:
     images = [
-      transforms.read_encoded(stored, sample.where)[0]
+      image_codec.read_encoded(stored, sample.where)[0]
       for stored in sample.images
     ]
   else:
@@ -191,7 +192,7 @@ def _png(seg_mask: Bool[np.ndarray, "h w"]) -> bytes:
 
 
 def _resized(pixels: np.ndarray, resizing: Resizing) -> bytes:
-  return transforms.encode_pixels(
+  return image_codec.encode_pixels(
     transforms.resize_image(
       pixels,
       resizing.image_side,

@@ -32,7 +32,7 @@ class FolderSource:
     self._images = [p for p in found if p.suffix.lower() in _IMAGES]
     if not self._images:
       raise DataError(
-        f"{self.path} holds no images ({', '.join(_IMAGES)}) with a .png "
+        f"{self.path} contains no images ({', '.join(_IMAGES)}) with a .png "
         "and a .txt of the same name."
       )
     self._counts = collections.Counter(p.stem for p in self._images)

@@ -34,7 +34,7 @@ class ImageFolderSource:
     )
     if not self._files:
       raise DataError(
-        f"{self.path} holds no images ({', '.join(_SUFFIXES)}), at no depth."
+        f"{self.path} contains no images ({', '.join(_SUFFIXES)}), at no depth."
       )
     names = (f"{p.relative_to(self.path)} {paths.size(p)}" for p in self._files)
     self.fingerprint = digest("\n".join(names))

@@ -41,10 +41,10 @@ class Interactive:
         f"{self._how.removeprefix('drawn_')}."
       )
     seg_mask = sample.load_seg_mask()
-    if not seg_mask.any():
+    box = mask_box(seg_mask)
+    if box is None:
       raise DataError(f"{sample.where} has a mask without a single pixel.")
-    is_point = self._how.endswith("point")
-    place = mask_point(seg_mask) if is_point else mask_box(seg_mask)
+    place = mask_point(seg_mask) if self._how.endswith("point") else box
     asked = dataclasses.replace(
       sample, conversation=(), expressions=(place_text(place),)
     )
@@ -99,5 +99,6 @@ def draw_mark(
   if len(corners) == 1:
     cv2.circle(marked, corners[0], thick, _RED, -1)
   else:
-    cv2.rectangle(marked, *corners, _RED, thick)
+    first, second = corners
+    cv2.rectangle(marked, first, second, _RED, thick)
   return marked

@@ -15,7 +15,7 @@ from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.sources import parsing, questions
 from argenseg_jax.data.sources.parsing import below, read_file, required_text
 from argenseg_jax.data.sources.sample import Sample, Turn
-from argenseg_jax.runtime.paths import as_path, is_local
+from argenseg_jax.runtime.paths import Path, as_path, is_local
 
 _BOM = parsing.BOM.encode()
 
@@ -27,7 +27,7 @@ class JsonLines:
   cost memory for their offsets only, unless they are in a bucket.
   """
 
-  def __init__(self, path: str | pathlib.Path):
+  def __init__(self, path: str | Path):
     self.path = as_path(path)
     raw = read_file(self.path, "give a jsonl file")
     self.fingerprint = parsing.digest(raw)
@@ -41,7 +41,7 @@ class JsonLines:
     self._numbers = np.flatnonzero(~np.array(blank))
     self._places = np.stack((starts, ends), 1)[self._numbers]
     if not len(self._numbers):
-      raise DataError(f"{self.path} holds no records.")
+      raise DataError(f"{self.path} contains no records.")
     self._stamp = None
     if is_local(self.path):
       with open(self._file, "rb", closefd=False) as file:

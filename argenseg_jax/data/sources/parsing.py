@@ -86,7 +86,7 @@ def parse_json(raw: bytes, where: str, kind: type, *, strict=False) -> Any:
 
 
 def _no_number(name: str) -> Any:
-  raise ValueError(f"it holds {name}")
+  raise ValueError(f"it contains {name}")
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(found) < len(pairs):
     keys = [key for key, _ in pairs]
     twice = next(key for key in keys if keys.count(key) > 1)
-    raise ValueError(f"it holds the key {twice!r} twice")
+    raise ValueError(f"it contains the key {twice!r} twice")
   return found
 
 

@@ -45,13 +45,13 @@ class ReasonSegSource:
   notes = ()
 
   def __init__(self, path: str | pathlib.Path, split: str):
-    path = paths.as_path(path)
-    self.path = path / split if (path / split).is_dir() else path
+    folder = paths.as_path(path)
+    self.path = folder / split if (folder / split).is_dir() else folder
     self._files = sorted(self.path.glob("*.json"))
     if not self._files:
       raise DataError(
-        f"{self.path} holds no json files; give ReasonSeg's folder and one of "
-        "its splits."
+        f"{self.path} contains no json files; give ReasonSeg's folder and one "
+        "of its splits."
       )
     sizes = "".join(f"{f.name} {paths.size(f)}\n" for f in self._files)
     self.fingerprint = digest(sizes)

@@ -21,7 +21,7 @@ class RefShapesSource:
     note = self.path / "metadata.json"
     if not ((self.path / "dataset_info.json").is_file() and note.is_file()):
       raise DataError(
-        f"{self.path} holds no finished ref_shapes; build it with prepare()."
+        f"{self.path} contains no finished ref_shapes; build it with prepare()."
       )
     self.split = split
     self._records = TfdsRecords(self.path, split, ("image", "seg_mask"))

@@ -50,7 +50,7 @@ class RefcocoMSource:
     for number, file in enumerate(self._files):
       self._places += _places(file, number)
     if not self._places:
-      raise DataError(f"{self.path} holds no objects of split {split!r}.")
+      raise DataError(f"{self.path} contains no objects of split {split!r}.")
     listing = "".join(f"{f.name} {paths.size(f)}\n" for f in self._files)
     objects = repr([place[3:] for place in self._places])
     self.fingerprint = digest(listing, objects)
@@ -113,7 +113,7 @@ def _files(path: pathlib.Path, split: str) -> tuple[pathlib.Path, ...]:
     if found := tuple(sorted(folder.glob(f"{split}-*.parquet"))):
       return found
   raise DataError(
-    f"{path} holds no {split}-*.parquet, nor does its folder data; give the "
+    f"{path} contains no {split}-*.parquet, nor does its folder data; give the "
     "folder of RefCOCO-M and its split, validation."
   )
 

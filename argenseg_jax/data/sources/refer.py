@@ -32,7 +32,9 @@ def _load_plain(raw: bytes) -> Any:
   """What a pickle holds; its memory is bounded by its length."""
   for opcode, argument, _ in pickletools.genops(raw):
     # Python makes room for as many objects as the largest number says.
-    if opcode.name.endswith("PUT") and argument > len(raw):
+    if not (opcode.name.endswith("PUT") and isinstance(argument, int)):
+      continue
+    if argument > len(raw):
       raise pickle.UnpicklingError(f"it numbers an object {argument}")
   return _Builtins(io.BytesIO(raw), encoding="latin1").load()
 
@@ -97,27 +99,30 @@ class ReferSource:
     split: str,
     root: str | pathlib.Path | None = None,
   ):
-    path = as_path(path)
-    if path.is_dir():
-      found = sorted(path.glob(self.pattern))
-      if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
-        raise DataError(
-          f"{path} must hold one {self.pattern}, it holds {names}; give the "
-          "file."
-        )
-      (path,) = found
-    self.path = path
+    self.path = file = self._find(as_path(path))
     self.split = split
-    self.root = as_path(root) if root else path.parent / "images"
-    raw_refs = _read(path)
-    self._refs, self.notes = _of_split(parse_refs(raw_refs, path), path, split)
+    self.root = as_path(root) if root else file.parent / "images"
+    raw_refs = _read(file)
+    self._refs, self.notes = _of_split(parse_refs(raw_refs, file), file, split)
     self._instances = coco.Instances(
-      path.parent / "instances.json",
+      file.parent / "instances.json",
       images=_ids(self._refs, "image_id"),
       annotations=_ids(self._refs, "ann_id"),
     )
     self.fingerprint = digest(raw_refs, self._instances.fingerprint, split)
+
+  def _find(self, path: Path) -> Path:
+    """The file of references: `path`, or the only one in that folder."""
+    if not path.is_dir():
+      return path
+    found = sorted(path.glob(self.pattern))
+    if len(found) != 1:
+      names = ", ".join(p.name for p in found) or "none"
+      raise DataError(
+        f"{path} must contain exactly one {self.pattern} (found: {names}); "
+        "give the file itself."
+      )
+    return found[0]
 
   @classmethod
   def open(cls, path: str, split: str, root: str | None) -> "ReferSource":

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from argenseg_jax.data import masks, transforms
+from argenseg_jax.data import image_codec, masks
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.data.mask_values import Reading
 from argenseg_jax.data.sources.parsing import digest
@@ -80,14 +80,14 @@ class Sample:
   image_keys: tuple[Any, ...] = ()
   resized: bool = False
   upright: bool = False
-  frame: transforms.Frame | None = None
+  frame: image_codec.Frame | None = None
   where: str = ""
 
   def load_image(self, number: int = 0) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes an image; DataError when it cannot be."""
     if number >= len(self.images):
       raise DataError(f"{self.where} has no image, which its mask needs.")
-    return transforms.decode_image(self.images[number], where=self.where)
+    return image_codec.decode_image(self.images[number], where=self.where)
 
   def load_seg_mask(self, number: int = 0) -> Bool[np.ndarray, "h w"]:
     """Decodes a mask, upright as its image is shown; DataError when it cannot
@@ -131,16 +131,16 @@ class Sample:
         raise
       raise DataError(f"{self.where}: {error}") from error
 
-  def _read_frame(self) -> transforms.Frame:
+  def _read_frame(self) -> image_codec.Frame:
     """Of the only image, or of the first of several that is turned."""
     frames = (
-      transforms.image_frame(image, where=self.where) for image in self.images
+      image_codec.image_frame(image, where=self.where) for image in self.images
     )
     first = next(frames)
     turned = (frame for frame in frames if frame.orientation != 1)
     return first if first.orientation != 1 else next(turned, first)
 
-  def _read_turned(self, stored: Any, frame: transforms.Frame) -> Reading:
+  def _read_turned(self, stored: Any, frame: image_codec.Frame) -> Reading:
     """A mask of an image that EXIF turns: its size says whether it was drawn
     on the image as stored or as shown."""
     unknown = self._unknown_turn(frame.orientation, "image", "mask")
@@ -160,7 +160,7 @@ class Sample:
       raise unknown
     if size == frame.upright_size:
       return reading
-    turned = transforms.turn(reading.seg_mask, frame.orientation)
+    turned = image_codec.turn(reading.seg_mask, frame.orientation)
     return dataclasses.replace(reading, seg_mask=turned)
 
   def _unknown_turn(self, orientation: int, one: str, other: str) -> DataError:

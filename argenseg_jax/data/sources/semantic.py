@@ -122,8 +122,8 @@ class Ade20kSource:
     self._labels = sorted((self.path / "annotations" / folder).glob("*.png"))
     if not self._labels:
       raise DataError(
-        f"{self.path / 'annotations' / folder} holds no PNGs; give the folder "
-        "ADEChallengeData2016 and one of its splits."
+        f"{self.path / 'annotations' / folder} contains no PNGs; give the "
+        "folder ADEChallengeData2016 and one of its splits."
       )
     self._folder = self.path / "images" / folder
     info = self.path / "objectInfo150.txt"
@@ -145,7 +145,7 @@ class Ade20kSource:
     unknown = [v for v in present if v and v not in self._names]
     if unknown:
       raise DataError(
-        f"{png} holds class {unknown[0]}, which objectInfo150.txt does not."
+        f"{png} contains class {unknown[0]}, which objectInfo150.txt does not."
       )
     classes: dict[str, list[int]] = {}
     for value in filter(None, present):

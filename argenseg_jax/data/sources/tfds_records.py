@@ -61,7 +61,8 @@ class TfdsRecords:
     import tensorflow_datasets as tfds  # Slow to import; workers start lazily.
 
     allow_open_files(len(self._counts[self._split]))
-    builder = tfds.builder_from_directory(str(self._path))
+    # Its decorator hides the signature.
+    builder: Any = tfds.builder_from_directory(str(self._path))
     skip = tfds.decode.SkipDecoding()
     return builder.as_data_source(
       split=self._split, decoders=dict.fromkeys(self._encoded, skip)

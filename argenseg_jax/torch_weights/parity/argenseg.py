@@ -12,7 +12,7 @@ from flax import nnx
 
 from argenseg_jax.models import losses
 from argenseg_jax.models.argenseg import ARGenSeg, normalize_seg_masks
-from argenseg_jax.torch_weights import importing, rules
+from argenseg_jax.torch_weights import recognize, rules
 from argenseg_jax.torch_weights.parity import generation
 from argenseg_jax.torch_weights.parity.compare import (
   Check,
@@ -29,7 +29,7 @@ _IGNORE_LABEL = -100
 
 def checks(golden: Golden) -> dict[str, Check]:
   """One check for every array that this kind of folder may hold."""
-  config = importing.whole_config(golden.config, golden.weights, None)
+  config = recognize.whole_config(golden.config, golden.weights, None)
   table = rules.argenseg(config)
   graph, state = golden.load(lambda: ARGenSeg(config, rngs=nnx.Rngs(0)), table)
 

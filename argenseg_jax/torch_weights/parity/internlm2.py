@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from argenseg_jax.config import LLMConfig
 from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
+from argenseg_jax.model_config import LLMConfig
 from argenseg_jax.models.llm import Decoder, KVCache
 from argenseg_jax.torch_weights import families, hf_config
 from argenseg_jax.torch_weights.parity.compare import (

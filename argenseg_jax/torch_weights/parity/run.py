@@ -34,7 +34,7 @@ def kind_of(golden: Golden) -> str:
   if not (golden.path / "weights.safetensors").is_file():
     if "conversations" in golden.config:
       return "preprocess"
-    raise WeightsError(f"{golden.path} holds no weights.safetensors.")
+    raise WeightsError(f"{golden.path} contains no weights.safetensors.")
   tensors = golden.weights.tensors
   for kind, tensor in (
     ("argenseg", "word_embed.weight"),

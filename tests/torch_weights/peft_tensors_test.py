@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from argenseg_jax.torch_weights import families, peft_adapters
+from argenseg_jax.torch_weights import families, peft_tensors
 from argenseg_jax.torch_weights.tensors import WeightsError
 
 
@@ -41,7 +41,7 @@ def _pairs(*ranks, shared=False):
   ],
 )
 def test_wqkv_gets_the_updates_of_query_key_and_value(wqkv, pairs, rank):
-  a, b = peft_adapters._to_torch(wqkv, pairs)
+  a, b = peft_tensors.module_tensors(wqkv, pairs)
   assert a.shape == (rank, 16)
   assert b.shape == (32, rank)
   updates = [
@@ -51,7 +51,7 @@ def test_wqkv_gets_the_updates_of_query_key_and_value(wqkv, pairs, rank):
   wanted = wqkv.transform.to_torch(tuple(updates))
   np.testing.assert_allclose(b @ a, wanted, atol=1e-5)
   # And back: each projection gets the same update from the fused module.
-  found = peft_adapters._projections(
+  found = peft_tensors._projections(
     wqkv, [a, a], [b, b], (rank, 1.0), pathlib.Path("x")
   )
   for entry, update in zip(found, updates, strict=True):
@@ -62,16 +62,16 @@ def test_wqkv_gets_the_updates_of_query_key_and_value(wqkv, pairs, rank):
 def test_a_fused_module_without_known_widths_is_refused(wqkv):
   pairs = _pairs(0, 2, 2)
   with pytest.raises(WeightsError, match="adapt all of them"):
-    peft_adapters._to_torch(wqkv, pairs)
+    peft_tensors.module_tensors(wqkv, pairs)
 
 
 def test_unequal_ranks_and_scalings_become_one(wqkv):
   found = [
-    peft_adapters._Found("p.a", 2.0, np.ones((4, 1)), np.ones((1, 3))),
-    peft_adapters._Found("p.b", 2.0, np.ones((4, 3)), np.ones((3, 3))),
-    peft_adapters._Found("p.c", 0.5, np.ones((4, 2)), np.ones((2, 3))),
+    peft_tensors.Found("p.a", 2.0, np.ones((4, 1)), np.ones((1, 3))),
+    peft_tensors.Found("p.b", 2.0, np.ones((4, 3)), np.ones((3, 3))),
+    peft_tensors.Found("p.c", 0.5, np.ones((4, 2)), np.ones((2, 3))),
   ]
-  config, arrays = peft_adapters._of_one_rank(found)
+  config, arrays = peft_tensors.with_one_rank(found)
   assert (config.rank, config.alpha) == (3, 6.0)
   assert config.targets == ("p.a", "p.b", "p.c")
   for entry in found:
