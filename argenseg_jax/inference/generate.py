@@ -23,6 +23,7 @@ class Generated(NamedTuple):
   tokens: (
     Array  # int32 [b text]; `<ge_end>` stands for a mask; 0 after the end.
   )
+  text_length: Array  # int32 [b]: of `tokens`, their end included.
   codes: Array  # int32 [b m n]
   num_masks: Array  # int32 [b]
   log_probs: Array  # float32 [b m n]: of predicted codes, temperature 1.
@@ -365,6 +366,7 @@ def generate(
   inputs, hidden, places = state.trace if collect else (None, None, None)
   return Generated(
     tokens=state.tokens,
+    text_length=state.text_length,
     codes=state.codes,
     num_masks=state.num_masks,
     log_probs=state.log_probs,
