@@ -47,12 +47,15 @@ class Range:
     return text if self.also is None else f"{self.also}, or {text}"
 
 
-Count = Annotated[int, Range(0)]
-PositiveInt = Annotated[int, Range(1)]
+MOST = 2**31 - 1  # Steps, rows, ... are counted in 32 bits on devices.
+Count = Annotated[int, Range(0, MOST)]
+PositiveInt = Annotated[int, Range(1, MOST)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
 Share = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, 1, below=True)]  # Of a moving average.
 # Of random numbers: what `jax.random.key` and NumPy take alike.
-Seed = Annotated[int, Range(0, 2**31 - 1)]
-AxisSize = Annotated[int, Range(1, also=-1)]  # -1: the devices that are left.
+Seed = Annotated[int, Range(0, MOST)]
+AxisSize = Annotated[
+  int, Range(1, MOST, also=-1)
+]  # -1: the devices that are left.

@@ -15,7 +15,7 @@ from argenseg_jax.config import ConfigError, ModelChoice, RunConfig
 from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import base, tiny
 from argenseg_jax.model_config import LLMConfig, ModelConfig
-from argenseg_jax.ranges import Range
+from argenseg_jax.ranges import MOST, Range
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -85,33 +85,34 @@ def _run(**changes):
   [
     ("seed", -1, "0 to 2147483647"),
     ("seed", 2**40, "0 to 2147483647"),
-    ("mllm.train.steps", 0, "1 or more"),
-    ("mllm.train.global_batch_size", 0, "1 or more"),
-    ("mllm.train.accumulate_steps", 0, "1 or more"),
-    ("vqvae.train.keep", 0, "1 or more"),
-    ("vqvae.train.save_every", -5, "0 or more"),
+    ("mllm.train.steps", 0, f"1 to {MOST}"),
+    ("mllm.train.steps", 10**30, f"1 to {MOST}"),
+    ("mllm.train.global_batch_size", 0, f"1 to {MOST}"),
+    ("mllm.train.accumulate_steps", 0, f"1 to {MOST}"),
+    ("vqvae.train.keep", 0, f"1 to {MOST}"),
+    ("vqvae.train.save_every", -5, f"0 to {MOST}"),
     ("mllm.train.grace_seconds", float("nan"), "0 or more"),
     ("mllm.optimizer.learning_rate", float("nan"), "more than 0"),
     ("mllm.optimizer.learning_rate", float("inf"), "more than 0"),
     ("mllm.optimizer.learning_rate", -1e-3, "more than 0"),
     ("mllm.optimizer.clip_norm", -1.0, "0 or more"),
-    ("mllm.optimizer.warmup_steps", -3, "0 or more"),
+    ("mllm.optimizer.warmup_steps", -3, f"0 to {MOST}"),
     ("mllm.optimizer.b1", 1.0, "0 or more and less than 1"),
     ("mllm.optimizer.b2", -0.1, "0 or more and less than 1"),
     ("mllm.optimizer.eps", 0.0, "more than 0"),
     ("vqvae.optimizer.ema_decay", 1.5, "0 or more and less than 1"),
     ("loss.drop_scale_inputs", 2.0, "0 to 1"),
-    ("eval.batch_size", 0, "1 or more"),
-    ("eval.max_samples", -1, "0 or more"),
-    ("mesh.fsdp", 0, "-1, or 1 or more"),
-    ("tokenizer_training.entropy_every", -1, "0 or more"),
+    ("eval.batch_size", 0, f"1 to {MOST}"),
+    ("eval.max_samples", -1, f"0 to {MOST}"),
+    ("mesh.fsdp", 0, f"-1, or 1 to {MOST}"),
+    ("tokenizer_training.entropy_every", -1, f"0 to {MOST}"),
     ("data.jpeg_quality", 101, "0 to 100"),
-    ("data.mask_intermediate_side", -1, "1 or more"),
+    ("data.mask_intermediate_side", -1, f"1 to {MOST}"),
     ("data.mask_channels", 2, "1, 3"),
     ("data.max_bad_share", float("nan"), "0 to 1"),
-    ("data.max_masks", -1, "0 or more"),
-    ("data.pack", 0, "1 or more"),
-    ("data.workers", -1, "0 or more"),
+    ("data.max_masks", -1, f"0 to {MOST}"),
+    ("data.pack", 0, f"1 to {MOST}"),
+    ("data.workers", -1, f"0 to {MOST}"),
   ],
 )
 def test_numbers_out_of_range_are_named(key, value, allowed):

@@ -9,14 +9,26 @@ from argenseg_jax.config import ConfigError
 from argenseg_jax.tools.train import config_values, parse
 
 HELP = """\
-argenseg plan --config=FILE --topology=CHIP:SIZE [--slices=N] [--what=WHAT]
-  [--json] [--config.KEY=VALUE ...]
+argenseg plan --config=FILE --topology=CHIP:SIZE [--config.KEY=VALUE ...]
+  [FLAGS]
 
 Compiles the real program ahead of time with the real compiler and says whether
-it fits, what fills the memory, which collectives run, and how long a step takes
-at least. CHIP is cpu, a TPU (v5e, v5p, v6e, tpu7x; needs libtpu) or a GPU
-(h100, h200; needs JAX's CUDA plugin); SIZE is the torus or how many. WHAT
-is train (default) or generate. Exit code 1: it does not fit.
+it fits, what fills the memory, which collectives run, and a lower bound on the
+time of a step.
+
+  --config=FILE           config to plan for (required)
+  --config.KEY=VALUE      override one key; configs/base.py explains every key
+  --topology=CHIP:SIZE    hardware to compile for (required). CHIP is cpu, a TPU
+                          (v5e, v5p, v6e, tpu7x; needs libtpu) or a GPU (h100,
+                          h200; needs JAX's CUDA plugin); SIZE is the torus,
+                          such as 4x4x4, or the number of devices
+  --slices=N              number of such slices, joined by the data-center
+                          network (default: 1)
+  --what=WHAT             train (default): every task of the config; generate:
+                          answering requests
+  --json                  print the reports as JSON
+
+Exit code 1: it does not fit.
 
 Example, the paper's training on 64 chips of TPU v5p:
   argenseg plan --config=configs/argenseg_8b_stage1.py --topology=v5p:4x4x4

@@ -10,23 +10,34 @@ from argenseg_jax.config import ConfigError
 from argenseg_jax.runtime import paths
 
 HELP = """\
-argenseg train --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
-  [--coordinator=HOST:PORT --num_processes=N --process_id=I]
-  [--heartbeat_seconds=100] [--start_seconds=300]
-  [--accept_changed_data] [--change_settings]
+argenseg train --config=FILE --workdir=DIR [--config.KEY=VALUE ...] [FLAGS]
 
-Trains the tasks of a config in order and resumes where an earlier call stopped.
-On resume, what changes no number may differ (logging, saving, workers, remat,
-mesh, accumulate_steps); other data need --accept_changed_data; other steps,
-learning rates, losses and evaluations need --change_settings; the rest is
-refused. configs/base.py explains every key.
+Trains the tasks of a config in order. Rerun the same command to resume where
+the previous run left off.
 
-On several hosts run the same command on each, with one --workdir that all see,
-for example gs://BUCKET/RUN: TPU hosts and Slurm tasks find each other, the rest
-name process 0 and their own number (docs/pods.md). They wait --start_seconds
-for each other; when one is silent for --heartbeat_seconds, the others end with
-an error. Ctrl-C and SIGTERM save first (exit codes 130 and 3); a second Ctrl-C
-ends at once.
+  --config=FILE           config to train, such as configs/tiny.py (required)
+  --config.KEY=VALUE      override one key; configs/base.py explains every key
+  --workdir=DIR           checkpoints and logs go here; a folder or gs:// path
+                          that every host can see (required)
+
+Resuming: settings that cannot change the numbers (logging, saving, workers,
+remat, mesh, accumulate_steps) may differ from the previous run. Others are
+refused unless you pass:
+  --accept_changed_data   resume on data that is not what the run started with
+  --change_settings       resume with other steps, learning rates, losses or
+                          evaluations
+
+Multi-host: run the same command on every host. TPU hosts and Slurm tasks find
+each other; anywhere else, tell each process where it is (docs/pods.md):
+  --coordinator=HOST:PORT address of process 0
+  --num_processes=N       how many processes there are
+  --process_id=I          number of this process, 0 to N-1
+  --start_seconds=300     how long processes wait for each other at startup
+  --heartbeat_seconds=100 how long a process may be silent before the others
+                          stop with an error
+
+Ctrl-C and SIGTERM save a checkpoint first (exit codes 130 and 3); a second
+Ctrl-C stops at once.
 
 Example, on your own masks (one JSON object a line, see docs/own_masks.md):
   argenseg train --config=configs/own_masks.py --workdir=runs/mine \\

@@ -130,6 +130,8 @@ def _draw(
   if size is None:
     raise DataError(f"{where}: a polygon needs the size of its image.")
   _check_size(size, where)
+  if stored.polygons:
+    _require_pixels(stored.polygons, size, where)
   pixels = np.zeros(size, np.uint8)
   for polygon, fill in zip(stored.polygons, stored.fills, strict=True):
     points = np.array(polygon, np.float64)
@@ -253,6 +255,7 @@ def _from_polygons(
   if not polygons:
     raise DataError(f"{where}: no part of its polygon has three x, y pairs.")
   _check_size(size, where)
+  _require_pixels(polygons, size, where)
   for polygon in polygons:
     try:
       points = np.array(polygon, np.float64).reshape(-1, 2)
@@ -282,6 +285,18 @@ def _check_size(size: tuple[int, int], where: str) -> None:
     raise DataError(
       f"{where}: the height and width of a mask must be above 0, and their "
       f"product at most {image_codec.MAX_PIXELS}."
+    )
+
+
+def _require_pixels(
+  polygons: Sequence[Any], size: tuple[int, int], where: str
+) -> None:
+  """Refuses corners in shares of the image (as YOLO writes them): they would
+  mark a single pixel."""
+  if max(size) > 1 and all(0 <= n <= 1 for p in polygons for n in np.ravel(p)):
+    raise DataError(
+      f"{where}: all corners of its polygon lie between 0 and 1; give them in "
+      "pixels, not in shares of the image."
     )
 
 

@@ -145,6 +145,7 @@ def _results(state: State) -> Generated:
   inputs, hidden, positions = state.trace or (None, None, None)
   return Generated(
     tokens=state.tokens,
+    text_length=state.text_length,
     codes=state.codes,
     num_masks=state.num_masks,
     log_probs=state.log_probs,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -121,7 +122,7 @@ class ARGenSeg(nnx.Module):
     on a GPU a slice of an input is a copy, too. A CPU waits for the program,
     where slices cost nothing.
     """
-    traced = isinstance(self.llm.norm.scale[...], jax.core.Tracer)
+    traced = isinstance(self.llm.norm.scale[...], Tracer)
     if dispatch.copies_stacks() and (traced or dispatch.copies_slices()):
       self.unstack()
 

@@ -37,6 +37,21 @@ def model_config(config: RunConfig, init_from: str | None) -> ModelConfig:
   return config_parsing.replace(checkpoint.describe(init_from).config, changes)
 
 
+def require_model(task: str, init_from: str | None) -> None:
+  """Raises ConfigError unless `init_from` holds a whole model.
+
+  Args:
+    task: that starts from it.
+    init_from: a checkpoint, or none.
+  """
+  if init_from is None or not checkpoint.describe(init_from).is_whole:
+    raise ConfigError(
+      f"task {task!r} starts from a model that segments already: set config "
+      "key 'init_from' to the checkpoint of a whole model, or train 'mllm' "
+      "before it."
+    )
+
+
 def text_tokenizer(
   config: RunConfig, model: ModelConfig, init_from: str | None
 ) -> TextTokenizer:

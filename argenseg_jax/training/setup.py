@@ -61,6 +61,8 @@ def open_run(
     DataError: the data cannot be read.
   """
   task.check(config)
+  if task.needs_model:
+    initialize.require_model(task.name, init_from)
   stage = config.stage(task.name)
   model = initialize.model_config(config, init_from)
   mesh = sharding.make_mesh(config.mesh)

@@ -152,13 +152,14 @@ def _score(
   noise: Any,
 ) -> Any:
   """`Task.score` of a part, in the turns of gradient accumulation."""
-  assert task.score is not None
+  scored = task.score
+  assert scored is not None
   train = config.stage(task.name).train
   states = _cast_split((params, fixed), train.compute_dtype)
 
   def score(turn):
     model = nnx.merge(graph, *_whole_tables(states))
-    return task.score(model, turn[0], config, turn[1])
+    return scored(model, turn[0], config, turn[1])
 
   if train.accumulate_steps == 1:
     return score((batch, noise))

@@ -39,6 +39,7 @@ class Task:
     model: what it trains, a key of `checkpoint.MODELS`.
     reads_text: whether it needs a text tokenizer; such a task trains the whole
       model, and its checkpoint is scored on every split.
+    needs_model: whether it starts from a whole model that is trained already.
     check: raises ConfigError for settings that do not suit it.
     data: settings of the rows that it reads.
     products: matrix products of one row's forward pass, of a model with
@@ -63,6 +64,7 @@ class Task:
   name: str
   model: str
   reads_text: bool
+  needs_model: bool
   check: Callable[[RunConfig], None]
   data: Callable[[DataConfig], DataConfig]
   products: Callable[
@@ -172,6 +174,7 @@ IMAGE_TOKENIZER = Task(
   name="vqvae",
   model="vqvae",
   reads_text=False,
+  needs_model=False,
   check=lambda config: None,
   data=examples.masks_only,
   products=_tokenizer_products,
@@ -190,6 +193,7 @@ DECODER = Task(
   name="mllm",
   model="mllm",
   reads_text=True,
+  needs_model=False,
   check=_check_codes,
   data=lambda data: data,
   products=_decoder_products,
@@ -209,6 +213,7 @@ DECODER = Task(
 REINFORCEMENT = dataclasses.replace(
   DECODER,
   name="rl",
+  needs_model=True,
   check=rl.check,
   data=rl.data,
   products=rl.products,

@@ -327,6 +327,18 @@ LINES_REFUSED = [
   (_line(image=" "), "names a file by ' '"),
   (_line(mask="a.jpg"), "a.jpg as image and as mask"),
   (_line(kind=""), "empty kind"),
+  (_line(mask=[[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]), "not in shares of the image"),
+  (
+    _line(mask=[[1, 1, 9, 1, 9, 9]], width=60, height=40),
+    "has 30x20 pixels, the annotations say 60x40",
+  ),
+  (_line(width=60, height=40), "the annotations say 60x40"),
+  (_line(width=30, height="tall"), '"width" or "height" that is none'),
+  (_line(widht=30), "'widht'.*'width'"),
+  (_line(void="left.png"), "'void'.*'ignore'"),
+  (_line(ignore=["left.png", "left.png"]), '2 "ignore" but 1 masks'),
+  (_ask(question="Which?", options=["a", "b"], answer="A"), "'choices'"),
+  (_ask(text="Is it?", label=1), "label 1, which could be a number or mean"),
   (_line(dataset=["a"]), "no text"),
   (_line(conversations=layouts.chat("<image>\na", " ")), "turn 2 is empty"),
   (
@@ -408,7 +420,10 @@ def test_null_is_absent_and_answers_are_read(images):
       _ask(question="Q", answers=[{"answer": "a"}, {"answer": "b"}]),
       *("vqa", ("a", "b"), "a"),
     ),
-    (_line(width=64, category="cup", id=None), "referring", (), "<mask>"),
+    (_line(img_width=64, category="cup", id=None), "referring", (), "<mask>"),
+    (_line(width=30, height=20, weight=3), "referring", (), "<mask>"),
+    (_line(ignore="left.png"), "referring", (), "<mask>"),
+    (_ask(question="How many?", answer=1), "text", (), "1"),
   ]
   keys = _written(
     images / "x.jsonl", [record for record, *_ in cases], b"\xef\xbb\xbf"
@@ -419,6 +434,8 @@ def test_null_is_absent_and_answers_are_read(images):
     sample = rows.source[index]
     assert (sample.kind, sample.answers) == (kind, answers)
     assert sample.conversation[-1]["value"] == answer
+  regions = [sample.load_ignore(0) for sample in rows.source if sample.ignores]
+  np.testing.assert_array_equal(regions, [LEFT])
 
 
 def test_marks_and_separators_are_no_part_of_texts(images):

@@ -129,3 +129,27 @@ def test_before_anything_is_saved_any_config_may_come(config, tmp_path):
   other = _changed(config, seed=5, model__variant="argenseg_1b")
   workdir.claim(other, tmp_path, saved={})
   assert _kept(tmp_path) == config_parsing.to_dict(other)
+
+
+def test_a_task_that_does_not_run_may_have_any_settings(config, tmp_path):
+  """Older directories do not know it at all."""
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps(_kept(tmp_path) | {"rl": {}, "history": []}))
+  other = _changed(config, rl__kl=0.5, rl__optimizer__learning_rate=0.1)
+  workdir.claim(other, tmp_path, saved=SAVED)
+
+
+def test_how_rewards_count_may_change_but_not_what_is_saved(tmp_path):
+  values = tiny.get_config()
+  values.tasks, values.data.path = ("rl",), "somewhere"
+  config = run_config(values)
+  workdir.claim(config, tmp_path, saved={})
+  saved = {"rl": 3}
+  other = _changed(config, rl__clip=0.5, rl__rewards=["iou", "boundary"])
+  with pytest.raises(ConfigError, match=r"rl.clip, rl.rewards.*--change_set"):
+    workdir.claim(other, tmp_path, saved=saved)
+  workdir.claim(other, tmp_path, saved=saved, change_settings=True)
+  with pytest.raises(ConfigError, match=r"rl\.kl"):
+    workdir.claim(
+      _changed(other, rl__kl=0.0), tmp_path, saved=saved, change_settings=True
+    )

@@ -1,6 +1,7 @@
 """The command line: help, and one sentence with exit code 2 for bad input."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -64,6 +65,16 @@ def test_bad_input_is_one_sentence(
   assert message in err
   assert len(err.strip().splitlines()) == 1
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_help_explains_every_flag(capsys, request, command):
+  source = (request.config.rootpath / "tools" / f"{command}.py").read_text()
+  defined = re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', source)
+  _, out, _ = run(capsys, command, "--help")
+  explained = re.findall(r"^  --(\w+)\S*\s+\w.{12}", out, re.MULTILINE)
+  assert defined
+  assert set(defined) <= set(explained)
 
 
 def test_empty_data_set_is_named(capsys, tmp_path, request):

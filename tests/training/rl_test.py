@@ -11,15 +11,15 @@ import pytest
 import tiny_model
 from flax import nnx
 
-from argenseg_jax import sharding
+from argenseg_jax import checkpoint, sharding
 from argenseg_jax.config import ConfigError, MeshConfig, RunConfig
 from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import tiny
 from argenseg_jax.models.argenseg import normalize_images
 from argenseg_jax.models.llm import KVCache
-from argenseg_jax.training import rewards, rl, rollouts
+from argenseg_jax.training import initialize, rewards, rl, rollouts
 from argenseg_jax.training.optimizer import trainable_filter
-from argenseg_jax.training.state import TrainState
+from argenseg_jax.training.state import TrainState, describe
 from argenseg_jax.training.step import make_train_step
 from argenseg_jax.training.tasks import TASKS
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, Batch
@@ -392,6 +392,32 @@ def test_advantages_are_relative_to_the_group():
 def test_settings_that_do_not_suit_are_named(changes, message):
   with pytest.raises(ConfigError, match=message):
     rl.check(make_config(**changes))
+
+
+def test_the_start_is_kept_in_checkpoints(tmp_path):
+  config = make_config(**{"rl.kl": 0.1, "rl.train.compute_dtype": "bfloat16"})
+  described = describe(
+    *nnx.split(make_model()),
+    config.rl,
+    num_codes=11,
+    mesh=sharding.make_mesh(config.mesh, jax.devices()[:1]),
+  )
+  state = described.begin(nnx.state(make_model()))
+  kept = nnx.to_pure_dict(state.start)["llm"]["embedding"]
+  assert kept.dtype == jnp.bfloat16
+  moved = jax.tree.map(lambda p: p + 1, state.params)
+  state = state._replace(params=moved)
+  saved = checkpoint.Checkpoints(tmp_path)
+  saved.save(1, described.saved(state), state.counters, {"data": {}})
+  saved.wait()
+  again, _ = described.restore(saved, 1)
+  saved.close()
+  jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_a_start_is_needed():
+  with pytest.raises(ConfigError, match="'rl' starts from a model that segm"):
+    initialize.require_model("rl", None)
 
 
 @pytest.mark.parametrize(

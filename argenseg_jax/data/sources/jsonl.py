@@ -136,8 +136,10 @@ class JsonlSource(_LinesSource):
 
   Reads "image" (absent, a path or a list), "mask" (absent, a path, a COCO
   segmentation or a list of either), "conversations", and where given "dataset",
-  "kind" ("absent" allows a mask without any pixel) and "answers" (a list, of
-  several people to the last question). Several masks, several
+  "kind" ("absent" allows a mask without any pixel), "ignore" (to each mask,
+  what metrics leave out: like "mask", null where nothing), "width" and "height"
+  (of the only image, which must agree) and "answers" (a list, of several people
+  to the last question). Several masks, several
   turns, several images, and text alone are all records of this layout. null
   is the same as an absent key.
 
@@ -151,10 +153,13 @@ class JsonlSource(_LinesSource):
   def __getitem__(self, index: int) -> Sample:
     record, where = self._record(index)
     images = tuple(below(self.root, p, where) for p in _images(record))
-    seg_masks = tuple(
-      below(self.root, m, where) if isinstance(m, str) else m
-      for m in _as_list(record.get("mask"), segmentations=True)
-    )
+    seg_masks = self._stored(record.get("mask"), where)
+    ignores = self._stored(record.get("ignore"), where)
+    if ignores and len(ignores) != len(seg_masks):
+      raise DataError(
+        f'{where} has {len(ignores)} "ignore" but {len(seg_masks)} masks; give '
+        "one for each mask, null where nothing is left out."
+      )
     if both := [m for m in seg_masks if m in images]:
       raise DataError(f"{where} names {both[0]} as image and as mask.")
     if "conversations" not in record and {"question", "text"} & record.keys():
@@ -167,11 +172,20 @@ class JsonlSource(_LinesSource):
       dataset=self._dataset(record, where),
       images=images,
       seg_masks=seg_masks,
+      ignores=ignores,
+      size=_size(record, where) if len(images) == 1 and seg_masks else None,
       conversation=conversation,
       answers=questions.answers_of(record, where),
       kind=required_text(kind, where, "kind"),
       image_keys=tuple(str(p) for p in images),
       where=where,
+    )
+
+  def _stored(self, value: Any, where: str) -> tuple:
+    """Masks, of which files are named."""
+    return tuple(
+      below(self.root, m, where) if isinstance(m, str) else m
+      for m in _as_list(value, segmentations=True)
     )
 
 
@@ -211,6 +225,18 @@ def _images(record: dict[str, Any]) -> list:
   if image == "" and "conversations" in record:
     return []
   return image if isinstance(image, list) else [image]
+
+
+def _size(record: dict[str, Any], where: str) -> tuple[int, int] | None:
+  """Height and width that a record gives its image; None without both."""
+  if not {"width", "height"} <= record.keys():
+    return None
+  try:
+    return parsing.as_size(record)
+  except (TypeError, ValueError, OverflowError) as error:
+    raise DataError(
+      f'{where} has a "width" or "height" that is none: {error}.'
+    ) from error
 
 
 def _require_placeholders(

@@ -12,18 +12,21 @@ from argenseg_jax.data.sources.parsing import required_text
 
 KEYS = (
   *("image", "mask", "conversations", "dataset", "kind", "answers", "answer"),
-  *("label", "question", "text", "choices", "caption", "id"),
+  *("label", "question", "text", "choices", "caption", "id", "ignore"),
+  *("width", "height"),
 )
 # Others that data sets have, and that mean nothing here.
 _HARMLESS = re.compile(
   r"(image|img|mask)_?(id|size|width|height|shape|source|url|license)s?|"
   r"(num|n)_(images|masks)|question_?(id|type)|answer_?(id|type)|category|"
-  r"width|height|source|split|hint|lecture|solution|grade|subject|topic|task"
+  r"weight|source|split|hint|lecture|solution|grade|subject|topic|task"
 )
 # Parts of names that stand for the keys whose absence goes unnoticed.
 _LOOK_LIKE = {
   "image": re.compile(r"ima?ge?s?\d*|pics?|pictures?|photos?|files?(names?)?"),
   "mask": re.compile(r"masks?\d*|seg(m|mentations?)?s?"),
+  "choices": re.compile(r"(options?|candidates?|alternatives?)\d*"),
+  "ignore": re.compile(r"ignored?|void|crowd"),
 }
 # "Yes.", "no ", "YES!": one word, whatever stands around it.
 _YES_NO = re.compile(r"\W*(yes|no)\W*", re.IGNORECASE)
@@ -71,6 +74,11 @@ def as_chat(record: dict[str, Any], where: str) -> dict[str, Any]:
   answers = record.get("answers", [])
   answers = answers if isinstance(answers, list) else [answers]
   given = record.get("answer", record.get("label"))
+  if "answer" not in record and given in (0, 1) and not choices:
+    raise DataError(
+      f'{where} has the label {given}, which could be a number or mean "no" or '
+      '"yes"; write what is meant.'
+    )
   if given is None and not answers:
     raise DataError(f'{where} asks a question without "answer" or "answers".')
   answers = [_read(a, choices, where) for a in answers]
