@@ -183,6 +183,31 @@ def placed(tree: Any, shardings: Any) -> Any:
   )
 
 
+def jit(function: Callable, **options: Any) -> Any:
+  """`jax.jit`, for a program that runs on the devices of its arguments.
+
+  XLA splits such a program, but no kernel in it. So the arguments' mesh is in
+  use while the program is traced, by which `kernels.dispatch` knows that it
+  will be split, and over which devices.
+  """
+
+  @functools.wraps(function)
+  def traced(*args, **kwargs):
+    arrays = filter(_is_array, jax.tree.leaves((args, kwargs)))
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+    mesh = next((m for m in meshes if not m.empty), None)
+    if mesh is None:
+      return function(*args, **kwargs)
+    with jax.sharding.use_abstract_mesh(mesh):
+      return function(*args, **kwargs)
+
+  return jax.jit(traced, **options)
+
+
+def _is_array(x: Any) -> bool:
+  return isinstance(x, jax.Array)
+
+
 def create_sharded(
   make: Callable[[], nnx.Module], mesh: Mesh
 ) -> tuple[nnx.GraphDef, nnx.State]:

@@ -59,7 +59,9 @@ class Evaluator:
     self.graph = graph
     self._config = config
 
-    @functools.partial(jax.jit, static_argnames=("graph", "mesh", "config"))
+    @functools.partial(
+      sharding.jit, static_argnames=("graph", "mesh", "config")
+    )
     def answer(graph, state, inputs, mesh, config):
       found = answer_batch(nnx.merge(graph, state), **inputs, config=config)
       if mesh is None:

@@ -114,7 +114,7 @@ class CodeMeasurer:
   """
 
   def __init__(self, graph: nnx.GraphDef):
-    @jax.jit
+    @sharding.jit
     def measure(state, batch, others):
       sums = code_sums(nnx.merge(graph, state), batch, others)
       return tuple(vars(sums).values())

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from flax import nnx
 
+from argenseg_jax import sharding
 from argenseg_jax.data.example_builder import stack_rows
 from argenseg_jax.evaluation import records
 from argenseg_jax.evaluation.evaluator import Evaluator, SplitResults
@@ -262,7 +263,7 @@ def _strips(
   """uint8 [masks scales side side 3] of each sample, answered once more."""
   graph = evaluator.graph
 
-  @jax.jit
+  @sharding.jit
   def decode(state, codes):
     vqvae = nnx.merge(graph, state).vqvae
     drawn = vqvae.decode_prefixes(codes.reshape(-1, codes.shape[-1]))

@@ -113,7 +113,7 @@ def _distance_to(edge: np.ndarray) -> np.ndarray:
 def _round_trip(graph: nnx.GraphDef, every_prefix: bool):
   """(state, seg_masks) -> codes and uint8 images, of each prefix of scales."""
 
-  @jax.jit
+  @sharding.jit
   def round_trip(state, seg_masks):
     model = nnx.merge(graph, state)
     b, m = seg_masks.shape[:2]

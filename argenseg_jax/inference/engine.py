@@ -64,7 +64,7 @@ class Engine:
     # Two threads never compile the same program.
     self._dispatching = threading.Lock()
 
-    @functools.partial(jax.jit, static_argnames=("config", "num_scales"))
+    @functools.partial(sharding.jit, static_argnames=("config", "num_scales"))
     def answer(state, padded, images, vision, prefix, *, config, num_scales):
       return answer_batch(
         nnx.merge(graph, state),
@@ -78,18 +78,18 @@ class Engine:
         num_scales=num_scales,
       )
 
-    @jax.jit
+    @sharding.jit
     def see(state, images):
       model = nnx.merge(graph, state)
       return model.vision_embeddings(normalize_images(images))
 
-    @jax.jit
+    @sharding.jit
     def begin(state, tokens, vision):
       model = nnx.merge(graph, state)
       model.prepare_to_generate()
       return prefill_prefix(model, tokens, vision)
 
-    @jax.jit
+    @sharding.jit
     def strips(state, codes):
       prefixes = nnx.merge(graph, state).vqvae.decode_prefixes(codes)
       return to_uint8(prefixes)

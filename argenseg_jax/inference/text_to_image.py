@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 
-from argenseg_jax import checkpoint
+from argenseg_jax import checkpoint, sharding
 from argenseg_jax.config import DataConfig
 from argenseg_jax.config_parsing import from_mapping
 from argenseg_jax.data import chat
@@ -45,7 +45,7 @@ def draw_images(
   loaded.model.prepare_to_generate()
   graph, state = nnx.split(loaded.model)
 
-  @jax.jit
+  @sharding.jit
   def run(state, tokens, valid):
     model = nnx.merge(graph, state)
     model.prepare_to_generate()

@@ -166,7 +166,7 @@ def tokenize(
     )
   graph, state = nnx.split(vqvae)
 
-  @jax.jit
+  @sharding.jit
   def encode(state, seg_masks):
     return nnx.merge(graph, state).encode(normalize_seg_masks(seg_masks))
 

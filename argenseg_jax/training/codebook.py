@@ -91,12 +91,12 @@ def usage_and_perplexity(
   return jnp.sum(jnp.sum(counts, 0) > 0), jnp.exp(entropy)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(sharding.jit, static_argnums=0)
 def _encode(graph, state, images):
   return nnx.merge(graph, state).encode_latent(images)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(sharding.jit, static_argnums=(0, 4))
 def _cluster(graph, state, latent, key, iterations):
   """The codebook that `start_codebook` sets."""
   quantizer = nnx.merge(graph, state).quantizer
@@ -118,7 +118,7 @@ def _cluster(graph, state, latent, key, iterations):
   return codebook
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(sharding.jit, static_argnums=0)
 def _revived(graph, state, images, usage, key):
   """The codebook after `revive_codes`."""
   model = nnx.merge(graph, state)
@@ -131,7 +131,7 @@ def _revived(graph, state, images, usage, key):
   )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(sharding.jit, static_argnums=0)
 def _counts(graph, state, images):
   model = nnx.merge(graph, state)
   return model.quantizer.count_codes(model.encode(images))

@@ -80,7 +80,17 @@ def run(tmp_path_factory):
 def whole(run, tmp_path_factory):
   """Evaluated on all eight devices by the command, with a report."""
   out = tmp_path_factory.mktemp("out") / "whole"
-  assert cli.main(_command(run, out, "--report")) == 0
+  own, partitioned = dispatch._own, set()
+
+  def choose(*kernel):
+    partitioned.add(dispatch.partitioned())
+    return own(*kernel)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(dispatch, "_own", choose)
+    assert cli.main(_command(run, out, "--report")) == 0
+  # XLA splits these programs, which it cannot do to a kernel.
+  assert partitioned == {True}
   return out
 
 

@@ -5,7 +5,10 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.long
 def test_killed_runs_end_as_one_that_was_not(tmp_path):
   script = pathlib.Path(__file__).parent / "killing.py"
   cache = {

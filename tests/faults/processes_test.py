@@ -108,6 +108,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.long
 def test_stopped_and_gone_on_with_by_one_two_and_one_process(start, tmp_path):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   # What this one is for is over when it diverges.
