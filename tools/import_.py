@@ -15,7 +15,7 @@ docs/weights.md says what is renamed and how to verify it.
 """
 
 
-def main(argv: list[str]) -> int:
+def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="argenseg import",
     description="Reads a Hugging Face style folder (or VAR's image tokenizer) "
@@ -55,6 +55,11 @@ def main(argv: list[str]) -> int:
     metavar="N",
     help="devices that share each parameter (all accelerators, or one CPU)",
   )
+  return parser
+
+
+def main(argv: list[str]) -> int:
+  parser = _parser()
   args = parser.parse_args(argv)
   scales = None
   if args.scales:

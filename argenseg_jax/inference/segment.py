@@ -11,6 +11,7 @@ from PIL import Image
 
 from argenseg_jax.config import EvalConfig
 from argenseg_jax.data import transforms
+from argenseg_jax.inference.decoding import GenerationOptions
 from argenseg_jax.inference.generate import generate
 from argenseg_jax.models.argenseg import (
   ARGenSeg,
@@ -72,17 +73,19 @@ def answer_batch(
     vision = jnp.broadcast_to(vision, (len(tokens), *vision.shape[1:]))
   generated = generate(
     model,
+    GenerationOptions(
+      max_text=config.max_text,
+      max_masks=config.max_masks,
+      num_scales=num_scales,
+      start_with_mask=config.start_with_mask,
+      stop_after_masks=True,
+    ),
     tokens=tokens,
     valid=valid,
     vision=vision,
     prefix=prefix,
     is_answer=is_answer,
     past_codes=past_codes,
-    max_text=config.max_text,
-    max_masks=config.max_masks,
-    num_scales=num_scales,
-    start_with_mask=config.start_with_mask,
-    stop_after_masks=True,
   )
   b, m, n = generated.codes.shape
   decoded = model.vqvae.decode(generated.codes.reshape(b * m, n), num_scales)

@@ -12,6 +12,7 @@ from argenseg_jax import checkpoint, sharding
 from argenseg_jax.config import DataConfig
 from argenseg_jax.config_parsing import from_mapping
 from argenseg_jax.data import chat
+from argenseg_jax.inference.decoding import GenerationOptions
 from argenseg_jax.inference.generate import generate
 from argenseg_jax.inference.prompts import left_pad
 from argenseg_jax.inference.segment import to_uint8
@@ -51,13 +52,15 @@ def draw_images(
     model.prepare_to_generate()
     found = generate(
       model,
+      GenerationOptions(
+        max_text=1,
+        start_with_mask=True,
+        stop_after_masks=True,
+        guidance=float(guidance) or None,
+      ),
       tokens=tokens,
       valid=valid,
       vision=None,
-      max_text=1,
-      start_with_mask=True,
-      stop_after_masks=True,
-      guidance=float(guidance) or None,
     )
     codes = found.codes[: len(texts), 0]
     return to_uint8(model.vqvae.decode_prefixes(codes))

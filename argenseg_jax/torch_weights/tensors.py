@@ -240,11 +240,8 @@ class PickleFile:
     for name, value in state.items():
       kind = str(value.dtype).removeprefix("torch.")
       # A view may be endless: all its values may share one place.
-      if (
-        kind not in dtypes
-        or value.layout != torch.strided
-        or value.is_quantized
-      ):
+      odd = value.layout != torch.strided or value.is_quantized
+      if kind not in dtypes or odd:
         raise WeightsError(
           f"{path} is refused: tensor {name!r} is a {kind}{_reason(kind)}."
         )

@@ -5,13 +5,14 @@ For each request the prompt is taken from its row, left-padded and asked
 (`inference/generate`); its masks are decoded and judged on the device.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8
 
 from argenseg_jax.config import ConfigError, RLConfig, RunConfig
+from argenseg_jax.inference.decoding import GenerationOptions
 from argenseg_jax.inference.generate import Generated, generate
 from argenseg_jax.inference.sampler import Choice
 from argenseg_jax.inference.segment import to_uint8
@@ -212,20 +213,20 @@ def answer(
     lambda x: jnp.repeat(x, rl.group_size, axis=0),
     (lead.tokens, lead.valid, lead.is_answer, vision),
   )
-  given: dict[str, Any] = {"max_text": config.eval.max_text}
   if rl.given_text:  # Prompts end with `<ge_start>`, which generate says.
-    given = {"max_text": 1, "start_with_mask": True}
     tokens, valid, is_answer = (x[:, :-1] for x in (tokens, valid, is_answer))
   return generate(
     model,
+    GenerationOptions(
+      max_text=1 if rl.given_text else config.eval.max_text,
+      start_with_mask=rl.given_text,
+      stop_after_masks=True,
+      text_choice=Choice(rl.text_temperature, rl.text_top_k or None),
+      code_choice=Choice(rl.code_temperature, rl.code_top_k or None),
+    ),
     tokens=tokens,
     valid=valid,
     vision=vision,
     is_answer=is_answer,
-    max_masks=1,
-    stop_after_masks=True,
-    text_choice=Choice(rl.text_temperature, rl.text_top_k or None),
-    code_choice=Choice(rl.code_temperature, rl.code_top_k or None),
     key=key,
-    **given,
   )

@@ -9,6 +9,7 @@ import pytest
 import tiny_model
 from flax import nnx
 
+from argenseg_jax.inference.decoding import GenerationOptions
 from argenseg_jax.inference.generate import generate, prefill_prefix
 from argenseg_jax.models.llm import KVCache
 from argenseg_jax.types import ModelInputs
@@ -34,13 +35,12 @@ VARIANTS = {
     "start_with_mask",
   ),
 )
-def run(graph, state, inputs, guidance=None, **kwargs):
+def run(graph, state, inputs, **options):
   model = nnx.merge(graph, state)
   inputs = dict(inputs)
   vision = model.vision_embeddings(inputs.pop("images"))
-  return generate(
-    model, **inputs, vision=vision, guidance=guidance, collect=True, **kwargs
-  )
+  options = GenerationOptions(collect=True, **options)
+  return generate(model, options, **inputs, vision=vision)
 
 
 def prompts(rows=2):
@@ -195,13 +195,14 @@ def test_guidance_of_equal_rows_changes_nothing():
   np.testing.assert_array_equal(guided.codes[1], plain.codes[0])
 
 
-def generated(model, inputs, **kwargs):
+def generated(model, inputs, **options):
   """`generate` of a model whose vision embeddings are known."""
   graph, state = nnx.split(model)
 
   @jax.jit
   def run(state, inputs):
-    return generate(nnx.merge(graph, state), **inputs, **kwargs)
+    model = nnx.merge(graph, state)
+    return generate(model, GenerationOptions(**options), **inputs)
 
   return run(state, inputs)
 

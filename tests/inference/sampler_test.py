@@ -10,6 +10,7 @@ import pytest
 import tiny_model
 from flax import nnx
 
+from argenseg_jax.inference.decoding import GenerationOptions
 from argenseg_jax.inference.generate import generate
 from argenseg_jax.inference.sampler import GREEDY, Choice, choose_words
 
@@ -51,12 +52,14 @@ def answer(graph, state, key, choice):
   tokens = jnp.asarray([[12, 14, 13, 17]] * 2, jnp.int32)
   return generate(
     model,
+    GenerationOptions(
+      max_text=6,
+      text_choice=choice,
+      code_choice=dataclasses.replace(choice, top_k=None),
+    ),
     tokens=tokens,
     valid=jnp.ones_like(tokens, bool),
     vision=None,
-    max_text=6,
-    text_choice=choice,
-    code_choice=dataclasses.replace(choice, top_k=None),
     key=key,
   )
 
@@ -87,14 +90,16 @@ def test_codes_follow_their_distribution():
   def codes(state, key):
     return generate(
       nnx.merge(nnx.graphdef(model), state),
+      GenerationOptions(
+        max_text=2,
+        num_scales=1,
+        start_with_mask=True,
+        stop_after_masks=True,
+        code_choice=Choice(temperature=1.0),
+      ),
       tokens=tokens,
       valid=jnp.ones_like(tokens, bool),
       vision=None,
-      max_text=2,
-      num_scales=1,
-      start_with_mask=True,
-      stop_after_masks=True,
-      code_choice=Choice(temperature=1.0),
       key=key,
     )
 

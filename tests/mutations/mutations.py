@@ -59,7 +59,7 @@ _vqvae = _of(f"{_MODELS}/vqvae.py", _VQVAE)
 _argenseg = _of(f"{_MODELS}/argenseg.py", _GENERATE)
 _losses = _of(f"{_MODELS}/losses.py", _LOSSES)
 _vq = _of(f"{_MODELS}/vq.py", _VQ)
-_generate = _of("argenseg_jax/inference/generate.py", _GENERATE)
+_generate = _of("argenseg_jax/inference/decoding.py", _GENERATE)
 _text = _of("argenseg_jax/data/chat.py", _TEXT, _PREPROCESS)
 _masks = _of("argenseg_jax/data/masks.py", _MASKS)
 _transforms = _of(
@@ -242,8 +242,8 @@ MUTATIONS = (
     _golden("argenseg_small"),
   ),
   _generate(
-    "ramp = guidance * k / max(len(scales) - 1, 1)",
-    "ramp = guidance",
+    "options.guidance * k / max(len(scales) - 1, 1)",
+    "options.guidance",
     _golden("argenseg_small"),
   ),
   _generate("jnp.where(masked, n, 0)", "jnp.where(masked, n - 1, 0)"),

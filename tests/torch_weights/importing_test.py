@@ -16,6 +16,7 @@ from argenseg_jax import checkpoint, variants
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.inference import generate
+from argenseg_jax.inference.decoding import GenerationOptions
 from argenseg_jax.inference.predictor import Predictor
 from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.tools import cli
@@ -422,11 +423,13 @@ def test_an_imported_bf16_model_answers(tmp_path, tiny, folder, dtype):
     model = nnx.merge(graph, state)
     out = generate.generate(
       model,
+      GenerationOptions(
+        max_text=3,
+        start_with_mask=True,
+      ),
       tokens=jnp.array([prompt], jnp.int32),
       valid=jnp.ones((1, 5), bool),
       vision=model.vision_embeddings(jnp.zeros((1, 1, 28, 28, 3))),
-      max_text=3,
-      start_with_mask=True,
     )
     return out.num_masks, model.vqvae.decode(out.codes[:, 0])
 

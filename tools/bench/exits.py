@@ -3,6 +3,12 @@
 import argparse
 import statistics
 import time
+from typing import TYPE_CHECKING, Any
+
+from argenseg_jax.scales import Scales
+
+if TYPE_CHECKING:
+  from argenseg_jax.evaluation.segmentation_metrics import SegmentationSums
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +36,6 @@ def main(argv: list[str]) -> int:
     SegmentationSums,
     score,
   )
-  from argenseg_jax.scales import Scales
   from argenseg_jax.tools import warmup
 
   args.bfloat16 = False
@@ -50,7 +55,7 @@ def main(argv: list[str]) -> int:
     images = [sample.load_image() for sample in samples]
     texts = [sample.expressions[0] for sample in samples]
     for k in exits:
-      options = {"num_scales": k}
+      options: dict[str, Any] = {"num_scales": k}
       if k is None:
         if size > 1 or not answers[0].has_mask:
           continue  # The words of one row, and a mask after them.
@@ -70,12 +75,24 @@ def main(argv: list[str]) -> int:
         truth = np.any(truths, axis=0)
         sums[k] += score(answer.seg_mask, truth, has_mask=answer.has_mask)
   print(
-    f"{args.split}, {total} samples, batch {size}, "
+    f"{args.split}, {total} examples, batch {size}, "
     f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n"
   )
+  _print_table(scales, spent, sums)
+  if forced:
+    print(f"\nforced words gave the same codes in {equal} of {forced} answers")
+  return 0
+
+
+def _print_table(
+  scales: tuple[int, ...],
+  spent: dict[int | None, tuple[list[float], list[float]]],
+  sums: dict[int | None, "SegmentationSums"],
+) -> None:
+  """A line for each number of scales; None stands for forced words."""
   print("| scales | codes | cIoU | gIoU | ms a mask | CPU ms a mask |")
   print("|---|---:|---:|---:|---:|---:|")
-  for k in exits:
+  for k in spent:
     if not spent[k][0]:
       continue
     wall, cpu = (1e3 * statistics.median(times) for times in spent[k])
@@ -86,6 +103,3 @@ def main(argv: list[str]) -> int:
       found = sums[k].results()
       quality = f"{found['ciou']:.3f} | {found['giou']:.3f} |"
     print(f"| {name} | {codes} | {quality} {wall:.1f} | {cpu:.1f} |")
-  if forced:
-    print(f"\nforced words gave the same codes in {equal} of {forced} answers")
-  return 0

@@ -1,6 +1,7 @@
 """`argenseg bench generate`: what a mask costs, stage by stage."""
 
 import argparse
+import dataclasses
 import time
 
 from argenseg_jax.tools.bench.timing import Timed, median_seconds
@@ -182,6 +183,7 @@ def _ours(config, args: argparse.Namespace, batch: int, rates):
   import numpy as np
   from flax import nnx
 
+  from argenseg_jax.inference.decoding import GenerationOptions
   from argenseg_jax.inference.generate import generate, prefill_prefix
   from argenseg_jax.inference.segment import seg_mask_at_size, to_uint8
   from argenseg_jax.kernels.scale_prediction import scale_prediction
@@ -215,7 +217,9 @@ def _ours(config, args: argparse.Namespace, batch: int, rates):
   images = jnp.asarray(
     rng.integers(0, 256, (batch, 1, side, side, 3)), jnp.uint8
   )
-  options = dict(max_text=8, start_with_mask=True, stop_after_masks=True)
+  options = GenerationOptions(
+    max_text=8, start_with_mask=True, stop_after_masks=True
+  )
 
   def bound(function, **kwargs):
     def run(state, *xs):
@@ -225,8 +229,9 @@ def _ours(config, args: argparse.Namespace, batch: int, rates):
 
   def codes(model, tokens, vision):
     valid = jnp.ones_like(tokens, bool)
+    collecting = dataclasses.replace(options, collect=True)
     return generate(
-      model, tokens=tokens, valid=valid, vision=vision, collect=True, **options
+      model, collecting, tokens=tokens, valid=valid, vision=vision
     )
 
   def token_by_token(model, tokens, vision, inputs):
@@ -268,11 +273,11 @@ def _ours(config, args: argparse.Namespace, batch: int, rates):
     prefix = prefill_prefix(model, tokens[:1, :start], embeddings)
     generated = generate(
       model,
+      options,
       tokens=tokens[:, start:],
       valid=jnp.ones_like(tokens[:, start:], bool),
       vision=None,
       prefix=prefix,
-      **options,
     )
     return to_uint8(model.vqvae.decode(generated.codes[:, 0]))
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from argenseg_jax.inference.decoding import GenerationOptions
 from argenseg_jax.inference.generate import generate
 from argenseg_jax.inference.segment import seg_mask_at_size, to_uint8
 from argenseg_jax.model_config import ModelConfig
@@ -41,12 +42,14 @@ def inputs(config: ModelConfig, batch: int) -> Inputs:
 def _codes(model, tokens, vision):
   return generate(
     model,
+    GenerationOptions(
+      max_text=8,
+      start_with_mask=True,
+      stop_after_masks=True,
+    ),
     tokens=tokens,
     valid=jnp.ones_like(tokens, bool),
     vision=vision,
-    max_text=8,
-    start_with_mask=True,
-    stop_after_masks=True,
   ).codes
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from argenseg_jax.inference import generate
+from argenseg_jax.inference.decoding import GenerationOptions
 from argenseg_jax.inference.segment import to_uint8
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.torch_weights.parity.compare import MARGIN, Check, Golden
@@ -85,13 +86,15 @@ class Answer:
       model = nnx.merge(self.graph, state)
       out = generate.generate(
         model,
+        GenerationOptions(
+          max_text=self.recorded_ids.shape[1] + (2 if ended else 0),
+          max_masks=self.max_masks,
+          guidance=self.guidance,
+          collect=True,
+        ),
         tokens=jnp.asarray(self.tokens, jnp.int32),
         valid=jnp.asarray(self.golden[f"in.{self.case}.attention_mask"] > 0),
         vision=model.vision_embeddings(jnp.asarray(pixels)[:, None]),
-        max_text=self.recorded_ids.shape[1] + (2 if ended else 0),
-        max_masks=self.max_masks,
-        guidance=self.guidance,
-        collect=True,
         given_codes=given,
       )
       raw = jnp.einsum("bmnd,vd->bmnv", out.hidden, model.code_head)
