@@ -62,6 +62,7 @@ def _evaluate(
   args: argparse.Namespace, config_flags: list[str], out: pathlib.Path | None
 ) -> None:
   from argenseg_jax import checkpoint, sharding
+  from argenseg_jax.data import file_stamps
   from argenseg_jax.evaluation import metrics_table, resume
   from argenseg_jax.runtime import distributed
 
@@ -87,7 +88,10 @@ def _evaluate(
     "versions": {n: importlib.metadata.version(n) for n in _VERSIONS},
   }
   rows = _open(loaded, asked, args.what)
-  report["fingerprints"] = {name: _fingerprint(r) for name, r in rows.items()}
+  report["fingerprints"] = {
+    name: f"{r.fingerprint}-{file_stamps.digest(r.source)}"
+    for name, r in rows.items()
+  }
   with contextlib.ExitStack() as held:
     if out is not None and distributed.is_main():
       held.enter_context(resume.claimed(out, report, args.out))
@@ -298,9 +302,7 @@ def _data_sets(
   return found
 
 
-def _measure_model(
-  loaded, settings, rows, args, out
-) -> dict[str, dict[str, Any]]:
+def _measure_model(loaded, settings, rows, args, out) -> dict[str, dict]:
   """The metrics of each data set; answers go to its predictions.jsonl."""
   from flax import nnx
 
@@ -369,9 +371,7 @@ def _answer_all(evaluator, state, made, name, args, folder):
   return result
 
 
-def _measure_tokenizer(
-  loaded, settings, rows, args
-) -> dict[str, dict[str, Any]]:
+def _measure_tokenizer(loaded, settings, rows, args) -> dict[str, dict]:
   """What an image tokenizer keeps of the masks of each data set."""
   from flax import nnx
 
@@ -390,15 +390,6 @@ def _measure_tokenizer(
       every_prefix=True,
     )
   return results
-
-
-def _fingerprint(rows) -> str:
-  """Of rows, and of what some of their images and masks hold."""
-  from argenseg_jax.data import file_stamps
-
-  stamps = file_stamps.stamps(rows.source, most=file_stamps.SPOT)
-  files = hashlib.sha256(stamps.content.tobytes())
-  return f"{rows.fingerprint}-{files.hexdigest()[:16]}"
 
 
 def _hash(step: paths.Path) -> str:

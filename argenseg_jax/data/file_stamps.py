@@ -42,6 +42,12 @@ def stamps(source: Source, *, most: int | None = None) -> Stamps:
   return Stamps(quick, content)
 
 
+def digest(source: Source) -> str:
+  """Of what `SPOT` records spread over `source` contain, in 16 digits."""
+  content = stamps(source, most=SPOT).content
+  return hashlib.sha256(content.tobytes()).hexdigest()[:16]
+
+
 def first_changed(
   source: Source, known: Stamps, *, most: int | None = None
 ) -> str:

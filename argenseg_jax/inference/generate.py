@@ -25,9 +25,7 @@ from argenseg_jax.models.llm import KVCache
 class Generated(NamedTuple):
   """What a batch of prompts was answered with."""
 
-  tokens: (
-    Array  # int32 [b text]; `<ge_end>` stands for a mask; 0 after the end.
-  )
+  tokens: Array  # int32 [b text]; a mask is `<ge_end>`, 0s follow the end.
   text_length: Array  # int32 [b]: of `tokens`, their end included.
   codes: Array  # int32 [b m n]
   num_masks: Array  # int32 [b]

@@ -1,7 +1,6 @@
 """`argenseg bench generate`: what a mask costs, stage by stage."""
 
 import argparse
-import dataclasses
 import time
 
 from argenseg_jax.tools.bench.timing import Timed, median_seconds
@@ -178,142 +177,25 @@ def _forecast(config, dtype: str, batches: list[int], chips: str) -> None:
 
 def _ours(config, args: argparse.Namespace, batch: int, rates):
   """Yields `Timed` of each stage, then of whole programs."""
-  import jax
   import jax.numpy as jnp
   import numpy as np
-  from flax import nnx
 
-  from argenseg_jax.inference.decoding import GenerationOptions
-  from argenseg_jax.inference.generate import generate, prefill_prefix
-  from argenseg_jax.inference.segment import seg_mask_at_size, to_uint8
-  from argenseg_jax.kernels.scale_prediction import scale_prediction
-  from argenseg_jax.models import int8
-  from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
-  from argenseg_jax.models.llm import KVCache
+  from argenseg_jax.inference.segment import seg_mask_at_size
+  from argenseg_jax.tools.bench import generate_programs as programs
   from argenseg_jax.tools.bench import stages as bench_stages
 
-  def make():
-    model = ARGenSeg(
-      config,
-      rngs=nnx.Rngs(0),
-      dtype=jnp.dtype(args.dtype),
-      param_dtype=jnp.dtype(args.dtype),
-    )
-    if args.weights:
-      int8.quantize(model.llm, args.weights)
-    model.prepare_to_generate()
-    return model
-
-  graph = nnx.graphdef(nnx.eval_shape(make))
-  state = jax.jit(lambda: nnx.state(make()))()
-  ids, n = config.token_ids, config.vqvae.codes_per_mask
-  seen, ahead = config.vision.num_embeddings, bench_stages.AHEAD
+  timer = programs.Timer(
+    config,
+    dtype=args.dtype,
+    weights=args.weights,
+    batch=batch,
+    repeats=args.repeats,
+  )
   rng = np.random.default_rng(0)
-  words = seen + bench_stages.PROMPT_TEXT
-  prompt = rng.integers(10, 11 + ids.first_code // 4, words)
-  prompt[ahead : ahead + seen] = ids.img_context
-  tokens = jnp.asarray(np.tile(prompt, (batch, 1)), jnp.int32)
-  side = config.vision.image_side
-  images = jnp.asarray(
-    rng.integers(0, 256, (batch, 1, side, side, 3)), jnp.uint8
-  )
-  options = GenerationOptions(
-    max_text=8, start_with_mask=True, stop_after_masks=True
-  )
-
-  def bound(function, **kwargs):
-    def run(state, *xs):
-      return function(nnx.merge(graph, state), *xs)
-
-    return jax.jit(run, **kwargs)
-
-  def codes(model, tokens, vision):
-    valid = jnp.ones_like(tokens, bool)
-    collecting = dataclasses.replace(options, collect=True)
-    return generate(
-      model, collecting, tokens=tokens, valid=valid, vision=vision
-    )
-
-  def token_by_token(model, tokens, vision, inputs):
-    """The same codes, one pass each, after the same prefill."""
-    b, t = tokens.shape
-    _, cache = model.llm.extend(
-      model.prompt_embeddings(tokens, vision),
-      KVCache.empty(config.llm, b, t + n, model.llm.dtype),
-      positions=jnp.broadcast_to(jnp.arange(t), (b, t)),
-      valid=jnp.ones((b, t), bool),
-      visible_slots=t,
-    )
-
-    def step(cache, x):
-      hidden, cache = model.llm.extend(
-        x[:, None],
-        cache,
-        positions=jnp.full((b, 1), cache.length),
-        valid=jnp.ones((b, 1), bool),
-      )
-      code, _ = scale_prediction(
-        hidden,
-        model.code_head.astype(hidden.dtype),
-        model.vqvae.quantizer.codebook[...],
-      )
-      return cache, code[:, 0]
-
-    return jax.lax.scan(step, cache, jnp.moveaxis(inputs, 1, 0))[1]
-
-  def picture_to_mask(model, tokens, images):
-    vision = model.vision_embeddings(normalize_images(images))
-    generated = codes(model, tokens, vision)
-    return to_uint8(model.vqvae.decode(generated.codes[:, 0]))
-
-  def requests_of_a_picture(model, tokens, images):
-    """All rows ask about one picture."""
-    start = ahead + seen
-    embeddings = model.vision_embeddings(normalize_images(images[:1]))
-    prefix = prefill_prefix(model, tokens[:1, :start], embeddings)
-    generated = generate(
-      model,
-      options,
-      tokens=tokens[:, start:],
-      valid=jnp.ones_like(tokens[:, start:], bool),
-      vision=None,
-      prefix=prefix,
-    )
-    return to_uint8(model.vqvae.decode(generated.codes[:, 0]))
-
-  def timed(name, function, *inputs, least=None):
-    program = bound(function)
-    began = time.perf_counter()
-    result = jax.block_until_ready(program(state, *inputs))
-    first = time.perf_counter() - began
-    seconds = median_seconds(
-      lambda: jax.block_until_ready(program(state, *inputs)), args.repeats
-    )
-    return result, Timed(name, batch, seconds, first - seconds, least)
-
-  def timed_stage(stage):
-    """With made-up inputs; a cache goes round and round."""
-    cost = _bound(stage.cost, rates)
-    made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stage.inputs)
-    if not stage.cached:
-      return timed(stage.name, stage.function, *made, least=cost)[1]
-    program = bound(stage.function, donate_argnums=1)
-    cache, *rest = made
-
-    def run():
-      nonlocal cache
-      out, cache = program(state, cache, *rest)
-      jax.block_until_ready((out, cache))
-
-    began = time.perf_counter()
-    run()
-    first = time.perf_counter() - began
-    seconds = median_seconds(run, args.repeats)
-    return Timed(stage.name, batch, seconds, first - seconds, cost)
-
+  inputs = programs.Inputs(config, batch, rng)
   stages = list(bench_stages.stages(config, batch, args.dtype))
   for stage in stages:
-    yield timed_stage(stage)
+    yield timer.stage(stage, _bound(stage.cost, rates))
   decoded = rng.integers(0, 256, (config.vqvae.image_side,) * 2 + (3,))
   decoded = decoded.astype(np.uint8)
 
@@ -325,29 +207,35 @@ def _ours(config, args: argparse.Namespace, batch: int, rates):
   parts = [s for s in stages if s.name != "text, a word"]
   between = sum((s.cost for s in parts[1:-1]), bench_stages.Cost(0.0, 0.0))
   everything = parts[0].cost + between + parts[-1].cost
-  embeddings = jnp.zeros((batch, seen, config.llm.width), jnp.dtype(args.dtype))
-  generated, line = timed(
-    CODES, codes, tokens, embeddings, least=_bound(between, rates)
+  vision = jnp.zeros(
+    (batch, config.vision.num_embeddings, config.llm.width),
+    jnp.dtype(args.dtype),
+  )
+  prompt = (inputs.tokens, vision)
+  generated, line = timer.program(
+    CODES, programs.codes, *prompt, bound=_bound(between, rates)
   )
   yield line
-  yield _one_by_one(
-    timed, token_by_token, tokens, embeddings, generated.inputs[:, 0]
-  )
-  least = _bound(everything, rates)
-  yield timed(WHOLE, picture_to_mask, tokens, images, least=least)[1]
+  yield _one_by_one(timer, prompt, generated.inputs[:, 0])
+  asked = (inputs.tokens, inputs.images)
+  bound = _bound(everything, rates)
+  yield timer.program(WHOLE, programs.image_to_mask, *asked, bound=bound)[1]
   if batch > 1 and not config.bidirectional_prompt:
-    yield timed(SHARED, requests_of_a_picture, tokens, images)[1]
+    shared = programs.requests_of_an_image(inputs.prefix)
+    yield timer.program(SHARED, shared, *asked)[1]
 
 
-def _one_by_one(timed, function, tokens, embeddings, inputs) -> Timed:
-  n = inputs.shape[1]
-  if len(tokens) == 1 or n < 512:  # Quick, or too short to tell apart.
-    return timed(ONE_BY_ONE, function, tokens, embeddings, inputs)[1]
+def _one_by_one(timer, prompt: tuple, inputs) -> Timed:
+  from argenseg_jax.tools.bench.generate_programs import codes_one_by_one
+
+  def timed(inputs):
+    return timer.program(ONE_BY_ONE, codes_one_by_one, *prompt, inputs)[1]
+
+  b, n = inputs.shape[:2]
+  if b == 1 or n < 512:  # Quick, or too short to tell apart.
+    return timed(inputs)
   few, half = n // 8, n // 16
-  long, short = (
-    timed(ONE_BY_ONE, function, tokens, embeddings, inputs[:, :count])[1]
-    for count in (few, half)
-  )
+  long, short = timed(inputs[:, :few]), timed(inputs[:, :half])
   a_code = (long.seconds - short.seconds) / (few - half)
   return long._replace(seconds=long.seconds + (n - few) * a_code)
 
