@@ -210,7 +210,10 @@ def overlaps(
 ) -> np.ndarray:
   """float [masks others]: IoU of each with each, of `run_lengths` of one size;
   0 where both are empty."""
-  found = coco.iou(list(masks), list(others), [0] * len(others))
+  # Its annotations know run lengths as bytes only.
+  rows: Any = list(masks)
+  columns: Any = list(others)
+  found = coco.iou(rows, columns, [0] * len(others))
   return np.nan_to_num(np.asarray(found)).reshape(len(masks), len(others))
 
 

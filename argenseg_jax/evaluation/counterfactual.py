@@ -50,7 +50,8 @@ class Pairs:
   """Answers by image, as run lengths."""
 
   def __init__(self) -> None:
-    self._images: defaultdict[Hashable, list[tuple]] = defaultdict(list)
+    self._images: defaultdict[tuple[Hashable, tuple], list[tuple]]
+    self._images = defaultdict(list)
 
   def add(
     self,

@@ -5,7 +5,7 @@ channel (each word, in the head); products take the numbers in the dtype of the
 activations, and the scale follows them. Everything else stays as it was.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,8 @@ def quantize(llm: Decoder, weights: Weights) -> None:
   """
   if llm.head_scale is not None:
     raise ValueError("this decoder's weights are quantized already.")
-  stacks = llm.layers if isinstance(llm.layers, nnx.List) else [llm.layers]
+  apart = isinstance(llm.layers, nnx.List)
+  stacks: Any = llm.layers if apart else [llm.layers]
   for layer in stacks:
     for part in (layer.attention, layer.mlp):
       for name, child in list(vars(part).items()):

@@ -8,6 +8,7 @@ and used in `dtype`.
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -99,8 +100,8 @@ class Conv(nnx.Module):
   ):
     self.dtype = dtype
     self.stride = stride
-    pad = (padding, padding) if isinstance(padding, int) else padding
-    self.padding = (tuple(pad), tuple(pad))
+    low, high = (padding, padding) if isinstance(padding, int) else padding
+    self.padding = ((low, high), (low, high))
     shape = (kernel_side, kernel_side, in_features, out_features)
     self.kernel = param(rngs, shape, axes, init, param_dtype)
     self.bias = param(rngs, (out_features,), axes[-1:], zeros_init, param_dtype)
@@ -327,7 +328,7 @@ def layer_scan(
 
   if remat_policy is False and sharding.gathers():
     remat_policy = _all_but_gathered
-  if remat_policy is not False:
+  if not isinstance(remat_policy, bool):
     body = jax.checkpoint(body, policy=remat_policy, prevent_cse=False)
   # A loop over few layers costs a CPU more (a fifth of a small model's step)
   # than it saves in compilation.

@@ -174,7 +174,7 @@ class Decoder(nnx.Module):
       nnx.initializers.normal(config.embedding_std),
       param_dtype,
     )
-    self.layers = layers.stack(
+    self.layers: nnx.Pytree = layers.stack(
       lambda rngs: DecoderLayer(
         config, rngs=rngs, dtype=dtype, param_dtype=param_dtype
       ),

@@ -125,7 +125,7 @@ class VisionTower(nnx.Module):
       _position_init,
       param_dtype,
     )
-    self.layers = (
+    self.layers: nnx.Pytree | None = (
       layers.stack(
         lambda rngs: VisionLayer(config, **{**types, "rngs": rngs}),
         config.num_layers,

@@ -105,7 +105,7 @@ def llm_config(values: Mapping[str, Any], *, tied_head: bool) -> LLMConfig:
   )
 
 
-def _family(values: Mapping[str, Any]) -> tuple[str, families.Family]:
+def _family(values: Mapping[str, Any]) -> tuple[Any, families.Family]:
   """The family of a language model's config, by its architecture.
 
   Raises:

@@ -107,11 +107,12 @@ def _note_files(source: Source, path: Path, *, renew: bool) -> None:
   most = file_stamps.SPOT
   note = None if renew else read_json(path)
   try:
-    known = note and file_stamps.Stamps(
-      *(np.array(note[k], np.uint64) for k in file_stamps.Stamps._fields)
+    known = file_stamps.Stamps(
+      *((note or {})[k] for k in file_stamps.Stamps._fields)
     )
+    known = file_stamps.Stamps(*(np.array(x, np.uint64) for x in known))
   except (KeyError, TypeError, ValueError, OverflowError):
-    known = None  # Damaged: made again.
+    known = None  # Not there, or damaged: made again.
   if known:
     changed = file_stamps.first_changed(source, known, most=most)
     if changed:

@@ -155,7 +155,7 @@ def _last_two_axes(params):
 
 
 def apply_updates(
-  params: nnx.State, updates: nnx.State, key: Array
+  params: nnx.State, updates: optax.Updates, key: Array
 ) -> nnx.State:
   """Parameters after an update, in their own dtypes.
 

@@ -89,7 +89,7 @@ def _named(name: str) -> Reward:
       "a function of your own as module:function."
     )
   try:
-    found = getattr(importlib.import_module(module), function)
+    found: Reward = getattr(importlib.import_module(module), function)
   except (ImportError, AttributeError, ValueError) as error:
     raise ConfigError(
       f"config key 'rl.rewards' names {name!r}, which cannot be imported "

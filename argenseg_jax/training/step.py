@@ -98,15 +98,16 @@ def make_train_step(
     new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
     # A part that gathers can spoil the gradients of all others.
     blamed = ~rows_finite | (~given & jnp.all(rows_finite))
-    metrics["verdict"] = Verdict(
+    verdict = Verdict(
       skipped=~finite,
       update_only=given & ~finite,
       records=jnp.where(blamed, batch.sample_id, -1),
     )
-    metrics["verdict"] = lax.with_sharding_constraint(
-      metrics["verdict"], sharding.replicated(mesh)
+    verdict = lax.with_sharding_constraint(verdict, sharding.replicated(mesh))
+    return (
+      new._replace(step=state.step + 1),
+      {**metrics, "verdict": verdict},
     )
-    return new._replace(step=state.step + 1), metrics
 
   return step
 
@@ -217,24 +218,25 @@ def _in_turns(
     return grads, sums, jnp.isfinite(loss) & _all_finite(_own(grads))
 
   def gradients(params, fixed, batch, noise, counts):
-    cast = _cast_split((params, fixed), train.compute_dtype)
+    params, fixed = _cast_split((params, fixed), train.compute_dtype)
     b = batch.sample_id.shape[0]
     if accumulate == 1:
-      grads, sums, finite = grad(*cast, batch, noise, counts)
+      grads, sums, finite = grad(params, fixed, batch, noise, counts)
       return grads, sums, jnp.full((b,), finite)
     turns = jax.tree.map(
       functools.partial(_split_rows, accumulate), (batch, noise)
     )
 
     def add(total, turn):
-      *new, finite = grad(*cast, *turn, counts)
+      rows, drawn = turn
+      grads, sums, finite = grad(params, fixed, rows, drawn, counts)
       total = jax.tree.map(
-        lambda t, n: t + n.astype(t.dtype), total, tuple(new)
+        lambda t, n: t + n.astype(t.dtype), total, (grads, sums)
       )
       return total, finite
 
     first = jax.tree.map(lambda x: x[0], turns)
-    *shapes, _ = jax.eval_shape(grad, *cast, *first, counts)
+    *shapes, _ = jax.eval_shape(grad, params, fixed, *first, counts)
     zeros = jax.tree.map(_zeros, tuple(shapes))
     (grads, sums), finite = lax.scan(add, zeros, turns)
     return grads, sums, jnp.repeat(finite, b // accumulate)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from argenseg_jax.kernels.dispatch import Implementation
 from argenseg_jax.tools.bench.device_timing import (
   REPEATS,
   Result,
@@ -124,7 +125,9 @@ def loss(tiny: bool) -> Iterator[Result]:
       (16_384, 896, 151_674),
     )
   )
-  kinds = ["xla", "reference"] if tiny else ["gpu", "xla", "reference"]
+  kinds: list[Implementation] = (
+    ["xla", "reference"] if tiny else ["gpu", "xla", "reference"]
+  )
   for t, d, words in shapes:
     targets = jax.random.randint(jax.random.key(1), (t,), 0, words)
     inputs = random((t, d), scale=1), random((words, d), scale=d**-0.5)
@@ -132,7 +135,7 @@ def loss(tiny: bool) -> Iterator[Result]:
     programs = {}
     for kind in kinds:
 
-      def total(hidden, head, targets, weights, kind=kind):
+      def total(hidden, head, targets, weights, kind: Implementation = kind):
         losses = linear_cross_entropy(
           hidden, head, targets, weights, implementation=kind
         )
@@ -148,7 +151,9 @@ def prediction(tiny: bool) -> Iterator[Result]:
   """Many predictions in one program: a call costs more than the work."""
   from argenseg_jax.kernels.scale_prediction import scale_prediction
 
-  kinds = ["xla", "reference"] if tiny else ["gpu", "xla", "reference"]
+  kinds: list[Implementation] = (
+    ["xla", "reference"] if tiny else ["gpu", "xla", "reference"]
+  )
   times = 4 if tiny else 64
   for rows in (64,) if tiny else (1, 64, 256, 4096):
     d, codes = (64, 128) if tiny else (4096, 4096)
@@ -157,7 +162,9 @@ def prediction(tiny: bool) -> Iterator[Result]:
     programs = {}
     for kind in kinds:
 
-      def many(hidden, head, codebook, kind=kind, times=times):
+      def many(
+        hidden, head, codebook, kind: Implementation = kind, times=times
+      ):
         def one(hidden, _):
           found, _ = scale_prediction(
             hidden, head, codebook, implementation=kind

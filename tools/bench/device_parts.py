@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flax import nnx
 
 from argenseg_jax import variants
 from argenseg_jax.model_config import ModelConfig
+from argenseg_jax.models.int8 import Weights
 from argenseg_jax.tools.bench.device_kernels import (
   attention,
   ceilings,
@@ -74,7 +75,9 @@ def filled(abstract: nnx.State) -> nnx.State:
   return jax.block_until_ready(tree.unflatten(made))
 
 
-def mask(tiny: bool, *, weights: str = "", batch: int = 1) -> Iterator[Result]:
+def mask(
+  tiny: bool, *, weights: Weights | Literal[""] = "", batch: int = 1
+) -> Iterator[Result]:
   """Image to mask, and what it consists of."""
   from argenseg_jax.models import int8
   from argenseg_jax.models.argenseg import ARGenSeg
@@ -123,7 +126,8 @@ def mask(tiny: bool, *, weights: str = "", batch: int = 1) -> Iterator[Result]:
       yield {"failed": name, "why": str(program).splitlines()[0][:300]}
       continue
     least = [bound_ms(*stage) for stage in bounds[name]]
-    bound = None if None in least else sum(least)
+    known = [x for x in least if x is not None]
+    bound = sum(known) if len(known) == len(least) else None
     run = functools.partial(wait, program, args)
     run()
     ready.append((name, run, bound, compiled_in))

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ class Timer:
     config: ModelConfig,
     *,
     dtype: str,
-    weights: str,
+    weights: int8.Weights | Literal[""],
     batch: int,
     repeats: int,
   ):
