@@ -140,7 +140,7 @@ MUTATIONS = (
   _losses("self.text / jnp.maximum(text_count, 1)", "self.text"),
   _losses("jnp.where(code_index >= 0, 0.0, per_token)", "per_token"),
   _losses("- logits * truth", "+ logits * truth"),
-  _losses("jnp.mean(1.0 - overlap / total)", "jnp.mean(overlap / total)"),
+  _losses("(1.0 - overlap / total)", "(overlap / total)"),
   Mutation(
     "argenseg_jax/training/objectives.py",
     "jnp.mean(sums.scale_means(counts))",
@@ -166,7 +166,7 @@ MUTATIONS = (
   _text("np.arange(len(sample))", "np.arange(start, stop)"),
   _text("[start : start + first] = True", "[start:stop] = True"),
   _text("np.cumsum(real) - 1, 1", "np.cumsum(real), 1"),
-  _text("missing + turns[0][1]", "turns[0][1] + missing"),
+  _text("missing + said[0][1]", "said[0][1] + missing"),
   # Masks and images.
   _masks("value -= 1 << shift", "value -= 1 << (shift - 1)"),
   _masks("if len(runs) > 2 else", "if len(runs) > 1 else"),
@@ -199,8 +199,8 @@ MUTATIONS = (
   _step("lambda x: lax.psum(x, ", "lambda x: lax.pmax(x, "),
   Mutation(
     "argenseg_jax/training/objectives.py",
-    "return loss / parts, sums",
-    "return loss, sums",
+    "count = jnp.sum(valid) if count is None else count",
+    "count = jnp.sum(valid)",
     (_STEP,),
   ),
   _optimizer(
