@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argenseg_jax.data import image_codec, masks, transforms
+from argenseg_jax.data import image_codec, masks
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.inference.answer_files import AnswerFiles
 from argenseg_jax.inference.segment import Prediction
@@ -439,7 +439,7 @@ def test_an_image_is_decoded_and_seen_once(fake, folder, monkeypatch):
   read, seen = [], []
   decode, see = image_codec.decode_image, fake.set_image
   monkeypatch.setattr(
-    transforms, "decode_image", lambda p: read.append(p) or decode(p)
+    image_codec, "decode_image", lambda p: read.append(p) or decode(p)
   )
   monkeypatch.setattr(fake, "set_image", lambda i: seen.append(1) or see(i))
   texts = [f"cup {i}" for i in range(7)]
