@@ -24,6 +24,7 @@ def _run(*argv):
   assert cli.main([str(a) for a in argv]) == 0
 
 
+@pytest.mark.long
 def test_check_build_tokenize_show_train_eval(request, tmp_path, capsys):
   root = request.config.rootpath
   real = root.parent / "shared" / "real" / "coco33"

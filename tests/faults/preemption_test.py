@@ -106,6 +106,7 @@ MOMENTS = {
 
 
 @pytest.mark.usefixtures("_compiled_once")
+@pytest.mark.long
 def test_a_run_stopped_everywhere_equals_one_that_was_not(config, tmp_path):
   stage = config.mllm.train
   stage = dataclasses.replace(

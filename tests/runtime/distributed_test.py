@@ -54,21 +54,33 @@ def start_together(data, workdir, processes, *arguments):
   ]
 
 
-def test_loss_curves_are_equal(data, tmp_path):
-  one, eight, two, four = (
-    tmp_path / n for n in ("one", "eight", "two", "four")
-  )
-  expected = losses(one, [start(data, one, 1)])
-  assert len(expected) == 5
-  split = ("--config.mesh.data=2", "--config.mesh.fsdp=-1")
-  found = {
-    "eight": losses(eight, [start(data, eight, 8, *split)]),
-    "two": losses(two, start_together(data, two, 2)),
-    # Parameters and moments are split between the processes.
-    "four": losses(four, start_together(data, four, 4, *split)),
-  }
-  for name, curve in found.items():
-    assert curve == pytest.approx(expected, abs=1e-5), name
+@pytest.fixture(scope="module")
+def of_one_device(data, tmp_path_factory) -> dict[int, float]:
+  workdir = tmp_path_factory.mktemp("one")
+  found = losses(workdir, [start(data, workdir, 1)])
+  assert len(found) == 5
+  return found
+
+
+_SPLIT = ("--config.mesh.data=2", "--config.mesh.fsdp=-1")
+
+
+def test_two_processes_have_the_losses_of_one(data, of_one_device, tmp_path):
+  found = losses(tmp_path, start_together(data, tmp_path, 2))
+  assert found == pytest.approx(of_one_device, abs=1e-5)
+
+
+@pytest.mark.long
+def test_eight_devices_have_the_losses_of_one(data, of_one_device, tmp_path):
+  found = losses(tmp_path, [start(data, tmp_path, 8, *_SPLIT)])
+  assert found == pytest.approx(of_one_device, abs=1e-5)
+
+
+@pytest.mark.long
+def test_four_processes_have_the_losses_of_one(data, of_one_device, tmp_path):
+  """Parameters and moments are split between the processes."""
+  found = losses(tmp_path, start_together(data, tmp_path, 4, *_SPLIT))
+  assert found == pytest.approx(of_one_device, abs=1e-5)
 
 
 @pytest.mark.parametrize(

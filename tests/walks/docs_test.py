@@ -42,6 +42,7 @@ NOT_WALKED = {
   "docs/weights.md": "the authors' weights: tests/torch_weights",
   "docs/index.md": "the quickstart, as README has it",
   "docs/finetuning.md": "a released folder: tests/training/adapters_test.py",
+  "docs/rl.md": "a whole quickstart's model: tests/training/rl_test.py",
   "docs/benchmarks.md": "hours of compilation: tests/tools/bench_*_test.py",
 }
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
