@@ -84,7 +84,7 @@ def describe(report: dict[str, Any]) -> str:
     "bytes a device:",
   ]
   lines += [
-    f"  {name:20} {_gib(size)}" for name, size in report["bytes"].items()
+    f"  {name:24} {_gib(size)}" for name, size in report["bytes"].items()
   ]
   if "collectives" in report:
     lines.append("collectives of a step:")

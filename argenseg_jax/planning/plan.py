@@ -63,7 +63,7 @@ def report(
   if task:
     kept = kept_activations(config, task, model, mesh)
     if kept is not None:
-      result["bytes"]["of it layer inputs"] = kept
+      result["bytes"]["temporary: layer inputs"] = kept
   result["peak"] = _peak(memory)
   if chip:
     result["fits"] = result["peak"] <= result["hbm"]
@@ -71,15 +71,13 @@ def report(
       result["change"] = changes(config, what, mesh)
   found = hlo.collectives(text)
   result["collectives"] = _summary(found, mesh)
-  result["whole_gradients_all_reduced"] = [
-    list(shape)
-    for shape in hlo.reduced_whole(
-      found,
-      program.split_shapes,
-      parts=mesh.shape["fsdp"],
-      smallest=_SMALLEST_SCATTER if topology.name in chips.TPUS else 0,
-    )
-  ]
+  whole = hlo.reduced_whole(
+    found,
+    program.split_shapes,
+    parts=mesh.shape["fsdp"],
+    smallest=_SMALLEST_SCATTER if topology.name in chips.TPUS else 0,
+  )
+  result["whole_gradients_all_reduced"] = [list(shape) for shape in whole]
   if task:
     result |= _times(found, config, task, model, topology, mesh)
   return result

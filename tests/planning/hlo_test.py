@@ -119,3 +119,4 @@ def test_each_array_of_a_combined_sum_is_told():
   assert whole == [(8, 32, 2), (64, 16)]
   assert reduced_whole(found, split, parts=4) == [(64, 16)]
   assert reduced_whole(found, split, parts=8, smallest=1024) == [(64, 16)]
+  assert reduced_whole(found, split, parts=1) == []  # Nothing is split.
