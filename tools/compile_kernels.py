@@ -118,7 +118,6 @@ def _predict(implementation, options, hidden, head, codebook, key):
     head,
     codebook,
     key=jax.random.wrap_key_data(key),
-    return_scores=True,
     implementation=implementation,
     **options,
   )

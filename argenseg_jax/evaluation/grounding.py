@@ -91,7 +91,7 @@ def code_sums(
 
   hidden, true = run(batch.images)
   _, shuffled = run(others)
-  codes, _ = scale_prediction(
+  codes, *_ = scale_prediction(
     hidden,
     model.code_head.astype(hidden.dtype),
     model.vqvae.quantizer.codebook[...],

@@ -255,12 +255,9 @@ def _predict_scale(
     key=None if key is None else jax.random.fold_in(key, k),
     temperature=options.code_choice.temperature,
     top_k=options.code_choice.top_k,
-    return_scores=True,
   )
-  assert len(found) == 3  # With scores.
-  code, _, scores = found
-  code = fixed.lead(code)
-  log_prob = fixed.lead(scores.logits - scores.log_sum_exp)
+  code = fixed.lead(found.codes)
+  log_prob = fixed.lead(found.scores.logits - found.scores.log_sum_exp)
   if fixed.given_codes is not None:
     mask = jnp.minimum(state.num_masks, options.max_masks - 1)
     code = fixed.given_codes[jnp.arange(b), mask, offset : offset + count]

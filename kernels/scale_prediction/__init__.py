@@ -1,6 +1,6 @@
 """From hidden states to the codes of one scale, without logits in memory."""
 
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt32
@@ -15,32 +15,12 @@ class Scores(NamedTuple):
   log_sum_exp: Float[Array, "b n"]  # float32; over all codes' logits.
 
 
-@overload
-def scale_prediction(
-  hidden: Float[Array, "b n d"],
-  code_head: Float[Array, "codes d"],
-  codebook: Float[Array, "codes c"],
-  *,
-  key: Key[Array, ""] | UInt32[Array, "words"] | None = None,
-  temperature: float = 0.0,
-  top_k: int | None = None,
-  return_scores: Literal[False] = False,
-  implementation: dispatch.Implementation | None = None,
-) -> tuple[Int[Array, "b n"], Float[Array, "b n c"]]: ...
+class Prediction(NamedTuple):
+  """The codes of one scale, and what each stands for."""
 
-
-@overload
-def scale_prediction(
-  hidden: Float[Array, "b n d"],
-  code_head: Float[Array, "codes d"],
-  codebook: Float[Array, "codes c"],
-  *,
-  key: Key[Array, ""] | UInt32[Array, "words"] | None = None,
-  temperature: float = 0.0,
-  top_k: int | None = None,
-  return_scores: Literal[True],
-  implementation: dispatch.Implementation | None = None,
-) -> tuple[Int[Array, "b n"], Float[Array, "b n c"], Scores]: ...
+  codes: Int[Array, "b n"]
+  latents: Float[Array, "b n c"]
+  scores: Scores
 
 
 def scale_prediction(
@@ -51,12 +31,8 @@ def scale_prediction(
   key: Key[Array, ""] | UInt32[Array, "words"] | None = None,
   temperature: float = 0.0,
   top_k: int | None = None,
-  return_scores: bool = False,
   implementation: dispatch.Implementation | None = None,
-) -> (
-  tuple[Int[Array, "b n"], Float[Array, "b n c"]]
-  | tuple[Int[Array, "b n"], Float[Array, "b n c"], Scores]
-):
+) -> Prediction:
   """Codes with the highest (or sampled) logit, and their codebook rows.
 
   The logits are hidden @ code_head.T in float32. Ties go to the lowest code.
@@ -80,11 +56,10 @@ def scale_prediction(
     temperature: 0 takes the arg-max.
     top_k: with a temperature, draws only from codes whose logit is at least
       the k-th highest.
-    return_scores: also returns `Scores`.
     implementation: see `dispatch.load`.
 
   Returns:
-    codes (int32), latents, and `Scores` if asked.
+    codes (int32), latents and scores.
 
   Raises:
     ValueError: dtypes that differ, a temperature without key, a `top_k` outside
@@ -114,11 +89,11 @@ def scale_prediction(
     temperature=float(temperature),
     top_k=top_k if temperature else None,
   )
-  codes, latents = codes.reshape(b, n), latents.reshape(b, n, -1)
-  if not return_scores:
-    return codes, latents
-  scores = Scores(logits.reshape(b, n), log_sum_exp.reshape(b, n))
-  return codes, latents, scores
+  return Prediction(
+    codes=codes.reshape(b, n),
+    latents=latents.reshape(b, n, -1),
+    scores=Scores(logits.reshape(b, n), log_sum_exp.reshape(b, n)),
+  )
 
 
 def check_top_k(top_k: int | None, codes: int) -> None:

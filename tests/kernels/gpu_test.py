@@ -95,7 +95,6 @@ def assert_same_prediction(shape, **options):
     jnp.tile(normal(1, -(-codes // 2), d), (2, 1))[:codes],
     normal(2, codes, 6, dtype="float32"),
   )
-  options["return_scores"] = True
   actual = scale_prediction(*inputs, implementation="gpu", **options)
   expected = scale_prediction(*inputs, implementation="reference", **options)
   np.testing.assert_array_equal(actual[0], expected[0])

@@ -134,7 +134,6 @@ def prediction_inputs(b, n, d, codes, dtype):
 
 
 def assert_same_prediction(inputs, implementation, **options):
-  options["return_scores"] = True
   codes, latents, scores = scale_prediction(
     *inputs, implementation=implementation, **options
   )
@@ -178,7 +177,7 @@ def test_rows_of_later_blocks_draw_noise_of_their_own(monkeypatch):
 def test_prediction_ties_go_to_the_lowest_code(implementation):
   hidden = normal(0, 1, 20, 8)
   head = jnp.tile(normal(1, 50, 8), (5, 1))
-  codes, _ = scale_prediction(
+  codes, *_ = scale_prediction(
     hidden, head, normal(2, 250, 4), implementation=implementation
   )
   assert (np.asarray(codes) < 50).all()
@@ -187,7 +186,7 @@ def test_prediction_ties_go_to_the_lowest_code(implementation):
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
 def test_prediction_follows_the_distribution(implementation):
   head = jnp.asarray([[0.0], [1.0], [2.0], [-1.0]])
-  codes, _ = scale_prediction(
+  codes, *_ = scale_prediction(
     jnp.ones((4, 500, 1)),
     head,
     jnp.zeros((4, 1)),
@@ -205,7 +204,7 @@ def test_guidance_may_come_before_the_head():
   conditional, head, codebook = prediction_inputs(2, 9, 8, 40, "float32")
   unconditional = normal(5, 2, 9, 8)
   mixed = 1.5 * conditional - 0.5 * unconditional
-  codes, _ = scale_prediction(mixed, head, codebook)
+  codes, *_ = scale_prediction(mixed, head, codebook)
   logits = 1.5 * conditional @ head.T - 0.5 * unconditional @ head.T
   np.testing.assert_array_equal(codes, jnp.argmax(logits, -1))
 

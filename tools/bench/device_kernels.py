@@ -166,7 +166,7 @@ def prediction(tiny: bool) -> Iterator[Result]:
         hidden, head, codebook, kind: Implementation = kind, times=times
       ):
         def one(hidden, _):
-          found, _ = scale_prediction(
+          found, *_ = scale_prediction(
             hidden, head, codebook, implementation=kind
           )
           # The next turn depends on this one.

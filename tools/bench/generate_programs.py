@@ -174,7 +174,7 @@ def codes_one_by_one(
       positions=jnp.full((b, 1), cache.length),
       valid=jnp.ones((b, 1), bool),
     )
-    code, _ = scale_prediction(
+    code, *_ = scale_prediction(
       hidden,
       model.code_head.astype(hidden.dtype),
       model.vqvae.quantizer.codebook[...],

@@ -198,7 +198,7 @@ def _scale(k: int, start: int, visible: int) -> Callable:
       ids = model.config.token_ids
       x = model.llm.embed(jnp.full((len(partial), 1), ids.ge_start))
     hidden, cache = _extend(model, x, cache, start, visible)
-    codes, _ = scale_prediction(
+    codes, *_ = scale_prediction(
       hidden,
       model.code_head.astype(hidden.dtype),
       quantizer.codebook[...],
