@@ -237,6 +237,10 @@ class LoRAConfig:
   base: Literal["float32", "bfloat16", "int8"]
 
 
+# Of a task and of its group of keys.
+TaskName = Literal["vqvae", "mllm", "rl"]
+
+
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
   """How one task trains."""
@@ -253,6 +257,11 @@ class StageConfig:
   def keeps_start(self) -> bool:
     """Whether the weights that training started from are kept beside it."""
     return False
+
+  @property
+  def sequences_per_row(self) -> int:
+    """What the language model reads in an update, for each row of a batch."""
+    return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +294,10 @@ class RLConfig(StageConfig):
   def keeps_start(self) -> bool:
     return self.kl > 0
 
+  @property
+  def sequences_per_row(self) -> int:
+    return self.group_size
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -295,7 +308,7 @@ class RunConfig:
   "rl" from the whole model.
   """
 
-  tasks: tuple[Literal["vqvae", "mllm", "rl"], ...]
+  tasks: tuple[TaskName, ...]
   seed: Seed
   init_from: str | None  # Checkpoint of a whole model or an image tokenizer.
   model: ModelChoice

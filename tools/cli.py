@@ -8,7 +8,6 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from typing import TextIO
 
 # Command -> what `argenseg --help` says of it; see `module_of`.
@@ -49,7 +48,7 @@ _REMEDIES = {
   errno.ENAMETOOLONG: "give a shorter path",
   errno.ELOOP: "give another path: symbolic links go around in a circle",
   errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
-  errno.ENFILE: "close what contains so many files open on this machine",
+  errno.ENFILE: "close programs that hold many files open on this machine",
 }
 _MEMORY = (
   "out of memory ({}); take smaller batches, fewer data.workers or a machine "
@@ -78,25 +77,31 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
       said, code = sentence(error), 2
       if not said:
-        _end_others(f"{type(error).__name__}: {error}", 1, traceback.print_exc)
+        if _is_several():
+          traceback.print_exc()
+          _end_all(f"{type(error).__name__}: {error}", 1)
         raise
     print(f"argenseg {name}: {said}", file=sys.stderr)
-    _end_others(said, code)
+    _end_all(said, code)
     return code
 
 
-def _end_others(
-  said: str, code: int, before: Callable[[], object] = bool
-) -> None:
-  """Ends a run of several processes on all of them; calls `before` first."""
-  distributed = sys.modules.get("argenseg_jax.runtime.distributed")
-  if distributed is not None and distributed.is_several():
-    before()
+def _end_all(said: str, code: int) -> None:
+  """Ends all processes of a run of several; returns in one that is alone."""
+  if _is_several():
+    from argenseg_jax.runtime import distributed
+
     distributed.end_all(said, code)
 
 
+def _is_several() -> bool:
+  """Whether this process has joined others; imports nothing to find out."""
+  distributed = sys.modules.get("argenseg_jax.runtime.distributed")
+  return distributed is not None and distributed.is_several()
+
+
 def _child_under_a_limit() -> int:
-  """Starts a process that goes on with the command where `ulimit -v` holds,
+  """Starts a process that carries the command out where `ulimit -v` holds,
   so that this one can speak for it: C++ code ends itself without a sentence.
 
   Returns:

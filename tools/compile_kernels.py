@@ -1,4 +1,4 @@
-"""Compiles every kernel at production shapes for chips that are not here.
+"""Compiles every kernel at production shapes for chips that you don't have.
 
 Examples:
 

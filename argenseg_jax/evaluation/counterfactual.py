@@ -13,13 +13,17 @@ import numpy as np
 from jaxtyping import Bool
 
 from argenseg_jax.data import masks
-from argenseg_jax.evaluation.segmentation_metrics import Sums, plain, share
+from argenseg_jax.evaluation.segmentation_metrics import (
+  MetricSums,
+  plain,
+  share,
+)
 
 _SAME = 0.5  # Truths with this IoU or more are of one object.
 
 
 @dataclasses.dataclass
-class FollowSums(Sums):
+class FollowSums(MetricSums):
   """Sums over ordered pairs of requests of one image.
 
   Attributes:

@@ -19,8 +19,8 @@ from argenseg_jax.data.text import unescape
 from argenseg_jax.evaluation.bootstrap import intervals
 from argenseg_jax.evaluation.counterfactual import FollowSums, Pairs
 from argenseg_jax.evaluation.segmentation_metrics import (
+  MetricSums,
   SegmentationSums,
-  Sums,
   score,
 )
 from argenseg_jax.evaluation.vqa_metrics import UnderstandingSums, score_answer
@@ -122,7 +122,7 @@ class Scorer:
     self.masks = SegmentationSums()
     self.words = UnderstandingSums()
     self._pairs = Pairs()
-    self._one_by_one: dict[type, list[tuple[Sums, str]]] = {}
+    self._one_by_one: dict[type, list[tuple[MetricSums, str]]] = {}
 
   @property
   def count(self) -> int:

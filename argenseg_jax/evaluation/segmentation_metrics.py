@@ -4,6 +4,7 @@ docs/evaluation.md has the formulas. Fields may be arrays with one entry for
 each of several resampled sums (`bootstrap.py`); results then are arrays too.
 """
 
+import abc
 import dataclasses
 from typing import Any, Self
 
@@ -28,12 +29,12 @@ class Sums:
     )
 
 
-class MetricSums(Sums):
+class MetricSums(Sums, abc.ABC):
   """Sums that divide into named metrics."""
 
+  @abc.abstractmethod
   def results(self) -> dict[str, Any]:
     """The metrics by name."""
-    raise NotImplementedError
 
 
 def _hits() -> np.ndarray:

@@ -115,15 +115,14 @@ def kept_activations(
 ) -> int | None:
   """Bytes of layer inputs that wait for the backward pass, on one device; None
   where there are no such layers, or the remat policy keeps more."""
-  train = config.stage(task.name).train
+  stage = config.stage(task.name)
+  train = stage.train
   if train.remat != "full" or not task.reads_text:
     return None
   parts = train.accumulate_steps * sharding.num_shards(mesh)
-  rows = train.global_batch_size // parts
-  if task.name == "rl":
-    rows *= config.rl.group_size
+  sequences = train.global_batch_size // parts * stage.sequences_per_row
   width = model.llm.width * jnp.dtype(train.compute_dtype).itemsize
-  return rows * config.data.sequence_length * width * model.llm.num_layers
+  return sequences * config.data.sequence_length * width * model.llm.num_layers
 
 
 def _times(

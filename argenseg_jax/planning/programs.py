@@ -167,8 +167,8 @@ def _abstract_model(kind: str, train: TrainConfig, model: ModelConfig):
 
 
 def _without_gpu(mesh: Mesh) -> dict[str, bool]:
-  """XLA's options where the GPU is not here: Triton's products want sizes that
-  only trials on a device find, and some have none that fit by default."""
+  """XLA's options for a GPU that you don't have: Triton's products want sizes
+  that only trials on a device find, and some have none that fit by default."""
   gpu = mesh.devices.flat[0].platform in ("cuda", "gpu")
   return {"xla_gpu_enable_triton_gemm": False} if gpu else {}
 

@@ -1,4 +1,4 @@
-"""Devices that are not here, for compiling ahead of time."""
+"""Devices that you don't have, for compiling ahead of time."""
 
 import importlib.util
 import math

@@ -5,10 +5,16 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from argenseg_jax import config_parsing
-from argenseg_jax.config import SPEED_KEYS, ConfigError, RLConfig, RunConfig
+from argenseg_jax.config import (
+  SPEED_KEYS,
+  ConfigError,
+  RLConfig,
+  RunConfig,
+  TaskName,
+)
 from argenseg_jax.runtime import distributed, lock, paths
 from argenseg_jax.runtime.paths import Path, is_local
 
@@ -49,7 +55,7 @@ _FIXED = (
   "*.optimizer.frozen",
   "*.optimizer.ema_decay",
 )
-_STAGES = ("vqvae", "mllm", "rl")  # Tasks, and their groups of keys.
+_STAGES = get_args(TaskName)
 _HISTORY = "history"  # In `config.json`: what has been changed, and when.
 
 

@@ -103,14 +103,15 @@ def open_batches(
 
 
 def _note_files(source: Source, path: Path, *, renew: bool) -> None:
-  """Notes what some files of a source hold, or compares with the note."""
+  """Notes what some files of a source contain, or compares with the note."""
   most = file_stamps.SPOT
   note = None if renew else read_json(path)
   try:
     known = file_stamps.Stamps(
-      *((note or {})[k] for k in file_stamps.Stamps._fields)
+      *(
+        np.array((note or {})[k], np.uint64) for k in file_stamps.Stamps._fields
+      )
     )
-    known = file_stamps.Stamps(*(np.array(x, np.uint64) for x in known))
   except (KeyError, TypeError, ValueError, OverflowError):
     known = None  # Not there, or damaged: made again.
   if known:

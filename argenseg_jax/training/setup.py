@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from argenseg_jax import checkpoint, config_parsing, sharding
 from argenseg_jax.config import RunConfig, TrainConfig
@@ -18,12 +17,8 @@ from argenseg_jax.runtime import distributed, paths, throughput
 from argenseg_jax.runtime.paths import Path
 from argenseg_jax.training import initialize
 from argenseg_jax.training.state import Described, TrainState, describe
-from argenseg_jax.training.step import make_train_step
+from argenseg_jax.training.step import Step, make_train_step
 from argenseg_jax.training.tasks import Evaluate, Task
-from argenseg_jax.types import Batch
-
-# (state, batch) -> (state, metrics); the state that it is given is gone.
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,8 @@ from argenseg_jax.types import Batch
 Gradients = Callable[
   [nnx.State, nnx.State, Batch, Any, Any], tuple[Any, Any, Bool[Array, "b"]]
 ]
+# (state, batch) -> (state, metrics).
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 _ROUNDING = 3  # Folded into a step's key; `draw_noise` takes what is below.
 
 
@@ -42,7 +44,7 @@ def make_train_step(
   *,
   mesh: Mesh,
   warm: bool = False,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+) -> Step:
   """A function (state, batch) -> (state, metrics), to be jitted.
 
   Where the loss, the gradient's norm or a parameter after the update is not

@@ -1,4 +1,4 @@
-"""What a mask must take on chips that are not here, by their own compilers.
+"""What a mask must take on chips that you don't have, by their compilers.
 
 Layers repeat, so each stage is compiled with one layer and with two; what the
 second adds is added for each further one.
