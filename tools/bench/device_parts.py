@@ -79,23 +79,12 @@ def mask(
   tiny: bool, *, weights: Weights | Literal[""] = "", batch: int = 1
 ) -> Iterator[Result]:
   """Image to mask, and what it consists of."""
-  from argenseg_jax.models import int8
-  from argenseg_jax.models.argenseg import ARGenSeg
   from argenseg_jax.tools.bench import mask_programs
 
   config = variants.get("tiny" if tiny else "argenseg_8b")
 
   def make():
-    model = ARGenSeg(
-      config,
-      rngs=nnx.Rngs(0),
-      dtype=jnp.bfloat16,
-      param_dtype=jnp.bfloat16,
-    )
-    if weights:
-      int8.quantize(model.llm, weights)
-    model.prepare_to_generate()
-    return model
+    return mask_programs.model(config, jnp.bfloat16, weights)
 
   began = time.perf_counter()
   graph, state = nnx.split(nnx.eval_shape(make))
@@ -106,15 +95,15 @@ def mask(
   inputs = mask_programs.inputs(config, batch)
   programs = {
     mask_programs.ONE_PASS: (
-      functools.partial(mask_programs.one_pass, graph),
+      mask_programs.of_state(graph, mask_programs.one_pass),
       (state, mask_programs.token_inputs(config, batch)),
     ),
     mask_programs.WHOLE: (
-      functools.partial(mask_programs.image_to_mask, graph),
+      mask_programs.of_state(graph, mask_programs.image_to_mask),
       (state, inputs.tokens, inputs.images),
     ),
     mask_programs.VISION: (
-      functools.partial(mask_programs.vision, graph),
+      mask_programs.of_state(graph, mask_programs.vision),
       (state, inputs.images),
     ),
   }

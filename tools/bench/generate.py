@@ -1,6 +1,7 @@
 """`argenseg bench generate`: what a mask costs, stage by stage."""
 
 import argparse
+import functools
 import time
 
 from argenseg_jax.tools.bench.timing import Timed, median_seconds
@@ -181,23 +182,22 @@ def _ours(config, args: argparse.Namespace, batch: int, rates):
   import numpy as np
 
   from argenseg_jax.inference.segment import seg_mask_at_size
-  from argenseg_jax.tools.bench import generate_programs as programs
+  from argenseg_jax.tools.bench import mask_programs, model_timing
   from argenseg_jax.tools.bench import stages as bench_stages
 
-  timer = programs.Timer(
+  timer = model_timing.Timer(
     config,
     dtype=args.dtype,
     weights=args.weights,
     batch=batch,
     repeats=args.repeats,
   )
-  rng = np.random.default_rng(0)
-  inputs = programs.Inputs(config, batch, rng)
+  inputs = mask_programs.inputs(config, batch)
   stages = list(bench_stages.stages(config, batch, args.dtype))
   for stage in stages:
     yield timer.stage(stage, _bound(stage.cost, rates))
-  decoded = rng.integers(0, 256, (config.vqvae.image_side,) * 2 + (3,))
-  decoded = decoded.astype(np.uint8)
+  side = config.vqvae.image_side
+  decoded = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
 
   def post():
     for _ in range(batch):
@@ -212,21 +212,26 @@ def _ours(config, args: argparse.Namespace, batch: int, rates):
     jnp.dtype(args.dtype),
   )
   prompt = (inputs.tokens, vision)
+  collected = functools.partial(mask_programs.codes, collect=True)
   generated, line = timer.program(
-    CODES, programs.codes, *prompt, bound=_bound(between, rates)
+    CODES, collected, *prompt, bound=_bound(between, rates)
   )
   yield line
   yield _one_by_one(timer, prompt, generated.inputs[:, 0])
   asked = (inputs.tokens, inputs.images)
   bound = _bound(everything, rates)
-  yield timer.program(WHOLE, programs.image_to_mask, *asked, bound=bound)[1]
+  yield timer.program(WHOLE, mask_programs.image_to_mask, *asked, bound=bound)[
+    1
+  ]
   if batch > 1 and not config.bidirectional_prompt:
-    shared = programs.requests_of_an_image(inputs.prefix)
+    shared = mask_programs.requests_of_an_image(
+      bench_stages.AHEAD + config.vision.num_embeddings
+    )
     yield timer.program(SHARED, shared, *asked)[1]
 
 
 def _one_by_one(timer, prompt: tuple, inputs) -> Timed:
-  from argenseg_jax.tools.bench.generate_programs import codes_one_by_one
+  from argenseg_jax.tools.bench.mask_programs import codes_one_by_one
 
   def timed(inputs):
     return timer.program(ONE_BY_ONE, codes_one_by_one, *prompt, inputs)[1]

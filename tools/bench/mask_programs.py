@@ -1,17 +1,28 @@
-"""Programs of a mask that `argenseg bench device` times, and their bounds."""
+"""Programs from images and requests to masks, and the bounds of their time."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from argenseg_jax.inference.decoding import GenerationOptions
-from argenseg_jax.inference.generate import generate
+from argenseg_jax.inference.generate import (
+  Generated,
+  generate,
+  prefill_prefix,
+)
 from argenseg_jax.inference.segment import seg_mask_at_size, to_uint8
+from argenseg_jax.kernels.scale_prediction import scale_prediction
 from argenseg_jax.model_config import ModelConfig
-from argenseg_jax.models.argenseg import normalize_images
+from argenseg_jax.models import int8
+from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
+from argenseg_jax.models.int8 import Weights
 from argenseg_jax.models.llm import KVCache
 from argenseg_jax.tools.bench.stages import AHEAD, PROMPT_TEXT, stages
 
@@ -19,6 +30,9 @@ WHOLE = "image to mask"
 VISION = "vision tower"
 ONE_PASS = "one token through the decoder"
 _SIZE = (480, 640)  # Of the image that a mask is resized to.
+_OPTIONS = GenerationOptions(
+  max_text=8, start_with_mask=True, stop_after_masks=True
+)
 
 
 class Inputs(NamedTuple):
@@ -39,30 +53,119 @@ def inputs(config: ModelConfig, batch: int) -> Inputs:
   return Inputs(tokens, jnp.asarray(images), images)
 
 
-def _codes(model, tokens, vision):
+def model(
+  config: ModelConfig, dtype: DTypeLike, weights: Weights | Literal[""] = ""
+) -> ARGenSeg:
+  """With random weights, ready to generate.
+
+  Args:
+    config: of the model.
+    dtype: of weights and computation.
+    weights: eight-bit ones for the decoder, "" for `dtype`.
+  """
+  made = ARGenSeg(
+    config,
+    rngs=nnx.Rngs(0),
+    dtype=jnp.dtype(dtype),
+    param_dtype=jnp.dtype(dtype),
+  )
+  if weights:
+    int8.quantize(made.llm, weights)
+  made.prepare_to_generate()
+  return made
+
+
+def of_state(graph: nnx.GraphDef, function: Callable) -> Callable:
+  """`function(model, ...)` as a program (state, ...)."""
+
+  def run(state, *xs):
+    return function(nnx.merge(graph, state), *xs)
+
+  return run
+
+
+def codes(
+  model: ARGenSeg, tokens: Array, vision: Array, *, collect: bool = False
+) -> Generated:
+  """Of a mask for each row, scale by scale."""
   return generate(
     model,
-    GenerationOptions(
-      max_text=8,
-      start_with_mask=True,
-      stop_after_masks=True,
-    ),
+    dataclasses.replace(_OPTIONS, collect=collect),
     tokens=tokens,
     valid=jnp.ones_like(tokens, bool),
     vision=vision,
-  ).codes
+  )
 
 
-def vision(graph, state, images):
-  return nnx.merge(graph, state).vision_embeddings(normalize_images(images))
+def codes_one_by_one(
+  model: ARGenSeg, tokens: Array, vision: Array, inputs: Array
+) -> Array:
+  """The same codes, one pass each, after the same prefill.
+
+  Args:
+    model: as for `codes`.
+    tokens: as for `codes`.
+    vision: as for `codes`.
+    inputs: [b n width], what the decoder reads for each code.
+  """
+  b, t = tokens.shape
+  slots = t + model.config.vqvae.codes_per_mask
+  _, cache = model.llm.extend(
+    model.prompt_embeddings(tokens, vision),
+    KVCache.empty(model.config.llm, b, slots, model.llm.dtype),
+    positions=jnp.broadcast_to(jnp.arange(t), (b, t)),
+    valid=jnp.ones((b, t), bool),
+    visible_slots=t,
+  )
+
+  def step(cache, x):
+    hidden, cache = model.llm.extend(
+      x[:, None],
+      cache,
+      positions=jnp.full((b, 1), cache.length),
+      valid=jnp.ones((b, 1), bool),
+    )
+    code, *_ = scale_prediction(
+      hidden,
+      model.code_head.astype(hidden.dtype),
+      model.vqvae.quantizer.codebook[...],
+    )
+    return cache, code[:, 0]
+
+  return jax.lax.scan(step, cache, jnp.moveaxis(inputs, 1, 0))[1]
 
 
-def image_to_mask(graph, state, tokens, images):
-  """uint8 [b side side 3]."""
-  model = nnx.merge(graph, state)
-  embeddings = model.vision_embeddings(normalize_images(images))
-  codes = _codes(model, tokens, embeddings)
-  return to_uint8(model.vqvae.decode(codes[:, 0]))
+def vision(model: ARGenSeg, images: Array) -> Array:
+  return model.vision_embeddings(normalize_images(images))
+
+
+def image_to_mask(model: ARGenSeg, tokens: Array, images: Array) -> Array:
+  """uint8 mask images, one a row, each of its own image."""
+  return _decoded(model, codes(model, tokens, vision(model, images)))
+
+
+def requests_of_an_image(prefix: int) -> Callable:
+  """A program like `image_to_mask` whose rows all ask about the first image,
+  and share the first `prefix` tokens."""
+
+  def run(model, tokens, images):
+    seen = vision(model, images[:1])
+    shared = prefill_prefix(model, tokens[:1, :prefix], seen)
+    generated = generate(
+      model,
+      _OPTIONS,
+      tokens=tokens[:, prefix:],
+      valid=jnp.ones_like(tokens[:, prefix:], bool),
+      vision=None,
+      prefix=shared,
+    )
+    return _decoded(model, generated)
+
+  return run
+
+
+def _decoded(model: ARGenSeg, generated: Generated) -> Array:
+  return to_uint8(model.vqvae.decode(generated.codes[:, 0]))
 
 
 def with_host(program, state, inputs: Inputs) -> list[np.ndarray]:
@@ -72,9 +175,8 @@ def with_host(program, state, inputs: Inputs) -> list[np.ndarray]:
   return [seg_mask_at_size(image, _SIZE) for image in decoded]
 
 
-def one_pass(graph, state, tokens):
+def one_pass(model: ARGenSeg, tokens: Array) -> Array:
   """One token a row behind a full prompt; the cache is made in the program."""
-  model = nnx.merge(graph, state)
   b = len(tokens)
   start = model.config.vision.num_embeddings + PROMPT_TEXT
   slots = start + 1 + model.scales.num_codes
