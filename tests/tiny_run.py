@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import socket
 import sys
 
 from argenseg_jax.config import RunConfig
@@ -36,6 +37,13 @@ COMMAND = [
   "--config.mllm.train.log_every=1",
   "--config.mllm.train.eval_every=0",
 ]
+
+
+def free_address() -> str:
+  """Of this machine, for process 0 of a run of several."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def both_tasks(folder: pathlib.Path) -> RunConfig:

@@ -5,7 +5,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_rows
+import tiny_run
 from data import layouts
 from flax import nnx
 
@@ -165,9 +165,7 @@ def test_one_device_gives_the_same_numbers(run, whole, monkeypatch):
 
 
 def test_two_processes_give_the_same_numbers(run, whole, tmp_path):
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
+  address = tiny_run.free_address()
   processes = [
     subprocess.Popen(
       [

@@ -3,12 +3,11 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import pytest
-from tiny_run import COMMAND, options
+from tiny_run import COMMAND, free_address, options
 
 from argenseg_jax.checkpoint import manifest
 from argenseg_jax.data.ref_shapes import builder
@@ -16,12 +15,6 @@ from argenseg_jax.runtime import preemption
 from argenseg_jax.training import loop
 
 _DRIVER = pathlib.Path(__file__).parent / "driver.py"
-
-
-def _free_address():
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +30,7 @@ def start(tmp_path_factory):
   }
 
   def start(workdir, *faults, limit=900, arguments=()):
-    address = _free_address()
+    address = free_address()
     ended = []
     processes = [
       subprocess.Popen(
@@ -161,7 +154,7 @@ with preemption.listening(7.0):
     ctypes.CDLL(None).sleep(60)
   distributed.wait_for_all("never")  # Fails as soon as the other has ended.
 """
-  address = _free_address()
+  address = free_address()
   processes = [
     subprocess.Popen(
       [sys.executable, "-c", code, address, str(i)],

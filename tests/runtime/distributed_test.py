@@ -37,9 +37,7 @@ def losses(workdir, processes) -> dict[int, float]:
 
 def start_together(data, workdir, processes, *arguments):
   """One device a process."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
+  address = tiny_run.free_address()
   return [
     start(
       data,
@@ -125,12 +123,9 @@ def test_a_port_that_is_taken_is_named():
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_host_that_never_comes_is_said(process):
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
   code = (
     "from argenseg_jax.runtime import distributed; distributed.initialize("
-    f"'127.0.0.1:{port}', 2, {process}, start_seconds=1)"
+    f"{tiny_run.free_address()!r}, 2, {process}, start_seconds=1)"
   )
   done = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, check=False
@@ -158,9 +153,7 @@ sys.exit(cli.main())
 @pytest.mark.parametrize("refused", [0, 1])
 def test_what_ends_one_host_ends_all_with_its_sentence(refused):
   """The others waited, and ended minutes later with a dump of their stacks."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
+  address = tiny_run.free_address()
   processes = [
     subprocess.Popen(
       [
