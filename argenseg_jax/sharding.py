@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from argenseg_jax import construct
 from argenseg_jax.config import ConfigError, MeshConfig
 from argenseg_jax.kernels import collectives
 
@@ -213,7 +214,7 @@ def create_sharded(
 ) -> tuple[nnx.GraphDef, nnx.State]:
   """Runs a module's constructor under jit, so that every parameter is born
   sharded and no device ever holds the whole model."""
-  graph, abstract = nnx.split(nnx.eval_shape(make))
+  graph, abstract = nnx.split(construct.abstract(make))
   shardings = state_shardings(abstract, mesh)
   # Runs once: on a CPU, optimising it would take ten times as long.
   options = {}

@@ -9,7 +9,7 @@ import pathlib
 import jax
 from flax import nnx
 
-from argenseg_jax import sharding, variants
+from argenseg_jax import construct, sharding, variants
 from argenseg_jax.config import MeshConfig
 from argenseg_jax.models.argenseg import ARGenSeg
 
@@ -23,8 +23,8 @@ MESHES = {
 
 def current() -> dict[str, dict]:
   """Path -> shape, partition, and the shape of a shard on each mesh."""
-  model = nnx.eval_shape(
-    lambda: ARGenSeg(variants.get("argenseg_8b"), rngs=nnx.Rngs(0))
+  model = construct.abstract(
+    lambda: ARGenSeg(variants.get("argenseg_8b"), rngs=construct.Rngs(0))
   )
   state = nnx.state(model)
   found = {}

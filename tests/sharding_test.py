@@ -8,7 +8,7 @@ import tiny_model
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from argenseg_jax import sharding
+from argenseg_jax import construct, sharding
 from argenseg_jax.config import ConfigError, MeshConfig
 from argenseg_jax.config_parsing import replace
 from argenseg_jax.models.argenseg import ARGenSeg
@@ -46,7 +46,7 @@ def test_impossible_mesh_is_one_sentence(sizes):
 def test_indivisible_dimension_names_parameter_and_mesh():
   config = replace(tiny_model.config(), {"llm.mlp_width": 20})
   state = nnx.state(
-    nnx.eval_shape(lambda: ARGenSeg(config, rngs=nnx.Rngs(0)).llm)
+    construct.abstract(lambda: ARGenSeg(config, rngs=construct.Rngs(0)).llm)
   )
   with pytest.raises(
     ConfigError, match=r"mlp.*kernel.*'mlp' of 20.*tensor.* 8"
@@ -60,7 +60,7 @@ def test_parameters_are_born_sharded_and_equal():
   config = replace(tiny_model.config(), {"llm.vocab_size": 32}).llm
 
   def make():
-    return Decoder(config, rngs=nnx.Rngs(0))
+    return Decoder(config, rngs=construct.Rngs(0))
 
   whole_graph, whole = sharding.create_sharded(make, mesh(8, 1, 1))
   graph, state = sharding.create_sharded(make, mesh(2, 2, 2))

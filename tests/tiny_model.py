@@ -5,6 +5,7 @@ import functools
 import jax
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.model_config import (
   LLMConfig,
   ModelConfig,
@@ -76,7 +77,7 @@ def model(**changes) -> ARGenSeg:
 def _parts(**changes) -> tuple[nnx.GraphDef, nnx.State]:
   @jax.jit
   def build():
-    made = ARGenSeg(config(**changes), rngs=nnx.Rngs(0))
+    made = ARGenSeg(config(**changes), rngs=construct.Rngs(0))
     keys = jax.random.split(jax.random.key(1), 3)
     for key, param in zip(
       keys,

@@ -11,7 +11,7 @@ import tiny_model
 from data import layouts
 from flax import nnx
 
-from argenseg_jax import config_parsing
+from argenseg_jax import config_parsing, construct
 from argenseg_jax.config import DataConfig
 from argenseg_jax.data import text
 from argenseg_jax.data.example_builder import RowMaker
@@ -58,7 +58,9 @@ def model(dtype=jnp.float32, **changes) -> ARGenSeg:
   ids = _TOKENIZER.token_ids
   llm = dataclasses.replace(config.llm, vocab_size=ids.first_code + 11)
   config = dataclasses.replace(config, token_ids=ids, llm=llm)
-  made = nnx.eval_shape(lambda: ARGenSeg(config, rngs=nnx.Rngs(0), dtype=dtype))
+  made = construct.abstract(
+    lambda: ARGenSeg(config, rngs=construct.Rngs(0), dtype=dtype)
+  )
   graph, state = nnx.split(made)
   draw = np.random.default_rng(0)
   state = jax.tree.map(

@@ -4,7 +4,7 @@ import jax
 import pytest
 from flax import nnx
 
-from argenseg_jax import variants
+from argenseg_jax import construct, variants
 from argenseg_jax.models.argenseg import ARGenSeg
 
 BILLIONS = {
@@ -30,7 +30,7 @@ BILLIONS = {
 @pytest.mark.parametrize("name", variants.VARIANTS)
 def test_size(name):
   config = variants.get(name)
-  model = nnx.eval_shape(lambda: ARGenSeg(config, rngs=nnx.Rngs(0)))
+  model = construct.abstract(lambda: ARGenSeg(config, rngs=construct.Rngs(0)))
   sizes = jax.tree.leaves(
     jax.tree.map(lambda x: x.size, nnx.state(model, nnx.Param))
   )

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from argenseg_jax import config_parsing, sharding
+from argenseg_jax import config_parsing, construct, sharding
 from argenseg_jax.checkpoint import layout
 from argenseg_jax.checkpoint.layout import CheckpointError, step_directory
 from argenseg_jax.checkpoint.variables import compare, read_onto, stored_tree
@@ -182,7 +182,7 @@ def load(
     )
   mesh = mesh or sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
   make = model_factory(found.task, found.config, dtype=dtype)
-  graph, abstract = nnx.split(nnx.eval_shape(make))
+  graph, abstract = nnx.split(construct.abstract(make))
   model: Any = nnx.merge(graph, read_onto(found.path, abstract, mesh))
   if adapters is not None:
     return _with_adapters(found, model, describe(adapters), mesh, weights)
@@ -220,7 +220,7 @@ def _with_adapters(
   refuse_other_base(base.path, lora.fingerprint(nnx.state(model)), found)
   config = found.adapters.lora
   graph, state = nnx.split(model)
-  adapted = nnx.eval_shape(
+  adapted = construct.abstract(
     lambda state: _adapted(nnx.merge(graph, state), config, None), state
   )
   trains = lora.trainable_filter(config, nnx.state(adapted))
@@ -286,8 +286,8 @@ def _abstract_state(
   """Shapes of what a checkpoint of a model, or of its adapters, holds."""
   make = model_factory(task, config)
   if adapters is None:
-    return nnx.state(nnx.eval_shape(make))
-  model = nnx.eval_shape(lambda: _adapted(make(), adapters.lora, None))
+    return nnx.state(construct.abstract(make))
+  model = construct.abstract(lambda: _adapted(make(), adapters.lora, None))
   trains = lora.trainable_filter(adapters.lora, nnx.state(model))
   _, wanted, _ = nnx.split(model, trains, ...)
   return wanted
@@ -306,7 +306,7 @@ def model_factory(
 
   def make():
     return MODELS[task](
-      config, rngs=nnx.Rngs(seed), dtype=dtype, param_dtype=param_dtype
+      config, rngs=construct.Rngs(seed), dtype=dtype, param_dtype=param_dtype
     )
 
   return make

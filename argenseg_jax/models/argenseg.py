@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from argenseg_jax import construct
 from argenseg_jax.kernels import dispatch
 from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import layers
@@ -54,7 +55,7 @@ class ARGenSeg(nnx.Module):
     self,
     config: ModelConfig,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
   ):

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from argenseg_jax import sharding
+from argenseg_jax import construct, sharding
 from argenseg_jax.kernels import dispatch
 
 Axes = tuple[str | None, ...]
@@ -29,7 +29,7 @@ ones_init = nnx.initializers.ones_init()
 
 
 def param(
-  rngs: nnx.Rngs,
+  rngs: construct.Rngs,
   shape: Sequence[int],
   axes: Axes,
   init: Initializer = fan_in_init,
@@ -38,6 +38,8 @@ def param(
   """A parameter with one logical axis name per dimension."""
   if len(shape) != len(axes):
     raise ValueError(f"{len(axes)} axis names for shape {tuple(shape)}")
+  if construct.is_abstract():
+    return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
   return nnx.Param(init(rngs.params(), tuple(shape), dtype), axes=axes)
 
 
@@ -53,7 +55,7 @@ class Linear(nnx.Module):
     in_features: int,
     out_features: int,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     axes: Axes,
     use_bias: bool = True,
     init: Initializer = fan_in_init,
@@ -90,7 +92,7 @@ class Conv(nnx.Module):
     out_features: int,
     kernel_side: int,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     stride: int = 1,
     padding: int | tuple[int, int] = 0,
     axes: Axes = (None, None, None, "conv"),
@@ -124,7 +126,7 @@ class RMSNorm(nnx.Module):
     self,
     features: int,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     eps: float,
     axes: Axes = ("norm",),
     param_dtype: DTypeLike = jnp.float32,
@@ -145,7 +147,7 @@ class LayerNorm(nnx.Module):
     self,
     features: int,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     eps: float,
     axes: Axes = ("norm",),
     param_dtype: DTypeLike = jnp.float32,
@@ -170,7 +172,7 @@ class GroupNorm(nnx.Module):
     features: int,
     num_groups: int,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     eps: float = 1e-6,
     param_dtype: DTypeLike = jnp.float32,
   ):
@@ -240,18 +242,19 @@ def rotate(
   return jnp.concatenate((rotated.astype(x.dtype), x[..., width:]), -1)
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
+def stack(
+  make: Callable[[construct.Rngs], nnx.Module], count: int, rngs: construct.Rngs
+):
   """One module whose parameters hold `count` layers along a leading axis.
 
   The leading axis is named "layers". Use it through `layer_scan`.
   """
 
-  @nnx.split_rngs(splits=count)
   @nnx.vmap(in_axes=(0,), out_axes=0)
-  def create(rngs):
-    return make(rngs)
+  def create(key):
+    return make(construct.Rngs(key))
 
-  stacked = create(rngs)
+  stacked = create(jax.random.split(rngs.params(), count))
   for _, leaf in nnx.iter_graph(stacked):
     if isinstance(leaf, nnx.Param):
       leaf.set_metadata(axes=("layers", *leaf.get_metadata("axes")))

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from argenseg_jax import construct
 from argenseg_jax.model_config import LLMConfig
 from argenseg_jax.models import attention, layers, splash_attention
 
@@ -68,7 +69,9 @@ class KVCache(NamedTuple):
 class Attention(nnx.Module):
   """Causal self-attention with grouped queries."""
 
-  def __init__(self, config: LLMConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+  def __init__(
+    self, config: LLMConfig, *, rngs: construct.Rngs, dtype, param_dtype
+  ):
     self.config = config
     d, hd = config.width, config.head_dim
     kwargs: dict[str, Any] = dict(
@@ -117,7 +120,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
   """SwiGLU: down(silu(gate x) * up x)."""
 
-  def __init__(self, config: LLMConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+  def __init__(
+    self, config: LLMConfig, *, rngs: construct.Rngs, dtype, param_dtype
+  ):
     d, m = config.width, config.mlp_width
     kwargs: dict[str, Any] = dict(
       rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype
@@ -133,7 +138,9 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
   """Pre-norm attention and MLP."""
 
-  def __init__(self, config: LLMConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+  def __init__(
+    self, config: LLMConfig, *, rngs: construct.Rngs, dtype, param_dtype
+  ):
     kwargs: dict[str, Any] = dict(
       rngs=rngs, dtype=dtype, param_dtype=param_dtype
     )
@@ -159,7 +166,7 @@ class Decoder(nnx.Module):
     self,
     config: LLMConfig,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
   ):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from argenseg_jax import construct
 from argenseg_jax.config import ConfigError, LoRAConfig
 from argenseg_jax.models import int8, layers
 
@@ -30,7 +31,9 @@ class _Adapted(nnx.Module):
   lora_a: Adapter  # [in rank], float32
   lora_b: Adapter  # [rank out], float32
 
-  def _add_adapter(self, config: LoRAConfig, rngs: nnx.Rngs, kernel: nnx.Param):
+  def _add_adapter(
+    self, config: LoRAConfig, rngs: construct.Rngs, kernel: nnx.Param
+  ):
     """For a kernel [in out], or a stack of them."""
     *stack, i, o = kernel.shape
     *names, axis_in, axis_out = kernel.get_metadata("axes")
@@ -57,7 +60,9 @@ class _Adapted(nnx.Module):
 class AdaptedLinear(layers.Linear, _Adapted):
   """A `layers.Linear` with an adapter; its kernel and bias are shared."""
 
-  def __init__(self, linear: layers.Linear, config: LoRAConfig, rngs: nnx.Rngs):
+  def __init__(
+    self, linear: layers.Linear, config: LoRAConfig, rngs: construct.Rngs
+  ):
     self.dtype, self.kernel, self.bias = (
       linear.dtype,
       linear.kernel,
@@ -83,7 +88,7 @@ class AdaptedQuantizedLinear(int8.QuantizedLinear, _Adapted):
   """An `int8.QuantizedLinear` with an adapter."""
 
   def __init__(
-    self, linear: int8.QuantizedLinear, config: LoRAConfig, rngs: nnx.Rngs
+    self, linear: int8.QuantizedLinear, config: LoRAConfig, rngs: construct.Rngs
   ):
     self.dtype, self.kernel, self.bias = (
       linear.dtype,
@@ -110,7 +115,7 @@ def adapt(model: nnx.Module, config: LoRAConfig, *, seed: int = 0) -> None:
   """
   if not config.rank:
     return
-  rngs = nnx.Rngs(seed)
+  rngs = construct.Rngs(seed)
   used = set()
   for path, parent, name, linear in projections(model):
     matching = [p for p in config.targets if fnmatch.fnmatchcase(path, p)]

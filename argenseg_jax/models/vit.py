@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from argenseg_jax import construct
 from argenseg_jax.model_config import VisionConfig
 from argenseg_jax.models import attention, layers, resize
 
@@ -34,7 +35,7 @@ class VisionEncoder(nnx.Module):
     config: VisionConfig,
     llm_width: int,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
   ):
@@ -93,7 +94,7 @@ class VisionTower(nnx.Module):
     self,
     config: VisionConfig,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
   ):
@@ -205,7 +206,7 @@ class ConvStem(nnx.Module):
     width: int,
     num_blocks: int = 0,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
   ):
@@ -246,7 +247,7 @@ class VisionLayer(nnx.Module):
     self,
     config: VisionConfig,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
   ):
@@ -314,7 +315,7 @@ class Connector(nnx.Module):
     in_features: int,
     features: int,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
   ):

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from argenseg_jax import construct
 from argenseg_jax.kernels.nearest_code import nearest_code
 from argenseg_jax.model_config import VQVAEConfig
 from argenseg_jax.models import layers, resize
@@ -46,7 +47,7 @@ class Quantizer(nnx.Module):
     self,
     config: VQVAEConfig,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     param_dtype: DTypeLike = jnp.float32,
   ):
     c, phis = config.latent_channels, config.num_phis

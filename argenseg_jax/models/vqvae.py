@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from argenseg_jax import construct
 from argenseg_jax.model_config import VQVAEConfig
 from argenseg_jax.models import attention, layers
 from argenseg_jax.models.vq import Quantizer
@@ -34,7 +35,7 @@ class VQVAE(nnx.Module):
     self,
     config: VQVAEConfig,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
   ):
@@ -115,7 +116,7 @@ class Encoder(nnx.Module):
     self,
     config: VQVAEConfig,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike,
     param_dtype: DTypeLike,
   ):
@@ -174,7 +175,7 @@ class Decoder(nnx.Module):
     self,
     config: VQVAEConfig,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike,
     param_dtype: DTypeLike,
   ):
@@ -236,7 +237,7 @@ class Level(nnx.Module):
     num_blocks: int,
     attention: bool,
     resample: layers.Conv | None,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike,
     param_dtype: DTypeLike,
   ):
@@ -267,7 +268,7 @@ class Middle(nnx.Module):
     features: int,
     groups: int,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike,
     param_dtype: DTypeLike,
   ):
@@ -289,7 +290,7 @@ class ResidualBlock(nnx.Module):
     features: int,
     groups: int,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike,
     param_dtype: DTypeLike,
   ):
@@ -318,7 +319,7 @@ class SpatialAttention(nnx.Module):
     features: int,
     groups: int,
     *,
-    rngs: nnx.Rngs,
+    rngs: construct.Rngs,
     dtype: DTypeLike,
     param_dtype: DTypeLike,
   ):

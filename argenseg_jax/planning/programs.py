@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, sharding
+from argenseg_jax import checkpoint, construct, sharding
 from argenseg_jax.config import RunConfig, TrainConfig
 from argenseg_jax.inference.segment import answer_batch
 from argenseg_jax.model_config import ModelConfig
@@ -87,7 +87,9 @@ def compile_training(config: RunConfig, name: str, mesh: Mesh) -> Program:
   model = initialize.model_config(config, config.init_from)
   described = train_state.describe(
     *nnx.split(
-      nnx.eval_shape(initialize.constructor(config, name, task.model, model))
+      construct.abstract(
+        initialize.constructor(config, name, task.model, model)
+      )
     ),
     stage,
     num_codes=model.vqvae.num_codes,
@@ -163,7 +165,7 @@ def _abstract_model(kind: str, train: TrainConfig, model: ModelConfig):
     dtype=jnp.dtype(train.compute_dtype),
     param_dtype=jnp.dtype(train.param_dtype),
   )
-  return nnx.split(nnx.eval_shape(make))
+  return nnx.split(construct.abstract(make))
 
 
 def _without_gpu(mesh: Mesh) -> dict[str, bool]:

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, config_parsing, sharding
+from argenseg_jax import checkpoint, config_parsing, construct, sharding
 from argenseg_jax.config import DataConfig, EvalConfig, MeshConfig
 from argenseg_jax.data import chat, text
 from argenseg_jax.model_config import ModelConfig
@@ -79,7 +79,7 @@ def _import(
 ) -> Imported:
   where = str(path)
   make = checkpoint.model_factory(plan.task, plan.config)
-  abstract = nnx.state(nnx.eval_shape(make))
+  abstract = nnx.state(construct.abstract(make))
   if plan.fresh_image_tokenizer:
     _, abstract = nnx.split_state(
       abstract, lambda keys, leaf: keys[0] == "vqvae", ...

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, config_parsing, sharding
+from argenseg_jax import checkpoint, config_parsing, construct, sharding
 from argenseg_jax.config import LoRAConfig
 from argenseg_jax.models import lora
 from argenseg_jax.runtime import paths
@@ -135,7 +135,7 @@ def import_adapters(
   found = read_adapters(source, values, loaded.config, path)
   config, arrays = with_one_rank(found)
   graph, variables = nnx.split(loaded.model)
-  model = nnx.eval_shape(
+  model = construct.abstract(
     lambda state: _adapted(nnx.merge(graph, state), config), variables
   )
   _, wanted, _ = nnx.split(

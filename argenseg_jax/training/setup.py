@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from argenseg_jax import checkpoint, config_parsing, sharding
+from argenseg_jax import checkpoint, config_parsing, construct, sharding
 from argenseg_jax.config import RunConfig, TrainConfig
 from argenseg_jax.data import examples, pipeline
 from argenseg_jax.model_config import ModelConfig
@@ -78,7 +78,7 @@ def open_run(
     mesh=mesh,
     rows=examples.make_rows(task.data(config.data), model, tokenizer),
     described=describe(
-      *nnx.split(nnx.eval_shape(_constructor(config, task, model))),
+      *nnx.split(construct.abstract(_constructor(config, task, model))),
       stage,
       num_codes=model.vqvae.num_codes,
       mesh=mesh,

@@ -9,6 +9,7 @@ import pytest
 import tiny_model
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import base
 from argenseg_jax.models import flops
@@ -57,7 +58,7 @@ def analytic(products) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def model():
-  return tiny_model.ARGenSeg(CONFIG, rngs=nnx.Rngs(0))
+  return tiny_model.ARGenSeg(CONFIG, rngs=construct.Rngs(0))
 
 
 def test_decoder(model):
@@ -83,7 +84,7 @@ def test_decoder(model):
 def test_vision(stem):
   blocks = 2 if stem == "conv" else 0
   config = replace(CONFIG, {"vision.stem": stem, "vision.stem_blocks": blocks})
-  model = tiny_model.ARGenSeg(config, rngs=nnx.Rngs(0))
+  model = tiny_model.ARGenSeg(config, rngs=construct.Rngs(0))
   images = jnp.zeros((1, 2, 16, 16, 3))
   total = sum(analytic(flops.vision(config.vision, 16, 2)))
   assert traced(model.vision_embeddings, images) == total

@@ -11,6 +11,7 @@ import pytest
 import tiny_model
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.models import int8, layers
 from argenseg_jax.models.llm import Decoder
 
@@ -39,7 +40,7 @@ def _parts(tied):
   config = dataclasses.replace(
     tiny_model.config().llm, tied_head=tied, qkv_bias=True
   )
-  return jax.jit(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))()
+  return jax.jit(lambda: nnx.split(Decoder(config, rngs=construct.Rngs(0))))()
 
 
 def rounded(llm: Decoder, weights) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.model_config import LLMConfig
 from argenseg_jax.models import layers
 from argenseg_jax.models.attention import attention_mask
@@ -34,7 +35,7 @@ def make(**changes) -> Decoder:
     max_positions=64,
     **changes,
   )
-  build = jax.jit(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))
+  build = jax.jit(lambda: nnx.split(Decoder(config, rngs=construct.Rngs(0))))
   return nnx.merge(*build())
 
 

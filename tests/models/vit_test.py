@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.model_config import VisionConfig
 from argenseg_jax.models.vit import (
   VisionEncoder,
@@ -29,7 +30,7 @@ CONFIG = VisionConfig(
 
 def build(cls, config, *args):
   """A module with random parameters, without compiling its initialisers."""
-  made = nnx.eval_shape(lambda: cls(config, *args, rngs=nnx.Rngs(0)))
+  made = construct.abstract(lambda: cls(config, *args, rngs=construct.Rngs(0)))
   graph, state = nnx.split(made)
   rng = np.random.default_rng(0)
   state = jax.tree.map(
@@ -257,7 +258,7 @@ def test_every_parameter_names_its_axes():
 
 
 def test_initialises_finite_and_scaled():
-  encoder = VisionEncoder(CONFIG, 6, rngs=nnx.Rngs(0))
+  encoder = VisionEncoder(CONFIG, 6, rngs=construct.Rngs(0))
   np.testing.assert_array_equal(encoder.tower.layers.scale_1[...], 1.0)
   assert encoder.tower.layers.qkv.kernel.shape == (3, 8, 24)
   rows = encoder.tower.layers.qkv.kernel[...]
@@ -288,7 +289,9 @@ def test_bfloat16_activations():
 )
 def test_impossible_configs_name_the_key(changes, message):
   with pytest.raises(ValueError, match=message):
-    VisionEncoder(dataclasses.replace(CONFIG, **changes), 6, rngs=nnx.Rngs(0))
+    VisionEncoder(
+      dataclasses.replace(CONFIG, **changes), 6, rngs=construct.Rngs(0)
+    )
 
 
 def test_images_that_do_not_fit_are_named(tower):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.model_config import VQVAEConfig
 from argenseg_jax.models.vq import Quantizer
 
@@ -22,7 +23,7 @@ CONFIG = VQVAEConfig(
 
 @pytest.fixture
 def quantizer():
-  made = Quantizer(CONFIG, rngs=nnx.Rngs(0))
+  made = Quantizer(CONFIG, rngs=construct.Rngs(0))
   made.phi_bias[...] = jax.random.normal(jax.random.key(1), (4, 3)) * 0.1
   return made
 
@@ -141,7 +142,7 @@ def test_scale_inputs_are_the_steps_of_generation(quantizer, codes):
 
 def test_single_scale_has_no_inputs():
   config = dataclasses.replace(CONFIG, scales=(6,))
-  quantizer = Quantizer(config, rngs=nnx.Rngs(0))
+  quantizer = Quantizer(config, rngs=construct.Rngs(0))
   codes = jnp.zeros((2, 36), jnp.int32)
   assert quantizer.scale_inputs(codes).shape == (2, 0, 3)
 
@@ -222,8 +223,8 @@ def test_count_codes(quantizer, codes):
 
 
 def test_computes_in_float32_from_bfloat16_parameters(latent):
-  half = nnx.eval_shape(
-    lambda: Quantizer(CONFIG, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+  half = construct.abstract(
+    lambda: Quantizer(CONFIG, rngs=construct.Rngs(0), param_dtype=jnp.bfloat16)
   )
   assert half.codebook.dtype == jnp.bfloat16
   graph, state = nnx.split(half)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.model_config import VQVAEConfig
 from argenseg_jax.models.vqvae import VQVAE
 
@@ -26,7 +27,9 @@ CONFIG = VQVAEConfig(
 
 def build(**types):
   """An image tokenizer with random parameters, quicker than initialising."""
-  made = nnx.eval_shape(lambda: VQVAE(CONFIG, rngs=nnx.Rngs(0), **types))
+  made = construct.abstract(
+    lambda: VQVAE(CONFIG, rngs=construct.Rngs(0), **types)
+  )
   graph, params, rest = nnx.split(made, nnx.Param, ...)
   rng = np.random.default_rng(0)
 
@@ -151,4 +154,4 @@ def test_every_parameter_names_its_axes(vqvae):
 def test_disagreeing_sides_are_named():
   config = dataclasses.replace(CONFIG, image_side=32)
   with pytest.raises(ValueError, match=r"vqvae\.image_side is 32"):
-    VQVAE(config, rngs=nnx.Rngs(0))
+    VQVAE(config, rngs=construct.Rngs(0))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.model_config import LLMConfig
 from argenseg_jax.models import int8, layers
 from argenseg_jax.models.llm import Decoder, KVCache
@@ -53,14 +54,14 @@ def one_pass(*, apart: bool, weights: str, tokens: int) -> str:
 
   def make():
     types = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    llm = Decoder(CONFIG, rngs=nnx.Rngs(0), **types)
+    llm = Decoder(CONFIG, rngs=construct.Rngs(0), **types)
     if weights:
       int8.quantize(llm, weights)
     if apart:
       llm.layers = layers.unstack(llm.layers)
     return llm
 
-  graph, state = nnx.split(nnx.eval_shape(make))
+  graph, state = nnx.split(construct.abstract(make))
   leaves, tree = jax.tree.flatten(state)
 
   def run(x, *leaves):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.model_config import (
   LLMConfig,
   ModelConfig,
@@ -93,7 +94,7 @@ def whole(llm="internlm2", vision="layer_norm") -> ModelConfig:
 
 
 def abstract(make) -> nnx.State:
-  return nnx.state(nnx.eval_shape(make))
+  return nnx.state(construct.abstract(make))
 
 
 def random_source(table, state, dtype=np.float32) -> tensors.Computed:
@@ -130,7 +131,7 @@ def folder(tmp_path):
   def make(config: ModelConfig, dtype=ml_dtypes.bfloat16):
     path = tmp_path / "authors"
     path.mkdir()
-    state = abstract(lambda: ARGenSeg(config, rngs=nnx.Rngs(0)))
+    state = abstract(lambda: ARGenSeg(config, rngs=construct.Rngs(0)))
     source = random_source(rules.argenseg(config), state, dtype)
     size = sum(np.prod(i.shape) * 4 for i in source.tensors.values())
     tensors.write_folder(path, source, max_file_bytes=int(size) // 4)

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from argenseg_jax import checkpoint, variants
+from argenseg_jax import checkpoint, construct, variants
 from argenseg_jax.data import text
 from argenseg_jax.data.errors import DataError
 from argenseg_jax.inference import generate
@@ -153,7 +153,7 @@ def test_internvl_gets_new_tokens_and_an_image_tokenizer(
   starts = llm == "internlm2"
   _write_tokenizer(plain / "tokenizer.json", old_rows, starts=starts)
   # VAR's own file: the image tokenizer's tensors without a prefix.
-  state = tiny.abstract(lambda: VQVAE(tiny.VQVAE, rngs=nnx.Rngs(0)))
+  state = tiny.abstract(lambda: VQVAE(tiny.VQVAE, rngs=construct.Rngs(0)))
   var = tiny.random_source(rules.vqvae(tiny.VQVAE), state)
   tensors.write_file(tmp_path / "var.safetensors", var, var.tensors)
 

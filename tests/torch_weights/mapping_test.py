@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.models.llm import Decoder
 from argenseg_jax.models.vit import VisionEncoder
@@ -24,13 +25,13 @@ MANIFEST = pathlib.Path(__file__).parents[1] / "golden/argenseg_8b.json"
 
 def _families(tiny):
   for name, config in tiny.LLMS.items():
-    make = lambda c=config: Decoder(c, rngs=nnx.Rngs(0))  # noqa: E731
+    make = lambda c=config: Decoder(c, rngs=construct.Rngs(0))  # noqa: E731
     yield name, families.table(config), make
   for name, config in tiny.VISIONS.items():
-    make = lambda c=config: VisionEncoder(c, 16, rngs=nnx.Rngs(0))  # noqa: E731
+    make = lambda c=config: VisionEncoder(c, 16, rngs=construct.Rngs(0))  # noqa: E731
     yield name, rules.internvit(config), make
   config = tiny.VQVAE
-  make = lambda: VQVAE(config, rngs=nnx.Rngs(0))  # noqa: E731
+  make = lambda: VQVAE(config, rngs=construct.Rngs(0))  # noqa: E731
   yield "vqvae", rules.vqvae(config), make
 
 
@@ -65,7 +66,7 @@ def test_round_trip_is_identical(family, tiny, mesh):
 def test_mixed_dtypes_of_a_stack_come_back(tiny, mesh):
   config = tiny.LLMS["qwen2"]
   table = families.table(config)
-  state = tiny.abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+  state = tiny.abstract(lambda: Decoder(config, rngs=construct.Rngs(0)))
   source = tiny.random_source(table, state)
   name = "model.layers.1.mlp.up_proj.weight"
   half = source.read(name).astype(np.float16)
@@ -103,7 +104,9 @@ def test_every_tensor_of_argenseg_8b_has_its_place():
   values = manifest["config"] | {"set": "manifest"}
   config = recognize.whole_config(values, source, None)
   assert config.token_ids.first_code == 92557
-  state = nnx.state(nnx.eval_shape(lambda: ARGenSeg(config, rngs=nnx.Rngs(0))))
+  state = nnx.state(
+    construct.abstract(lambda: ARGenSeg(config, rngs=construct.Rngs(0)))
+  )
   table, leaves = rules.argenseg(config), mapping.variables(state)
   kept = mapping.check(table, leaves, source, "manifest")
   assert kept == ["image_tokenizer.quantize.ema_vocab_hit_SV"]

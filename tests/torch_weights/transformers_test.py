@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from argenseg_jax import variants
+from argenseg_jax import construct, variants
 from argenseg_jax.model_config import VisionConfig
 from argenseg_jax.models.llm import Decoder
 from argenseg_jax.models.vit import VisionEncoder
@@ -33,7 +33,7 @@ def _source(arrays):
 
 
 def _ours(make, table, source):
-  graph, state = nnx.split(nnx.eval_shape(make))
+  graph, state = nnx.split(construct.abstract(make))
   mapping.check(table, mapping.variables(state), source, "transformers")
   mesh = importing.conversion_mesh()
   state, _ = mapping.load(table, state, source, mesh)
@@ -79,7 +79,7 @@ def test_qwen(family, tied):
   config = hf_config.llm_config(values, tied_head=tied)
   assert config.family == family
   graph, state = _ours(
-    lambda: Decoder(config, rngs=nnx.Rngs(0)),
+    lambda: Decoder(config, rngs=construct.Rngs(0)),
     families.table(config),
     _source(arrays),
   )
@@ -112,7 +112,9 @@ def test_manifest_of_qwen_sizes(variant):
   with torch.device("meta"):
     _, theirs = _qwen(_qwen_config(config.family, **keys))
   wanted = {n: tuple(t.shape) for n, t in theirs.state_dict().items()}
-  state = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+  state = nnx.state(
+    construct.abstract(lambda: Decoder(config, rngs=construct.Rngs(0)))
+  )
   leaves = mapping.variables(state)
   assert mapping.torch_shapes(families.table(config), leaves) == wanted
   assert hf_config.llm_config(values, tied_head=config.tied_head) == config
@@ -197,7 +199,7 @@ def test_internvit(norm):
     n: rng.normal(size=s).astype(np.float32) for n, s in connector.items()
   }
   graph, state = _ours(
-    lambda: VisionEncoder(config, 16, rngs=nnx.Rngs(0)),
+    lambda: VisionEncoder(config, 16, rngs=construct.Rngs(0)),
     rules.internvit(config),
     _source(arrays),
   )

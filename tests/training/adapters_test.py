@@ -17,7 +17,7 @@ import slow_tokenizer
 from flax import nnx
 from PIL import Image, ImageDraw
 
-from argenseg_jax import checkpoint
+from argenseg_jax import checkpoint, construct
 from argenseg_jax.checkpoint import CheckpointError
 from argenseg_jax.configs import adapters as adapters_config
 from argenseg_jax.model_config import (
@@ -123,7 +123,9 @@ def _released(path: pathlib.Path) -> ModelConfig:
   ids = slow_tokenizer.write_folder(path, slow_tokenizer.train(), SPECIAL)
   config = _config(ids)
   table = rules.argenseg(config)
-  state = nnx.state(nnx.eval_shape(lambda: ARGenSeg(config, rngs=nnx.Rngs(0))))
+  state = nnx.state(
+    construct.abstract(lambda: ARGenSeg(config, rngs=construct.Rngs(0)))
+  )
   shapes = mapping.torch_shapes(table, mapping.variables(state))
   shapes |= {kept.torch: kept.shape for kept in table.carried}
   rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import pytest
 import tiny_model
 from flax import nnx
 
-from argenseg_jax import sharding
+from argenseg_jax import construct, sharding
 from argenseg_jax.config import ConfigError, MeshConfig, RunConfig
 from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import tiny
@@ -56,7 +56,9 @@ def make_model() -> ARGenSeg:
 
   @jax.jit
   def build():
-    made = ARGenSeg(replace(tiny_model.config(), changes), rngs=nnx.Rngs(0))
+    made = ARGenSeg(
+      replace(tiny_model.config(), changes), rngs=construct.Rngs(0)
+    )
     key = jax.random.key(1)
     made.pos_embed[...] = jax.random.normal(key, made.pos_embed.shape)
     return nnx.split(made)

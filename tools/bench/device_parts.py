@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from argenseg_jax import variants
+from argenseg_jax import construct, variants
 from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models.int8 import Weights
 from argenseg_jax.tools.bench.device_kernels import (
@@ -87,7 +87,7 @@ def mask(
     return mask_programs.model(config, jnp.bfloat16, weights)
 
   began = time.perf_counter()
-  graph, state = nnx.split(nnx.eval_shape(make))
+  graph, state = nnx.split(construct.abstract(make))
   state = filled(state)
   seconds = time.perf_counter() - began
   yield result("weights made", seconds, "s")

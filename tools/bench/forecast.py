@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from argenseg_jax import config_parsing, sharding
+from argenseg_jax import config_parsing, construct, sharding
 from argenseg_jax.config import MeshConfig
 from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models.argenseg import ARGenSeg
@@ -69,14 +69,14 @@ def _compiled(config, layers: int, batch: int, dtype: str, mesh):
   def make():
     model = ARGenSeg(
       config,
-      rngs=nnx.Rngs(0),
+      rngs=construct.Rngs(0),
       dtype=jnp.dtype(dtype),
       param_dtype=jnp.dtype(dtype),
     )
     model.unstack()  # A loop's body would be counted once.
     return model
 
-  graph, state = nnx.split(nnx.eval_shape(make))
+  graph, state = nnx.split(construct.abstract(make))
 
   def placed(tree):
     return jax.tree.map(

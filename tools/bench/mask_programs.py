@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from argenseg_jax import construct
 from argenseg_jax.inference.decoding import GenerationOptions
 from argenseg_jax.inference.generate import (
   Generated,
@@ -65,7 +66,7 @@ def model(
   """
   made = ARGenSeg(
     config,
-    rngs=nnx.Rngs(0),
+    rngs=construct.Rngs(0),
     dtype=jnp.dtype(dtype),
     param_dtype=jnp.dtype(dtype),
   )

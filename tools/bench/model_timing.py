@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models.int8 import Weights
 from argenseg_jax.tools.bench import mask_programs
@@ -38,7 +39,7 @@ class Timer:
     def make():
       return mask_programs.model(config, dtype, weights)
 
-    self._graph = nnx.graphdef(nnx.eval_shape(make))
+    self._graph = nnx.graphdef(construct.abstract(make))
     self._state = jax.jit(lambda: nnx.state(make()))()
     self._batch, self._repeats = batch, repeats
 

@@ -159,6 +159,7 @@ def ours(
   import jax.numpy as jnp
   from flax import nnx
 
+  from argenseg_jax import construct
   from argenseg_jax.config_parsing import run_config
   from argenseg_jax.configs import base
   from argenseg_jax.models.argenseg import ARGenSeg
@@ -169,9 +170,9 @@ def ours(
 
   def make():
     types = dict(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
-    return ARGenSeg(config, rngs=nnx.Rngs(0), **types)
+    return ARGenSeg(config, rngs=construct.Rngs(0), **types)
 
-  abstract = nnx.eval_shape(make)
+  abstract = construct.abstract(make)
   trains = trainable_filter(run.mllm.optimizer, nnx.state(abstract))
   graph = nnx.split(abstract, trains, ...)[0]
   params, fixed = jax.jit(lambda: nnx.split(make(), trains, ...)[1:])()

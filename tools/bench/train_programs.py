@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from argenseg_jax import checkpoint, sharding
+from argenseg_jax import checkpoint, construct, sharding
 from argenseg_jax.config import RunConfig
 from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import base
@@ -71,7 +71,7 @@ def step(
   with jax.set_mesh(mesh):
     began = time.perf_counter()
     described = train_state.describe(
-      *nnx.split(nnx.eval_shape(make)),
+      *nnx.split(construct.abstract(make)),
       run.mllm,
       num_codes=config.vqvae.num_codes,
       mesh=mesh,

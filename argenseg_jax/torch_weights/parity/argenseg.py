@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.models import losses
 from argenseg_jax.models.argenseg import ARGenSeg, normalize_seg_masks
 from argenseg_jax.torch_weights import recognize, rules
@@ -31,7 +32,9 @@ def checks(golden: Golden) -> dict[str, Check]:
   """One check for every array that this kind of folder may hold."""
   config = recognize.whole_config(golden.config, golden.weights, None)
   table = rules.argenseg(config)
-  graph, state = golden.load(lambda: ARGenSeg(config, rngs=nnx.Rngs(0)), table)
+  graph, state = golden.load(
+    lambda: ARGenSeg(config, rngs=construct.Rngs(0)), table
+  )
 
   # One mask or image at a time: the same two programs serve all cases.
   @jax.jit

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.data import safe_npz
 from argenseg_jax.torch_weights import hf_config, mapping, tensors
 from argenseg_jax.torch_weights.importing import conversion_mesh
@@ -96,7 +97,7 @@ class Golden:
     self, make: Callable[[], nnx.Module], table: Table
   ) -> tuple[nnx.GraphDef, nnx.State]:
     """A module with this folder's weights, through the rules of import."""
-    graph, state = nnx.split(nnx.eval_shape(make))
+    graph, state = nnx.split(construct.abstract(make))
     where = str(self.path / "weights.safetensors")
     mapping.check(table, mapping.variables(state), self.weights, where)
     state, _ = mapping.load(table, state, self.weights, conversion_mesh(1))

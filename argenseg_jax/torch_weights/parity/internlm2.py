@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from argenseg_jax.model_config import LLMConfig
 from argenseg_jax.models.llm import Decoder, KVCache
@@ -142,7 +143,9 @@ def checks(golden: Golden) -> dict[str, Check]:
   tied = "output.weight" not in golden.weights.tensors
   config = hf_config.llm_config(values, tied_head=tied)
   table = families.table(config)
-  graph, state = golden.load(lambda: Decoder(config, rngs=nnx.Rngs(0)), table)
+  graph, state = golden.load(
+    lambda: Decoder(config, rngs=construct.Rngs(0)), table
+  )
   ours = Computed(golden, config, table, graph, state)
   return {
     "out.logits": Check(lambda: ours.plain[0]),

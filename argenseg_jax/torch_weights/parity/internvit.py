@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.models import vit
 from argenseg_jax.torch_weights import hf_config, rules
 from argenseg_jax.torch_weights.parity.compare import (
@@ -23,7 +24,7 @@ def checks(golden: Golden) -> dict[str, Check]:
   width = golden.weights.tensors["mlp1.3.bias"].shape[0]
   table = rules.internvit(config)
   graph, state = golden.load(
-    lambda: vit.VisionEncoder(config, width, rngs=nnx.Rngs(0)), table
+    lambda: vit.VisionEncoder(config, width, rngs=construct.Rngs(0)), table
   )
 
   def pixels(name):

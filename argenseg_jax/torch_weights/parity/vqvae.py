@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from argenseg_jax import construct
 from argenseg_jax.models.vq import Quantizer
 from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.torch_weights import hf_config, rules
@@ -165,7 +166,9 @@ def checks(golden: Golden) -> dict[str, Check]:
     golden.config | {"vae": golden.config}, golden.weights.tensors, where
   )
   table = rules.vqvae(config)
-  graph, state = golden.load(lambda: VQVAE(config, rngs=nnx.Rngs(0)), table)
+  graph, state = golden.load(
+    lambda: VQVAE(config, rngs=construct.Rngs(0)), table
+  )
   ours = Computed(golden, table, graph, state)
 
   def first(name):
