@@ -17,6 +17,7 @@ def rows_of(printed: str) -> dict[tuple[str, int], float]:
   return {(name, int(batch)): float(seconds) for name, batch, seconds in cells}
 
 
+@pytest.mark.slow
 def test_every_stage_is_timed(monkeypatch, capsys):
   config = config_parsing.replace(tiny_model.config(), {"llm.num_layers": 1})
   monkeypatch.setitem(variants.VARIANTS, "test", config)
