@@ -53,6 +53,7 @@ def test_chips_without_a_forecast_are_named(capsys):
   assert "--chips=h100: give some of v5e" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_peer_draws_a_mask_of_the_same_size():
   pytest.importorskip("torch")
   pytest.importorskip("transformers")
