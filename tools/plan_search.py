@@ -101,7 +101,7 @@ def main(values: flags.FlagValues, config: RunConfig, argv: list[str]) -> int:
   outcomes = search.run(
     space.given,
     space.settings,
-    search.order(config, values.goal, prices),
+    search.order(values.goal, prices),
     lambda setting: compile_apart(setting, argv),
     limits=limits,
     results=folder,

@@ -1,8 +1,8 @@
 """Which of many settings to compile, what came of each, and the best.
 
 Settings are taken in the order of a goal, as far as it can be counted; one that
-cannot fit by what a smaller one showed, or that another beats in speed and
-memory alike, is not compiled, and one that hardly fits waits.
+cannot fit by what a smaller one showed, or that another equals in speed, memory
+and in what is given up, is not compiled, and one that hardly fits waits.
 """
 
 import concurrent.futures
@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from argenseg_jax import config_parsing
 from argenseg_jax.config import RunConfig
 from argenseg_jax.planning import counted
-from argenseg_jax.planning.search_space import Setting, Space, gives_up
+from argenseg_jax.planning.search_space import Setting, Space
 from argenseg_jax.training.tasks import TASKS
 from argenseg_jax.version import __version__
 
@@ -64,14 +64,11 @@ class Limits(NamedTuple):
   jobs: int
 
 
-def order(
-  config: RunConfig, goal: Goal, prices: Mapping[str, float]
-) -> Callable[[Setting], Any]:
+def order(goal: Goal, prices: Mapping[str, float]) -> Callable[[Setting], Any]:
   """A key to sort settings by: the goal as counted, to one percent; then what
   gives up less of `config`, then what needs less memory.
 
   Args:
-    config: that was given.
     goal: "speed" in tokens a second, "cost" in money a token, "fit" in share
       of memory.
     prices: chip -> money for an hour of it; only "cost" needs them.
@@ -82,7 +79,7 @@ def order(
 
   def of(setting: Setting):
     speed, memory = setting.counted.speed, share(setting)
-    changed = len(gives_up(config, setting))
+    changed = len(setting.gives_up)
     if goal == "fit":
       return coarse(memory), changed, -speed
     value = speed
@@ -259,7 +256,8 @@ def _promises(
       if _needs_no_less(setting, other):
         return False
     elif (
-      other.counted.speed >= (1 - _EQUAL) * setting.counted.speed
+      len(other.gives_up) <= len(setting.gives_up)
+      and other.counted.speed >= (1 - _EQUAL) * setting.counted.speed
       and other.counted.memory <= setting.counted.memory
     ):
       return False
@@ -269,8 +267,8 @@ def _promises(
 def _likeliest(
   waiting: Sequence[Setting], outcomes: Iterable[Outcome], limits: Limits
 ) -> Setting:
-  """The first that fits if the compiler adds no more to what was counted than it
-  did at least on that topology; else the first."""
+  """The first that fits if the compiler adds to what was counted as little as
+  it once did on that topology; else the first."""
   added: dict[Any, int] = {}
   for outcome in outcomes:
     if outcome.report and "peak" in outcome.report:
@@ -318,7 +316,7 @@ def summary(
     goal: of the search.
     prices: of an hour of each chip; none: costs are left out.
   """
-  entries = [_entry(config, o, limits, prices) for o in outcomes]
+  entries = [_entry(o, limits, prices) for o in outcomes]
   names = {"speed": "speed", "cost": "cost", "fit": "peak"}
   sign = -1 if goal == "speed" else 1
 
@@ -353,7 +351,6 @@ def summary(
 
 
 def _entry(
-  config: RunConfig,
   outcome: Outcome,
   limits: Limits,
   prices: Mapping[str, float],
@@ -364,7 +361,7 @@ def _entry(
     "topology": str(setting.topology),
     "values": dict(setting.values),
     "flags": setting.flags,
-    "gives_up": gives_up(config, setting),
+    "gives_up": list(setting.gives_up),
     "counted_memory": setting.counted.memory,
     "counted_speed": setting.counted.speed,
     "kept": outcome.kept,

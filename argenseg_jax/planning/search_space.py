@@ -122,6 +122,7 @@ class Setting(NamedTuple):
     task: of the config, that is planned.
     topology: to run on.
     counted: what can be said without compiling.
+    gives_up: what it changes in the numbers that a run computes.
   """
 
   values: Mapping[str, str]
@@ -130,6 +131,7 @@ class Setting(NamedTuple):
   task: str
   topology: Topology
   counted: Counted
+  gives_up: tuple[str, ...]
 
   @property
   def flags(self) -> list[str]:
@@ -215,7 +217,8 @@ def enumerate_settings(
       except ConfigError as error:
         refused[str(error)] = refused.get(str(error), 0) + 1
         continue
-      setting = Setting(named, changes, changed, task, topology, number)
+      lost = _gives_up(config, changed, task)
+      setting = Setting(named, changes, changed, task, topology, number, lost)
       (given if values is None else settings).append(setting)
   return Space(given, settings, refused)
 
@@ -224,20 +227,21 @@ def _value(config: RunConfig, key: str) -> Any:
   return functools.reduce(getattr, key.split("."), config)
 
 
-def gives_up(config: RunConfig, setting: Setting) -> list[str]:
-  """What a setting changes in the numbers that a run computes."""
-  old, new = (c.stage(setting.task) for c in (config, setting.config))
+def _gives_up(old: RunConfig, new: RunConfig, task: str) -> tuple[str, ...]:
+  """What changes in the numbers that a run computes."""
+  before, after = old.stage(task), new.stage(task)
   found = []
-  if new.train.global_batch_size != old.train.global_batch_size:
+  if after.train.global_batch_size != before.train.global_batch_size:
     found.append(
-      f"batch {new.train.global_batch_size} for {old.train.global_batch_size}"
+      f"batch {after.train.global_batch_size} for "
+      f"{before.train.global_batch_size}"
     )
-  if new.train.param_dtype != old.train.param_dtype:
-    found.append(f"weights in {new.train.param_dtype}")
-  if setting.config.data.tokenized and not config.data.tokenized:
+  if after.train.param_dtype != before.train.param_dtype:
+    found.append(f"weights in {after.train.param_dtype}")
+  if new.data.tokenized and not old.data.tokenized:
     found.append("masks tokenized before training")
-  if setting.config.lora.rank != config.lora.rank:
-    found.append(f"adapters of rank {setting.config.lora.rank} train")
-  if new.optimizer.name != old.optimizer.name:
-    found.append(new.optimizer.name)
-  return found
+  if new.lora.rank != old.lora.rank:
+    found.append(f"adapters of rank {new.lora.rank} train")
+  if after.optimizer.name != before.optimizer.name:
+    found.append(after.optimizer.name)
+  return tuple(found)

@@ -60,7 +60,7 @@ def run(config, space, tmp_path, compile_setting, *, goal="speed", **kwargs):
   outcomes = search.run(
     space.given,
     space.settings,
-    search.order(config, goal, {"v5e": 1.0, "v5p": 2.0}),
+    search.order(goal, {"v5e": 1.0, "v5p": 2.0}),
     compile_setting,
     limits=limits,
     results=tmp_path,
@@ -107,11 +107,11 @@ def test_an_axis_changes_what_it_says(paper):
     "--config.mllm.train.param_dtype=bfloat16",
     "--config.data.cache_codes=True",
   ]
-  assert search_space.gives_up(paper, setting) == [
+  assert setting.gives_up == (
     "batch 512 for 256",
     "weights in bfloat16",
     "masks tokenized before training",
-  ]
+  )
 
 
 def test_what_cannot_be_built_is_counted_and_the_given_is_not_twice(paper):
