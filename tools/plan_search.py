@@ -81,7 +81,6 @@ def main(values: flags.FlagValues, config: RunConfig, argv: list[str]) -> int:
   jax.config.update("jax_platforms", "cpu")  # Counting needs no device.
   from argenseg_jax.planning import search, search_space
   from argenseg_jax.planning import topology as topology_lib
-  from argenseg_jax.runtime import compilation_cache
 
   topologies = [
     topology_lib.parse(text, values.slices)
@@ -95,9 +94,7 @@ def main(values: flags.FlagValues, config: RunConfig, argv: list[str]) -> int:
   space = search_space.enumerate_settings(config, task, topologies, axes)
   if not space.given and not space.settings:
     raise ConfigError(f"no setting can be built: {next(iter(space.refused))}")
-  folder = pathlib.Path(
-    values.results or compilation_cache.user_cache() / "plans"
-  )
+  folder = _folder(values.results)
   outcomes = search.run(
     space.given,
     space.settings,
@@ -110,6 +107,20 @@ def main(values: flags.FlagValues, config: RunConfig, argv: list[str]) -> int:
   found = search.summary(config, space, outcomes, limits, values.goal, prices)
   print(json.dumps(found, indent=1) if values.json else describe(found))
   return 0 if found["best"] else 1
+
+
+def _folder(results: str) -> pathlib.Path:
+  """Where reports are kept."""
+  if results:
+    return pathlib.Path(results)
+  from argenseg_jax.runtime import compilation_cache
+
+  try:
+    return compilation_cache.user_cache() / "plans"
+  except RuntimeError as error:
+    raise ConfigError(
+      "this user has no home for results; give --results=DIR."
+    ) from error
 
 
 def _limits(values: flags.FlagValues):

@@ -78,32 +78,27 @@ def order(goal: Goal, prices: Mapping[str, float]) -> Callable[[Setting], Any]:
     return round(math.log(value) / _EQUAL)
 
   def of(setting: Setting):
-    speed, memory = setting.counted.speed, share(setting)
+    speed, memory = setting.counted.speed, setting.counted.memory
+    if chip := setting.topology.chip:
+      memory /= chip.hbm / chip.devices
     changed = len(setting.gives_up)
     if goal == "fit":
       return coarse(memory), changed, -speed
     value = speed
     if goal == "cost":
-      value = 1 / cost(setting, speed, prices)
+      value = 1 / _cost(setting, speed, prices)
     return -coarse(value), changed, memory
 
   return of
 
 
-def cost(setting: Setting, speed: float, prices: Mapping[str, float]) -> float:
+def _cost(setting: Setting, speed: float, prices: Mapping[str, float]) -> float:
   """Money for a million tokens at a speed in tokens a second."""
   chips = setting.topology.num_chips
   return prices[setting.topology.name] * chips / 3600 / speed * 1e6
 
 
-def share(setting: Setting, memory: int | None = None) -> float:
-  """Of a device's memory that is in use: bytes, where nobody knows its size."""
-  used = setting.counted.memory if memory is None else memory
-  chip = setting.topology.chip
-  return used / (chip.hbm / chip.devices if chip else 1)
-
-
-def speed(outcome: Outcome) -> float:
+def _speed(outcome: Outcome) -> float:
   """Tokens (or rows) a second that a compiled setting reaches at most; what was
   counted, where no rates are published."""
   report, number = outcome.report, outcome.setting.counted
@@ -112,17 +107,17 @@ def speed(outcome: Outcome) -> float:
   return number.speed
 
 
-def allowed(setting: Setting, limits: Limits) -> float:
+def _allowed(setting: Setting, limits: Limits) -> float:
   """Bytes of a device; infinite where nobody knows."""
   chip = setting.topology.chip
   return limits.memory * chip.hbm / chip.devices if chip else math.inf
 
 
-def fits(outcome: Outcome, limits: Limits) -> bool:
+def _fits(outcome: Outcome, limits: Limits) -> bool:
   """Whether the compiler needs no more than is allowed."""
   if outcome.report is None or "peak" not in outcome.report:
     return False
-  return outcome.report["peak"] <= allowed(outcome.setting, limits)
+  return outcome.report["peak"] <= _allowed(outcome.setting, limits)
 
 
 def run(
@@ -148,7 +143,7 @@ def run(
     tell: is told what happens.
   """
   waiting = sorted(
-    (s for s in settings if s.counted.memory <= allowed(s, limits)), key=order
+    (s for s in settings if s.counted.memory <= _allowed(s, limits)), key=order
   )
   first = list(given)
   outcomes: list[Outcome] = []
@@ -192,7 +187,7 @@ def _told(outcome: Outcome, limits: Limits) -> str:
     return f"{name}: does not fit: {outcome.report['excess']}"
   peak = f"{outcome.report['peak'] / 2**30:.1f} GiB"
   return f"{name}: {peak}" + (
-    "" if fits(outcome, limits) else ", more than is allowed"
+    "" if _fits(outcome, limits) else ", more than is allowed"
   )
 
 
@@ -252,7 +247,7 @@ def _promises(
     other = outcome.setting
     if other.topology != setting.topology or outcome.report is None:
       continue
-    if not fits(outcome, limits):
+    if not _fits(outcome, limits):
       if _needs_no_less(setting, other):
         return False
     elif (
@@ -278,7 +273,7 @@ def _likeliest(
 
   def likely(setting):
     memory = setting.counted.memory + added.get(setting.topology, 0)
-    return memory <= allowed(setting, limits)
+    return memory <= _allowed(setting, limits)
 
   return next(filter(likely, waiting), waiting[0])
 
@@ -342,7 +337,7 @@ def summary(
     "unit": "tokens" if tokens else "rows",
     "settings": len(settings),
     "too_large_by_count": sum(
-      s.counted.memory > allowed(s, limits) for s in settings
+      s.counted.memory > _allowed(s, limits) for s in settings
     ),
     "refused": space.refused,
     "compiled": entries,
@@ -366,13 +361,13 @@ def _entry(
     "counted_speed": setting.counted.speed,
     "kept": outcome.kept,
     "error": outcome.error,
-    "state": "fits" if fits(outcome, limits) else "too large",
-    "speed": speed(outcome),
+    "state": "fits" if _fits(outcome, limits) else "too large",
+    "speed": _speed(outcome),
   }
   if report is None:
     return entry | {"state": "failed"}
   if prices:
-    entry["cost"] = cost(setting, entry["speed"], prices)
+    entry["cost"] = _cost(setting, entry["speed"], prices)
   for name in ("peak", "mfu", "hours", "chip_hours", "collectives"):
     if name in report:
       entry[name] = report[name]

@@ -94,6 +94,18 @@ def test_what_keeps_more_counts_more_memory_and_less_work(paper, remat):
   assert kept.work < full.work
 
 
+def test_adapters_hold_less_and_muon_less_than_adamw(paper):
+  space = space_of(paper, "lora=0,16", "optimizer=adamw,muon")
+  adamw, muon, adapters, _ = [s.counted for s in space.given + space.settings]
+  assert adapters.memory < muon.memory < adamw.memory
+  assert adapters.work < adamw.work
+  assert [s.gives_up for s in space.settings] == [
+    ("muon",),
+    ("adapters of rank 16 train",),
+    ("adapters of rank 16 train", "muon"),
+  ]
+
+
 def test_an_axis_changes_what_it_says(paper):
   (setting,) = space_of(
     paper, "batch=8", "mesh=2x-1x2", "codes=before", "param_dtype=bfloat16"
