@@ -288,6 +288,7 @@ def _manual_axes(mesh: Mesh) -> set[str]:
   )
 
 
+@jax.named_scope("optimizer")
 def _updated(
   state: TrainState,
   grads: nnx.State,
