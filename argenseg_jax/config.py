@@ -209,6 +209,11 @@ class TrainConfig:
   grace_seconds: NonNegative
   # A step that takes this many times the median gets its stacks written.
   stall_factor: NonNegative  # 0: none does.
+  # The first and the last step that a trace is of; (): no trace. Checkpoints of
+  # earlier versions have neither key.
+  profile_steps: tuple[PositiveInt, ...] = ()
+  # Which processes of several write one.
+  profile_processes: Literal["first", "all"] = "first"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,6 +144,7 @@ def run_config(
     raise ConfigError("config key 'tasks' is empty; use 'vqvae', 'mllm'.")
   for task in config.tasks:
     _require_scores(config, task)
+    _require_window(config, task)
   return config
 
 
@@ -161,6 +162,17 @@ def _require_scores(config: RunConfig, task: str) -> None:
       f"{key}but no step before the last ({train.steps}) is both evaluated "
       f"(eval_every is {train.eval_every}) and saved (save_every is "
       f"{train.save_every}); make save_every divide eval_every, or use 'loss'."
+    )
+
+
+def _require_window(config: RunConfig, task: str) -> None:
+  """What is traced must be two steps of the run, the first one first."""
+  train = config.stage(task).train
+  window = train.profile_steps
+  if window and (len(window) != 2 or not window[0] <= window[1] <= train.steps):
+    raise ConfigError(
+      f"config key '{task}.train.profile_steps' is {window}; give the first "
+      f"and the last step of a trace, from 1 to {train.steps}: (10, 12)."
     )
 
 

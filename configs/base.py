@@ -206,6 +206,11 @@ def _stage(*, learning_rate: float, steps: int, batch: int) -> ConfigDict:
   # So many steps in a row without a finite loss, gradient and update end the
   # run; 0: none do.
   s.train.max_skipped = 20
+  # (10, 12) writes a trace of steps 10 to 12 for XProf, see docs/pods.md; the
+  # first step compiles. (): no trace.
+  s.train.profile_steps = ()
+  # Which processes of several write one: the "first", or "all".
+  s.train.profile_processes = "first"
   s.train.compute_dtype = "bfloat16"  # Or "float32".
   # Of the weights. "bfloat16" takes half of the bytes; updates are then rounded
   # at random, so that small ones count on average. Moments and the average of

@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from argenseg_jax.inference.requests import Job
 from argenseg_jax.runtime.paths import disk_path
 from argenseg_jax.tools import warmup
 
+if TYPE_CHECKING:
+  from argenseg_jax.runtime.profile import StepTrace
+
+_TRACED = 10  # Batches in a trace.
 EPILOG = """\
 examples:
   argenseg predict --checkpoint=runs/quickstart/mllm --image=photo.jpg \\
@@ -59,6 +63,7 @@ def main(argv: list[str]) -> int:
   from argenseg_jax.inference.answer_files import AnswerFiles
   from argenseg_jax.runtime.metric_writer import Progress
 
+  trace = _step_trace(args.profile)
   predictor = warmup.open_predictor(args, batch_size=args.batch_size)
   plan.folder.mkdir(parents=True, exist_ok=True)
   bad, first = 0, ""
@@ -66,7 +71,7 @@ def main(argv: list[str]) -> int:
     plan.folder, plan.suffix, plan.kinds, force=args.force
   ) as write:
     bar = Progress("predict", len(plan.jobs), active=not plan.alone)
-    answers = _answers(predictor, plan.jobs, images, args)
+    answers = _answers(predictor, plan.jobs, images, args, trace)
     try:
       for done, (job, image, answer) in enumerate(answers, 1):
         bar.update(done)
@@ -82,6 +87,7 @@ def main(argv: list[str]) -> int:
           print("wrote " + ", ".join(map(str, files)))
     finally:
       bar.close()
+      trace.close()
   if not plan.alone:
     print(f"answered {len(plan.jobs) - bad} requests into {plan.folder}")
   if bad:
@@ -198,7 +204,24 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument("--batch_size", type=int, default=8)
   parser.add_argument("--force", action="store_true", help="overwrite files")
+  parser.add_argument(
+    "--profile",
+    metavar="DIR",
+    help=f"write a trace of the first {_TRACED} batches for XProf "
+    "(docs/pods.md); the first one compiles, unless `argenseg warmup` did",
+  )
   return parser
+
+
+def _step_trace(folder: str | None) -> "StepTrace":
+  """Traces the first batches into `--profile`, if that is given."""
+  from argenseg_jax.runtime.profile import StepTrace
+
+  if not folder:
+    return StepTrace(pathlib.Path(), (), name="predict")
+  path = disk_path(folder)
+  path.mkdir(parents=True, exist_ok=True)
+  return StepTrace(path, (1, _TRACED), name="predict")
 
 
 def _place(args: argparse.Namespace, images: "_Images") -> None:
@@ -268,20 +291,28 @@ class _Images:
 
 
 def _answers(
-  predictor, jobs: Sequence[Job], images: _Images, args
+  predictor,
+  jobs: Sequence[Job],
+  images: _Images,
+  args: argparse.Namespace,
+  trace: "StepTrace",
 ) -> Iterator[tuple[Job, Any, Any]]:
   """Yields jobs, images and answers, or what is wrong with the request.
 
-  Requests of one image share what the model saw of it.
+  Requests of one image share what the model saw of it. A batch is a step of
+  `trace`.
   """
   for job in jobs:
     if job.fault:
       yield job, None, DataError(job.fault)
   asked = [job for job in jobs if not job.fault]
-  for group in _groups(asked, args.batch_size):
-    images.read([job.image for job in group])
-    good = [j for j in group if not isinstance(images[j.image], DataError)]
-    found = _ask(predictor, good, images, args) if good else []
+  for step, group in enumerate(_groups(asked, args.batch_size), 1):
+    with trace.step(step):
+      images.read([job.image for job in group])
+      good = [j for j in group if not isinstance(images[j.image], DataError)]
+      found = _ask(predictor, good, images, args) if good else []
+    if trace.ends_with(step):
+      trace.write()
     answers = dict(zip(map(id, good), found, strict=True))
     for job in group:
       image = images[job.image]

@@ -129,6 +129,7 @@ def answer_part(fixed: Fixed, state: State) -> State:
   )
 
 
+@jax.named_scope("text")
 def _text_step(fixed: Fixed, state: State) -> State:
   """One word of every row that neither waits nor has finished."""
   model, options, ids = fixed.model, fixed.options, fixed.model.config.token_ids
@@ -163,14 +164,16 @@ def mask_step(fixed: Fixed, state: State, *, fed: bool = False) -> State:
   cache = state.cache
   for k in range(fixed.num_scales):
     hidden = state.last_hidden[:, None] if fed and k == 0 else None
-    cache, code, log_prob, seen = _predict_scale(
-      fixed, state, cache, partial, k, hidden, key
-    )
+    side = model.scales.sides[k]
+    with jax.named_scope(f"scale_{side}x{side}"):
+      cache, code, log_prob, seen = _predict_scale(
+        fixed, state, cache, partial, k, hidden, key
+      )
+      if k + 1 < fixed.num_scales:
+        partial = model.vqvae.quantizer.add_scale(partial, code, k)
     codes.append(code)
     log_probs.append(log_prob)
     traces.append(seen)
-    if k + 1 < fixed.num_scales:
-      partial = model.vqvae.quantizer.add_scale(partial, code, k)
   place = (
     jnp.arange(b),
     jnp.where(masked, state.num_masks, options.max_masks),

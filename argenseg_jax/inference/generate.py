@@ -35,6 +35,7 @@ class Generated(NamedTuple):
   positions: Array | None  # int32 [b m n]
 
 
+@jax.named_scope("prefill")
 def prefill_prefix(
   model: ARGenSeg, tokens: Int[Array, "1 p"], vision: Float[Array, "1 v d"]
 ) -> KVCache:
@@ -153,6 +154,7 @@ def _results(state: State) -> Generated:
   )
 
 
+@jax.named_scope("prefill")
 def _prefill(
   fixed: Fixed,
   tokens: Int[Array, "b t"],

@@ -133,6 +133,7 @@ class ARGenSeg(nnx.Module):
     first = self.config.token_ids.first_code
     return self.llm.head_rows(first, self.config.vqvae.num_codes)
 
+  @jax.named_scope("vision")
   def vision_embeddings(
     self, images: Float[Array, "b i h w 3"], **kwargs
   ) -> Float[Array, "b v d"]:

@@ -258,6 +258,7 @@ class Decoder(nnx.Module):
       length=rope_length,
     )
 
+  @jax.named_scope("decoder")
   def __call__(
     self,
     x: Float[Array, "b t d"],

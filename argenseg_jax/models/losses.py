@@ -107,6 +107,7 @@ def resolve_targets(
   return resolved, code_indices(targets, n)
 
 
+@jax.named_scope("loss")
 def decoder_loss(
   hidden: Float[Array, "b t d"],
   head: Float[Array, "vocab d"],
@@ -149,6 +150,7 @@ def decoder_loss(
   )
 
 
+@jax.named_scope("loss")
 def seg_mask_loss(
   reconstruction: Float[Array, "b h w c"], target: Float[Array, "b h w c"]
 ) -> Float[Array, "b"]:

@@ -78,6 +78,7 @@ class Quantizer(nnx.Module):
       axes=(None, "codes"),
     )
 
+  @jax.named_scope("vq_codes")
   def __call__(self, latent: Float[Array, "b h w c"]) -> Quantized:
     """Quantises for training.
 
@@ -102,6 +103,7 @@ class Quantizer(nnx.Module):
       vectors=jnp.concatenate(vectors, 1),
     )
 
+  @jax.named_scope("vq_codes")
   def encode(self, latent: Float[Array, "b h w c"]) -> Int[Array, "b n"]:
     """Codes of all scales, int32: nearest by squared L2, the first on ties."""
     walk = self._walk(latent.astype(jnp.float32))

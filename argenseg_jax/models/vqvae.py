@@ -72,6 +72,7 @@ class VQVAE(nnx.Module):
       latent=latent,
     )
 
+  @jax.named_scope("vq_encode")
   def encode_latent(
     self, images: Float[Array, "b h w 3"]
   ) -> Float[Array, "b h2 w2 c"]:
@@ -82,6 +83,7 @@ class VQVAE(nnx.Module):
     """Codes of all scales, int32, coarse to fine."""
     return self.quantizer.encode(self.encode_latent(images))
 
+  @jax.named_scope("vq_decode")
   def decode_latent(
     self, latent: Float[Array, "b h w c"]
   ) -> Float[Array, "b h2 w2 3"]:

@@ -4,7 +4,9 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-KINDS = ("restart", "compile", "data", "save", "evaluation")
+import jax
+
+KINDS = ("restart", "compile", "data", "save", "evaluation", "profile")
 
 
 class Goodput:
@@ -12,7 +14,8 @@ class Goodput:
 
   "restart" is everything before the first step: building the model, reading a
   checkpoint. "save" is what a save keeps the run waiting, "data" the wait for
-  a batch, "compile" the first step of each program.
+  a batch, "compile" the first step of each program, "profile" the writing of
+  a trace. Traces show them by these names.
 
   Args:
     clock: gives seconds.
@@ -32,7 +35,8 @@ class Goodput:
     """Counts the time within it as one of `KINDS`."""
     before = self._clock()
     try:
-      yield
+      with jax.profiler.TraceAnnotation(kind):
+        yield
     finally:
       self._seconds[kind] += self._clock() - before
 

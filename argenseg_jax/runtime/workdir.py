@@ -36,6 +36,7 @@ _FREE = (  # They change no number that is learned.
   *(f"*.train.{key}" for key in ("keep", "keep_best", "best_by")),
   *(f"*.train.{key}" for key in ("grace_seconds", "stall_factor")),
   "*.train.max_skipped",
+  *(f"*.train.profile_{key}" for key in ("steps", "processes")),
 )
 _ACCEPTED = {  # With a flag.
   "--accept_changed_data": ("data.*", "*.train.global_batch_size"),

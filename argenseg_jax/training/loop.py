@@ -18,6 +18,7 @@ from argenseg_jax.runtime import workdir as workdir_lib
 from argenseg_jax.runtime.goodput import Goodput
 from argenseg_jax.runtime.nan_guard import Diverged
 from argenseg_jax.runtime.paths import Path
+from argenseg_jax.runtime.profile import StepTrace
 from argenseg_jax.runtime.watchdog import Watchdog
 from argenseg_jax.training import setup
 from argenseg_jax.training.batches import open_batches
@@ -177,12 +178,16 @@ def _train(
   watchdog = Watchdog(
     logs, factor=train.stall_factor, process=jax.process_index()
   )
+  trace = setup.step_trace(run, logs)
   with (
+    contextlib.closing(trace),  # Last: its checkpoint is worth more.
     contextlib.closing(batches),
     contextlib.closing(watchdog),
     contextlib.closing(run.checkpoints),  # Waits for a save, whatever happens.
   ):
-    state = _take_steps(run, state, batches, log, goodput, watchdog, stop)
+    state = _take_steps(
+      run, state, batches, log, goodput, watchdog, trace, stop
+    )
 
   results = task.finish(graph, state.variables, run.rows, config)
   results["bad_records"] = batches.num_bad_records
@@ -202,6 +207,7 @@ def _take_steps(
   log: StepLog,
   goodput: Goodput,
   watchdog: Watchdog,
+  trace: StepTrace,
   stop: preemption.Stopping,
 ) -> TrainState:
   """Trains to the last step, and saves it.
@@ -230,24 +236,28 @@ def _take_steps(
 
   goodput.started()
   while step < train.steps:
-    # A batch.
-    try:
-      with goodput.spent("data"), stop.interruptible():
-        batch = next(batches)
-    except preemption.Interrupted:  # While it waited for data.
-      save(wait=True)
-      raise preemption.Interrupted(_stopped_at(step)) from None
-    data_state = batches.state()
+    with trace.step(step + 1, before=state):
+      # A batch.
+      try:
+        with goodput.spent("data"), stop.interruptible():
+          batch = next(batches)
+      except preemption.Interrupted:  # While it waited for data.
+        save(wait=True)
+        raise preemption.Interrupted(_stopped_at(step)) from None
+      data_state = batches.state()
 
-    # A step.
-    warm = step < task.warm_steps(config)
-    first = warm not in compiled
-    with goodput.spent("compile") if first else contextlib.nullcontext():
-      state, metrics = take[warm](state, sharding.put_batch(batch, run.mesh))
-    compiled.add(warm)
-    step += 1
-    scores.add_loss(metrics["loss"])
-    state = task.between_steps(config, graph, state, step, run.rows, run.mesh)
+      # A step.
+      warm = step < task.warm_steps(config)
+      first = warm not in compiled
+      with goodput.spent("compile") if first else contextlib.nullcontext():
+        state, metrics = take[warm](state, sharding.put_batch(batch, run.mesh))
+      compiled.add(warm)
+      step += 1
+      scores.add_loss(metrics["loss"])
+      state = task.between_steps(config, graph, state, step, run.rows, run.mesh)
+    if trace.ends_with(step):
+      with goodput.spent("profile"), watchdog.paused(), log.paused():
+        trace.write(after=state)
     try:
       log.dispatched(step, metrics)
     except Diverged:
@@ -258,12 +268,11 @@ def _take_steps(
     # An evaluation.
     last = step == train.steps
     if evaluate and _is_due(step, train.eval_every) and not last:
-      with goodput.spent("evaluation"), watchdog.paused():
+      with goodput.spent("evaluation"), watchdog.paused(), log.paused():
         _evaluate(evaluate, run, state, step, log, scores, stop)
 
     # A checkpoint.
-    stops = stop.requested()
-    if _is_due(step, train.save_every) or last or stops:
+    if (stops := stop.requested()) or last or _is_due(step, train.save_every):
       save()
     if stops and not last:
       run.checkpoints.wait()

@@ -175,6 +175,7 @@ def _hidden(
   return hidden, lead - 1 + length[:, 0]
 
 
+@jax.named_scope("loss")
 def part(
   model: ARGenSeg,
   batch: Batch,

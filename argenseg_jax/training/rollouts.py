@@ -106,6 +106,7 @@ def leads(batch: Batch, config: RunConfig, model: ARGenSeg) -> Lead:
   )
 
 
+@jax.named_scope("rollout")
 def sample(
   model: ARGenSeg, batch: Batch, config: RunConfig, key: Array
 ) -> Rollout:

@@ -1,6 +1,7 @@
 """What a task's run works with: checked and opened before its first step."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import flops
 from argenseg_jax.runtime import distributed, paths, throughput
 from argenseg_jax.runtime.paths import Path
+from argenseg_jax.runtime.profile import StepTrace
 from argenseg_jax.training import initialize
 from argenseg_jax.training.state import Described, TrainState, describe
 from argenseg_jax.training.step import Step, make_train_step
@@ -172,6 +174,19 @@ def pace(run: TaskRun, *, start: int) -> throughput.Pace:
     tokens=stage.train.global_batch_size * data.sequence_length,
     mesh=run.mesh,
     start=start,
+  )
+
+
+def step_trace(run: TaskRun, logs: pathlib.Path) -> StepTrace:
+  """Traces what `train.profile_steps` says, beside the task's TensorBoard
+  events."""
+  train, several = run.train, jax.process_count() > 1
+  writes = train.profile_processes == "all" or distributed.is_main()
+  return StepTrace(
+    logs / "tensorboard",
+    train.profile_steps if writes else (),
+    name="train",
+    process=jax.process_index() if several else None,
   )
 
 

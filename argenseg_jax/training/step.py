@@ -114,7 +114,7 @@ def make_train_step(
   return step
 
 
-def require_equal_parts(train: TrainConfig, mesh: Mesh) -> None:
+def require_equal_parts(train: TrainConfig, mesh: sharding.AnyMesh) -> None:
   """Checks that a batch can be split over devices and turns.
 
   Raises:
@@ -288,6 +288,7 @@ def _manual_axes(mesh: Mesh) -> set[str]:
   )
 
 
+@jax.named_scope("optimizer")
 def _updated(
   state: TrainState,
   grads: nnx.State,

@@ -1,6 +1,8 @@
 """What a run says of its steps: metrics files, progress, skipped steps."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -66,9 +68,14 @@ class StepLog:
       self._due = step, metrics
 
   def evaluated(self, step: int, split: str, values: dict[str, float]) -> None:
-    """Logs the metrics of a split; the time that they took is no step's."""
+    """Logs the metrics of a split."""
     self._writer.write(step, {f"{split}/{k}": v for k, v in values.items()})
     self._bar.update(step, f"{split} {headline(values)}")
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Something else than steps runs; the time that it takes is no step's."""
+    yield
     self._pace.pause()
 
   def finish(self, step: int) -> None:

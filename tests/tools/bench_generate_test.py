@@ -53,6 +53,13 @@ def test_chips_without_a_forecast_are_named(capsys):
   assert "--chips=h100: give some of v5e" in capsys.readouterr().err
 
 
+def test_what_does_not_run_has_no_trace(capsys):
+  for name in ("generate", "kernels"):
+    with pytest.raises(SystemExit, match="2"):
+      cli.main(["bench", name, "--chips=v5e", "--profile=traces"])
+    assert "--profile needs programs that run" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_peer_draws_a_mask_of_the_same_size():
   pytest.importorskip("torch")

@@ -23,7 +23,12 @@ def make_config(**changes):
 
 
 @pytest.fixture(scope="module")
-def ours():
+def traced(tmp_path_factory):
+  return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def ours(traced):
   """The program of a run of the command, and what that run printed."""
   made, compile_ours = [], train.ours
 
@@ -37,7 +42,7 @@ def ours():
     patch.setattr(train, "ours", keep)
     with contextlib.redirect_stdout(printed):
       arguments = ["bench", "train", "--variant=test", "--repeats=1"]
-      assert cli.main(arguments) == 0
+      assert cli.main([*arguments, f"--profile={traced}"]) == 0
   return made[0], printed.getvalue()
 
 
@@ -81,6 +86,16 @@ def test_the_table(ours):
   assert temp > 0
   assert temp == pytest.approx(program.temp_mib, abs=0.1)
   assert "the peer" not in printed
+
+
+def test_the_step_is_traced(ours, traced):
+  (session,) = traced.glob("plugins/profile/*")
+  assert session.name == "train_test_batch_2"
+  (file,) = session.glob("*.xplane.pb")
+  for part in (b"vision", b"vq_encode", b"decoder", b"loss"):
+    assert re.search(
+      rb"jit\(loss\)/[ -~]*\b" + part + rb"\b", file.read_bytes()
+    )
 
 
 def test_programs_take_turns():

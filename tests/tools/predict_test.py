@@ -117,6 +117,18 @@ def test_folders_and_patterns_fill_a_folder(fake, folder, capsys):
   assert "out/predictions.jsonl exists" in capsys.readouterr().err
 
 
+def test_batches_are_traced(fake, folder, capsys):
+  asked = ["--image", "in/a.png", "in/b.png", "--text", "cup", "--out=out"]
+  assert predict(*asked, "--batch_size=1", "--profile=traces") == 0
+  (file,) = folder.glob("traces/plugins/profile/predict_1-10/*.xplane.pb")
+  planes = jax.profiler.ProfileData.from_file(str(file)).planes
+  events = [e for plane in planes for line in plane.lines for e in line.events]
+  steps = [dict(e.stats)["step_num"] for e in events if e.name == "predict"]
+  assert steps == [1, 2]
+  assert predict(*asked, "--force", "--profile=gs://bucket/traces") == 2
+  assert "written to a disk only" in capsys.readouterr().err
+
+
 def test_requests_come_from_stdin(fake, folder, monkeypatch, capsys):
   lines = [
     {"image": "in/a.png", "text": "cup", "id": "one"},

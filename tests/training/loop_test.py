@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 import shutil
 import signal
 
@@ -17,7 +19,7 @@ from argenseg_jax.checkpoint import manifest
 from argenseg_jax.config import ConfigError, MeshConfig, RunConfig
 from argenseg_jax.evaluation import records
 from argenseg_jax.inference.predictor import Predictor
-from argenseg_jax.runtime import preemption
+from argenseg_jax.runtime import preemption, profile
 from argenseg_jax.tools import cli
 from argenseg_jax.training import initialize, loop, step_log
 
@@ -30,7 +32,8 @@ def _standard_promotion():
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> RunConfig:
-  return tiny_run.both_tasks(tmp_path_factory.mktemp("data"))
+  made = tiny_run.both_tasks(tmp_path_factory.mktemp("data"))
+  return config_parsing.replace(made, {"mllm.train.profile_steps": (2, 5)})
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,36 @@ def workdir(config, tmp_path_factory):
 
 def variables(path):
   return nnx.to_pure_dict(nnx.state(checkpoint.load(path).model))
+
+
+def traces(folder) -> dict[str, pathlib.Path]:
+  """Sessions of a task, with their files."""
+  return {p.parent.name: p for p in folder.rglob("*.xplane.pb")}
+
+
+def scopes_of(trace: pathlib.Path, program: str) -> set[str]:
+  """Parts of the names of a traced program's operations."""
+  names = re.findall(
+    rb"jit\(%b\)/[ -~]+" % program.encode(), trace.read_bytes()
+  )
+  return set(re.findall(r"\w+", b" ".join(names).decode()))
+
+
+def test_a_trace_of_training_reads_like_the_model(workdir):
+  (trace,) = traces(workdir / "mllm").values()
+  data = jax.profiler.ProfileData.from_file(str(trace))
+  events = [
+    event
+    for plane in data.planes
+    for line in plane.lines
+    for event in line.events
+    if event.name in ("train", "data")
+  ]
+  steps = [dict(e.stats)["step_num"] for e in events if e.name == "train"]
+  assert steps == [2, 3, 4, 5]
+  assert len(events) == 8
+  parts = {"vision", "decoder", "loss", "optimizer"}
+  assert parts <= scopes_of(trace, "step")
 
 
 def test_resume_is_exact(config, workdir, tmp_path):
@@ -61,6 +94,7 @@ def test_resume_is_exact(config, workdir, tmp_path):
   assert signal.getsignal(signal.SIGTERM) == original
   assert not (stopped / "results.json").exists()
   loop.train(config, task, stopped, init_from=init_from)
+  assert set(traces(stopped)) == {"train_2-5", "train_4-5"}
   whole, resumed = losses(workdir / task), losses(stopped)
   assert resumed
   for step, loss in resumed.items():
@@ -214,10 +248,13 @@ def test_decoders_load_with_eight_bit_weights(workdir):
     checkpoint.load(workdir / "vqvae", weights="int8")
 
 
-def test_predictions_have_the_size_of_the_picture(workdir):
+def test_predictions_have_the_size_of_the_picture(workdir, tmp_path):
   predictor = Predictor.from_checkpoint(workdir / "mllm")
   image = np.full((40, 60, 3), 90, np.uint8)
-  prediction = predictor.segment(image, "the red circle")
+  with profile.traced(tmp_path, "answer"):
+    prediction = predictor.segment(image, "the red circle")
+  parts = {"vision", "prefill", "text", "scale_1x1", "scale_4x4", "vq_decode"}
+  assert parts <= scopes_of(traces(tmp_path)["answer"], "answer")
   assert prediction.seg_mask.shape == (40, 60)
   assert prediction.strip.shape == (2, 64, 64, 3)
   assert prediction.has_mask or not prediction.seg_mask.any()

@@ -20,5 +20,6 @@ def main(argv: list[str]) -> int:
     "measure this machine, or compile for another.",
     BENCHES,
     argv,
-    notes="example: argenseg bench kernels --chips=v5e",
+    notes="example: argenseg bench kernels --chips=v5e\n\n"
+    "All but data take --profile=DIR: traces for XProf (docs/pods.md).",
   )

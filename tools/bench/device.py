@@ -10,6 +10,8 @@ import threading
 import time
 from typing import Any, NamedTuple
 
+from argenseg_jax.tools.bench.timing import add_profile_option
+
 EXAMPLE = """\
 examples:
   argenseg bench device --budget=720 --out=h100.jsonl
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--markdown", action="store_true", help="print the table of --out and stop"
   )
+  add_profile_option(parser)
   args = parser.parse_args(argv)
   out = pathlib.Path(args.out)
   names = args.only.split(",") if args.only else list(PARTS)
@@ -94,12 +97,19 @@ def main(argv: list[str]) -> int:
   if args.markdown:
     print(markdown(read(out)))
     return 0
-  failed = run_parts(names, out, budget=args.budget, size=args.size)
+  failed = run_parts(
+    names, out, budget=args.budget, size=args.size, profile=args.profile
+  )
   return 1 if failed else 0
 
 
 def run_parts(
-  names: list[str], out: pathlib.Path, *, budget: float, size: str
+  names: list[str],
+  out: pathlib.Path,
+  *,
+  budget: float,
+  size: str,
+  profile: str | None = None,
 ) -> list[str]:
   """Runs what `out` does not contain yet; returns the parts that failed."""
   end = time.monotonic() + budget
@@ -112,12 +122,15 @@ def run_parts(
     if left < _LEAST:
       print(f"{name}: not started, the budget is spent; rerun to resume")
       continue
-    if not _run_part(name, out, min(PARTS[name].seconds, left), size):
+    seconds = min(PARTS[name].seconds, left)
+    if not _run_part(name, out, seconds, [size, *([profile] * bool(profile))]):
       failed.append(name)
   return failed
 
 
-def _run_part(name: str, out: pathlib.Path, seconds: float, size: str) -> bool:
+def _run_part(
+  name: str, out: pathlib.Path, seconds: float, options: list[str]
+) -> bool:
   """Whether the part finished; its lines are in `out` either way."""
   began = time.monotonic()
   command = [sys.executable, *_COMMAND]
@@ -125,7 +138,7 @@ def _run_part(name: str, out: pathlib.Path, seconds: float, size: str) -> bool:
   with (
     open(log_path, "w", encoding="utf-8") as log,
     subprocess.Popen(
-      [*command, name, size],
+      [*command, name, *options],
       stdout=subprocess.PIPE,
       stderr=log,
       text=True,

@@ -17,7 +17,7 @@ from argenseg_jax.tools.bench.device_timing import (
   time_all,
   wait,
 )
-from argenseg_jax.tools.bench.timing import median_seconds
+from argenseg_jax.tools.bench.timing import median_seconds, trace
 
 
 def ceilings(tiny: bool) -> Iterator[Result]:
@@ -27,18 +27,22 @@ def ceilings(tiny: bool) -> Iterator[Result]:
   run = functools.partial(wait, product, (a, b))
   run()
   rates = chip()
+  seconds = median_seconds(run, REPEATS)
+  trace("product", run)
   yield result(
     f"product of {side}",
-    2e-12 * side**3 / median_seconds(run, REPEATS),
+    2e-12 * side**3 / seconds,
     "TFLOP/s",
     published=rates and rates.flops / 1e12,
   )
   x = random((size,))
   copy = functools.partial(wait, jax.jit(lambda x: -x), (x,))
   copy()
+  seconds = median_seconds(copy, REPEATS)
+  trace("copy", copy)
   yield result(
     f"copy of {size} bfloat16",
-    4e-9 * size / median_seconds(copy, REPEATS),
+    4e-9 * size / seconds,
     "GB/s",
     published=rates and rates.bandwidth / 1e9,
   )

@@ -36,18 +36,20 @@ from argenseg_jax.tools.bench.device_timing import (
   result,
   wait,
 )
-from argenseg_jax.tools.bench.timing import median_seconds
+from argenseg_jax.tools.bench.timing import median_seconds, trace, traces_into
 
 
 def main(argv: list[str]) -> int:
-  """Prints the lines of part argv[0] at size argv[1]."""
+  """Prints the lines of part argv[0] at size argv[1]; traces go to argv[2],
+  if there is one."""
   began = time.perf_counter()
   device = jax.devices()[0]
   tiny = argv[1] == "tiny" or (argv[1] == "auto" and device.platform == "cpu")
   about = {"device": device.device_kind, "jax": jax.__version__}
-  for line in _PARTS[argv[0]](tiny):
-    line["after_s"] = round(time.perf_counter() - began, 1)
-    print(json.dumps({**line, **about}), flush=True)
+  with traces_into(argv[2] if len(argv) > 2 else None):
+    for line in _PARTS[argv[0]](tiny):
+      line["after_s"] = round(time.perf_counter() - began, 1)
+      print(json.dumps({**line, **about}), flush=True)
   return 0
 
 
@@ -134,6 +136,7 @@ def mask(
 
 def _timed(name, run, bound, compiled_in) -> Result:
   milliseconds = 1e3 * median_seconds(run, REPEATS)
+  trace(name, run)
   more = {} if compiled_in is None else {"compile_s": round(compiled_in, 1)}
   return result(name, milliseconds, "ms", bound=bound, **more)
 

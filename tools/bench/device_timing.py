@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from argenseg_jax.kernels.chips import CHIPS, Chip, name_of
-from argenseg_jax.tools.bench.timing import median_seconds
+from argenseg_jax.tools.bench.timing import median_seconds, trace
 
 Result = dict[str, Any]
 REPEATS = 20
@@ -85,6 +85,7 @@ def time_all(
     run = functools.partial(wait, program, inputs)
     run()
     found = 1e3 * median_seconds(run, REPEATS) / times
+    trace(name, run)
     memory = program.memory_analysis()
     temp = memory.temp_size_in_bytes / 2**20 if memory else None
     more = {"compile_s": round(seconds, 1), "temp_mib": temp}

@@ -1,11 +1,14 @@
 """`argenseg bench exits`: what masks of fewer scales cost and are worth."""
 
 import argparse
+import functools
 import statistics
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from argenseg_jax.scales import Scales
+from argenseg_jax.tools.bench import timing
 
 if TYPE_CHECKING:
   from argenseg_jax.evaluation.segmentation_metrics import SegmentationSums
@@ -24,6 +27,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--split", default="val")
   parser.add_argument("--max_samples", type=int, default=256)
   parser.add_argument("--batch_size", type=int, default=1)
+  timing.add_profile_option(parser)
   args = parser.parse_args(argv)
   if args.max_samples < 1 or args.batch_size < 1:
     parser.error("--max_samples and --batch_size must be positive")
@@ -61,10 +65,12 @@ def main(argv: list[str]) -> int:
           continue  # The words of one row, and a mask after them.
         options = {"answer_prefix": answers[0].text.split("<mask>")[0]}
         forced += 1
-      before, began, cpu = answers, time.perf_counter(), time.process_time()
-      answers = predictor.segment_batch(images, texts, **options)
-      spent[k][0].append((time.perf_counter() - began) / size)
-      spent[k][1].append((time.process_time() - cpu) / size)
+      before = answers
+      ask = functools.partial(predictor.segment_batch, images, texts, **options)
+      answers = _timed(ask, size, spent[k])
+      if not first:
+        with timing.traces_into(args.profile):
+          timing.trace(f"{k or 'forced'} scales", ask)
       if k is None:
         equal += int(np.array_equal(answers[0].codes, before[0].codes))
         continue
@@ -82,6 +88,17 @@ def main(argv: list[str]) -> int:
   if forced:
     print(f"\nforced words gave the same codes in {equal} of {forced} answers")
   return 0
+
+
+def _timed(
+  ask: Callable[[], Any], size: int, spent: tuple[list[float], list[float]]
+) -> Any:
+  """The answers to a batch; adds wall and CPU seconds of each to `spent`."""
+  began, cpu = time.perf_counter(), time.process_time()
+  answers = ask()
+  spent[0].append((time.perf_counter() - began) / size)
+  spent[1].append((time.process_time() - cpu) / size)
+  return answers
 
 
 def _print_table(

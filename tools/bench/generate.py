@@ -4,6 +4,7 @@ import argparse
 import functools
 import time
 
+from argenseg_jax.tools.bench import timing
 from argenseg_jax.tools.bench.timing import Timed, median_seconds
 
 EXAMPLE = """\
@@ -55,10 +56,13 @@ def main(argv: list[str]) -> int:
     "--peer", action="store_true", help="also time a PyTorch loop at batch 1"
   )
   parser.add_argument("--chips", default="", help="forecast for these instead")
+  timing.add_profile_option(parser)
   args = parser.parse_args(argv)
   batches = args.batches.split(",")
   if not all(b.isdecimal() and int(b) for b in batches) or args.repeats < 1:
     parser.error("--batches and --repeats must be positive whole numbers")
+  if args.chips and args.profile:
+    parser.error("--profile needs programs that run; --chips only compiles")
   from argenseg_jax import variants
 
   config = variants.get(args.variant)
@@ -76,16 +80,17 @@ def main(argv: list[str]) -> int:
   print("| stage | batch | s | s a mask | masks/s | bound s | compiled in s |")
   print("|---|---:|---:|---:|---:|---:|---:|")
   found = []
-  for batch in map(int, batches):
-    for timed in _ours(config, args, batch, rates):
-      found.append(timed)
-      bound = "" if timed.bound is None else f"{timed.bound:.4f}"
-      print(
-        f"| {timed.name} | {batch} | {timed.seconds:.4f} | "
-        f"{timed.seconds / batch:.4f} | {batch / timed.seconds:.2f} | "
-        f"{bound} | {timed.compile_seconds:.1f} |",
-        flush=True,
-      )
+  with timing.traces_into(args.profile):
+    for batch in map(int, batches):
+      for timed in _ours(config, args, batch, rates):
+        found.append(timed)
+        bound = "" if timed.bound is None else f"{timed.bound:.4f}"
+        print(
+          f"| {timed.name} | {batch} | {timed.seconds:.4f} | "
+          f"{timed.seconds / batch:.4f} | {batch / timed.seconds:.2f} | "
+          f"{bound} | {timed.compile_seconds:.1f} |",
+          flush=True,
+        )
   if args.peer:
     from argenseg_jax.tools.bench import peer
 

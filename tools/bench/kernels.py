@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from argenseg_jax.tools.bench import timing
 from argenseg_jax.tools.common import temp_bytes
 
 EXAMPLE = """\
@@ -61,12 +62,16 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--repeats", type=int, default=20, help="runs of each program to time"
   )
+  timing.add_profile_option(parser)
   args = parser.parse_args(argv)
   if args.repeats < 1:
     parser.error("--repeats must be at least 1")
   if not args.chips:
-    _time_all(args.repeats)
+    with timing.traces_into(args.profile):
+      _time_all(args.repeats)
     return 0
+  if args.profile:
+    parser.error("--profile needs programs that run; --chips only compiles")
   # Before jax: GPU programs compile where there is no GPU.
   os.environ["JAX_PLATFORMS"] = "cpu"
   from argenseg_jax.kernels.chips import CHIPS
@@ -157,6 +162,9 @@ def _time_all(repeats):
       if name != "tokamax"
     }
     times = _time(compiled, arrays, repeats)
+    for name, program in compiled.items():
+      run = functools.partial(_wait, program, arrays)
+      timing.trace(f"{case.name}, {name}", run)
     naive = times["naive"]
     for name, turns in times.items():
       temp = temp_bytes(compiled[name]) / 2**20
@@ -191,12 +199,18 @@ def _time(programs, arrays, repeats) -> dict[str, list[_Turn]]:
   for repeat in range(repeats + 1):
     for name, program in programs.items():
       start, busy_start = time.perf_counter(), time.process_time()
-      jax.block_until_ready(program(*arrays))
+      _wait(program, arrays)
       wall = time.perf_counter() - start
       busy = time.process_time() - busy_start if on_cpu else wall
       if repeat:
         turns[name].append(_Turn(wall, busy))
   return turns
+
+
+def _wait(program, arrays):
+  import jax
+
+  return jax.block_until_ready(program(*arrays))
 
 
 def _random(structs):

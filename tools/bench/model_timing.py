@@ -13,7 +13,7 @@ from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models.int8 import Weights
 from argenseg_jax.tools.bench import mask_programs
 from argenseg_jax.tools.bench.stages import Stage
-from argenseg_jax.tools.bench.timing import Timed, median_seconds
+from argenseg_jax.tools.bench.timing import Timed, median_seconds, trace
 
 
 class Timer:
@@ -83,4 +83,5 @@ class Timer:
     result = run()
     first = time.perf_counter() - began
     seconds = median_seconds(run, self._repeats)
+    trace(f"{name}, batch {self._batch}", run)
     return result, Timed(name, self._batch, seconds, first - seconds, bound)

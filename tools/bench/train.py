@@ -10,6 +10,7 @@ import numpy as np
 
 from argenseg_jax.config import ConfigError
 from argenseg_jax.model_config import ModelConfig
+from argenseg_jax.tools.bench import timing
 from argenseg_jax.tools.common import temp_bytes
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, Batch
 
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--peer", action="store_true", help="take turns with a PyTorch step"
   )
+  timing.add_profile_option(parser)
   args = parser.parse_args(argv)
   if args.batch < 1 or args.repeats < 1:
     parser.error("--batch and --repeats must be positive whole numbers")
@@ -83,6 +85,8 @@ def main(argv: list[str]) -> int:
     f"jax {jax.__version__}\n"
   )
   found = in_turns(runs, args.repeats)
+  with timing.traces_into(args.profile):
+    timing.trace(f"train {config.name}, batch {args.batch}", program.run)
   print("| program | s a step | CPU s | tokens/s | temp MiB |")
   print("|---|---:|---:|---:|---:|")
   for name, (seconds, cpu) in found.items():

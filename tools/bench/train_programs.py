@@ -16,7 +16,7 @@ from argenseg_jax.config_parsing import run_config
 from argenseg_jax.configs import base
 from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import flops
-from argenseg_jax.tools.bench.timing import median_seconds
+from argenseg_jax.tools.bench.timing import median_seconds, trace
 from argenseg_jax.tools.bench.train import make_batch
 from argenseg_jax.tools.common import temp_bytes
 from argenseg_jax.training import state as train_state
@@ -98,6 +98,7 @@ def step(
 
     once()
     seconds = median_seconds(once, 10)
+    trace(f"train {config.name}, batch {rows}", once)
   products = flops.mllm(
     config,
     length=batch.tokens.shape[1],
