@@ -13,7 +13,7 @@ from argenseg_jax.configs import base
 
 def get_config() -> ConfigDict:
   c = base.get_config()
-  # The paper allows 8,192; a request with one picture and one mask takes about
+  # The paper allows 8,192; a request with one image and one mask takes about
   # 1,000, and rows are not packed.
   c.data.sequence_length = 2048
   c.data.threads = 16

@@ -1,7 +1,7 @@
 """The small model on your own masks: an image tokenizer, then the decoder.
 
 `--config.data.path` names a jsonl file in the layout of docs/own_masks.md.
-Evaluation measures the training pictures themselves: pass another file to
+Evaluation measures the training images themselves: pass another file to
 `argenseg eval` for unseen ones.
 """
 

@@ -1,7 +1,7 @@
 """The quickstart's model on ref_shapes: minutes on a laptop's CPU.
 
 The decoder's recipe is in docs/quickstart.md; what differs from the paper's is
-what makes a small model look at the picture.
+what makes a small model look at the image.
 """
 
 from ml_collections import ConfigDict

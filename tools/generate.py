@@ -46,11 +46,11 @@ def main(argv: list[str]) -> int:
     for part in ("", "_strip")
   ]
   requests.require_writable(files, [], force=args.force)
-  pictures, stages = draw_images(
+  images, stages = draw_images(
     checkpoint.load(args.checkpoint), args.text, guidance=args.guidance
   )
   strips = [render.join_strip(stage, 128) for stage in stages]
-  drawn = [part for pair in zip(pictures, strips, strict=True) for part in pair]
+  drawn = [part for pair in zip(images, strips, strict=True) for part in pair]
   for file, pixels in zip(files, drawn, strict=True):
     Image.fromarray(pixels).save(file)
   print("wrote " + ", ".join(map(str, files)))

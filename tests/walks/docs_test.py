@@ -43,6 +43,7 @@ NOT_WALKED = {
   "docs/index.md": "the quickstart, as README has it",
   "docs/finetuning.md": "a released folder: tests/training/adapters_test.py",
   "docs/rl.md": "a whole quickstart's model: tests/training/rl_test.py",
+  "docs/scale.md": "hours of compilation: tests/planning/search_test.py",
   "docs/benchmarks.md": "hours of compilation: tests/tools/bench_*_test.py",
 }
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

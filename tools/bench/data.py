@@ -14,7 +14,7 @@ examples:
   argenseg bench data               all of it, in about a minute
   argenseg bench data --steps=0     without training
 
-Pictures are 448 x 448 JPEGs of quality 90 with a PNG mask each; rows are those
+Images are 448 x 448 JPEGs of quality 90 with a PNG mask each; rows are those
 of configs/base.py (680 codes of a 256 px mask), with 2,048 tokens. One thread
 makes batches of 32; "a core" counts the seconds that this process had a core,
 "wall" all that passed. Both are the best of several batches. The training is

@@ -15,7 +15,7 @@ examples:
   argenseg bench generate --chips=v5e,v5p,v6e --variant=argenseg_8b \\
     --dtype=bfloat16                             forecast, nothing is timed
 
-Weights and pictures are random; `<ge_start>` is forced, so that every row has
+Weights and images are random; `<ge_start>` is forced, so that every row has
 one mask. --peer needs torch and transformers: pip install "torch==2.13.0"
 transformers. It takes as many threads as this process may use cores. Seconds
 are medians over --repeats (fewer where a stage is long); all rows of a table
@@ -30,7 +30,7 @@ chip's own compiler (TPUs: pip install "jax[tpu]") and prints what that counts:
 memory to memory as well; "counted ms" is the bound.
 """
 
-_SIZE = (480, 640)  # Of the picture that a mask is resized to.
+_SIZE = (480, 640)  # Of the image that a mask is resized to.
 
 
 def main(argv: list[str]) -> int:
@@ -252,8 +252,8 @@ def _one_by_one(timer, prompt: tuple, inputs) -> Timed:
 
 CODES = "prefill and codes, scale by scale"
 ONE_BY_ONE = "prefill and codes, token by token"
-WHOLE = "picture to mask"
-SHARED = "requests of one picture to masks"
+WHOLE = "image to mask"
+SHARED = "requests of one image to masks"
 POST = "mask at 480 x 640"
 
 
@@ -271,7 +271,7 @@ def _ratios(found: list[Timed]) -> list[str]:
         ratio = by[WHOLE, 1] / (by[name, batch] / batch)
         lines.append(f"{name}, batch {batch}: {ratio:.2f} times batch 1 a mask")
   for t in found:
-    if t.name.startswith("peer: picture to mask") and (WHOLE, 1) in by:
+    if t.name.startswith("peer: image to mask") and (WHOLE, 1) in by:
       lines.append(f"{WHOLE}: {t.seconds / by[WHOLE, 1]:.2f} times {t.name}")
     elif t.name == WHOLE and t.bound:
       share = t.seconds / t.bound

@@ -229,16 +229,16 @@ def stages(
   side = config.vision.image_side
   images = torch.randn(1, 3, side, side)
   vision = peer.vision(images)
-  (picture,) = peer.codes(vision, decode="last")
-  if picture.shape[-1] != config.vqvae.image_side:
-    raise AssertionError(f"the peer drew {tuple(picture.shape)}")
+  (image,) = peer.codes(vision, decode="last")
+  if image.shape[-1] != config.vqvae.image_side:
+    raise AssertionError(f"the peer drew {tuple(image.shape)}")
   runs = {
     "peer: vision tower": lambda: peer.vision(images),
     "peer: prefill and codes": lambda: peer.codes(vision, decode="none"),
-    "peer: picture to mask, one decode": lambda: peer.codes(
+    "peer: image to mask, one decode": lambda: peer.codes(
       peer.vision(images), decode="last"
     ),
-    "peer: picture to mask, a decode after each scale": lambda: peer.codes(
+    "peer: image to mask, a decode after each scale": lambda: peer.codes(
       peer.vision(images), decode="all"
     ),
   }

@@ -85,7 +85,7 @@ class TrainingPeer(nn.Module):
     return torch.cat(codes, 1), torch.cat(inputs, 1)
 
   def forward(self, tokens, targets, images, seg_masks):
-    """The loss of rows that are words, a picture, words, one mask."""
+    """The loss of rows that are words, an image, words, one mask."""
     codes, inputs = self.tokenize(seg_masks)
     n = codes.shape[1]
     ids = self.config.token_ids

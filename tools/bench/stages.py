@@ -18,8 +18,8 @@ from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
 from argenseg_jax.models.flops import Product
 from argenseg_jax.models.llm import KVCache
 
-PROMPT_TEXT = 40  # Text tokens around the picture.
-AHEAD = 5  # Of them, before the picture.
+PROMPT_TEXT = 40  # Text tokens around the image.
+AHEAD = 5  # Of them, before the image.
 
 
 class Cost(NamedTuple):
@@ -33,7 +33,7 @@ class Cost(NamedTuple):
 
 
 class Stage(NamedTuple):
-  """Part of the way from picture to mask.
+  """Part of the way from image to mask.
 
   Attributes:
     name: of its row in the table.

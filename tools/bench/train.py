@@ -23,7 +23,7 @@ examples:
 A step is loss and gradients of the decoder and what it needs: the vision tower
 (no gradient; its connector has one) and the image tokenizer, which makes the
 codes (no gradient). No optimizer. Each row has 40 text tokens, of which the
-last 20 bear loss, one picture and one mask; weights and pixels are random.
+last 20 bear loss, one image and one mask; weights and pixels are random.
 
 The peer is a PyTorch model of the same sizes on as many threads as this process
 may use cores: pip install "torch==2.13.0" transformers. The programs take
@@ -118,7 +118,7 @@ def _require_peer(dtype: str, backend: str) -> None:
 
 
 def make_batch(config: ModelConfig, rows: int) -> Batch:
-  """Words, a picture, words, an answer, one mask that is not tokenised yet."""
+  """Words, an image, words, an answer, one mask that is not tokenised yet."""
   from argenseg_jax.tools.bench.stages import AHEAD, PROMPT_TEXT
 
   ids, seen = config.token_ids, config.vision.num_embeddings
