@@ -23,7 +23,7 @@ class VisionConfig:
   layer_scale_init: float = 0.1
   drop_path: float = 0.0
   select_layer: int = -1  # Which layer's output the connector reads.
-  pixel_shuffle: int = 2  # Neighbours merged along each side; 1 merges none.
+  pixel_shuffle: int = 2  # Neighbors merged along each side; 1 merges none.
   # "patch" cuts the image into patches with one convolution; "conv" reaches the
   # same grid by stride-2 3x3 convolutions, which small data learns better.
   stem: Literal["patch", "conv"] = "patch"

@@ -117,7 +117,7 @@ def _sizes(config: MeshConfig, num_devices: int, slices: int) -> list[int]:
 
 
 def _arrange(devices, sizes: list[int], slices: int) -> np.ndarray:
-  """Devices in mesh order; neighbours on a TPU's network stay neighbours."""
+  """Devices in mesh order; neighbors on a TPU's network stay neighbors."""
   if devices[0].platform != "tpu":
     return np.asarray(devices).reshape(slices, *sizes)
   # Only multi-slice devices know which slice they are in.
@@ -244,7 +244,7 @@ def create_sharded(
   sharded and no device ever holds the whole model."""
   graph, abstract = nnx.split(construct.abstract(make))
   shardings = state_shardings(abstract, mesh)
-  # Runs once: on a CPU, optimising it would take ten times as long.
+  # Runs once: on a CPU, optimizing it would take ten times as long.
   options = {}
   if mesh.devices.flat[0].platform == "cpu":
     options = {"xla_backend_optimization_level": 0}

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
   images: Array  # uint8 [b i h w 3], RGB, in the order of their placeholders.
   seg_masks: Array  # uint8 [b m h w 1|3], 0..255, in the order of their slots.
   mask_valid: Array  # bool [b m]; False for unused places.
-  codes: Array  # int32 [b m n] of those masks, or [b m 0]: not tokenised yet.
+  codes: Array  # int32 [b m n] of those masks, or [b m 0]: not tokenized yet.
   sample_weight: Array  # float32 [b]; 0 for substitutes of bad records.
   sample_id: Array  # int64 [b]; index of the record, for logs.
 
@@ -51,5 +51,5 @@ class ModelInputs(NamedTuple):
   positions: Array  # int32 [b t]
   segment_ids: Array  # int32 [b t]
   is_prompt: Array  # bool [b t]
-  images: Array  # float32 [b i h w 3], normalised.
+  images: Array  # float32 [b i h w 3], normalized.
   scale_inputs: Array  # float32 [b m n-1 c], next-scale inputs of each mask.

@@ -3,7 +3,7 @@
 It trains on the masks of any layout, or on a folder of mask images
 (`--config.data.source=image_folder`): docs/image_tokenizer.md.
 
-The recipe of tiny.py at full size: a few steps without the quantiser, a
+The recipe of tiny.py at full size: a few steps without the quantizer, a
 codebook that starts on the data, revival of dead codes.
 """
 

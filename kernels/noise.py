@@ -38,7 +38,7 @@ def gumbel(seed, rows: jax.Array, columns: jax.Array) -> jax.Array:
   """
   rows, columns = jnp.broadcast_arrays(rows + seed[2], columns + seed[3])
   bits = _threefry((seed[0], seed[1]), rows, columns)
-  # 23 bits, centred: never 0 or 1, exact in float32.
+  # 23 bits, centered: never 0 or 1, exact in float32.
   uniform = (
     lax.shift_right_logical(bits, np.int32(9)).astype(jnp.float32) + 0.5
   ) * np.float32(2.0**-23)

@@ -349,7 +349,7 @@ def text_row(
     answered = np.flatnonzero(sample.labels != IGNORE_LABEL)
     first = answered[0] if len(answered) else len(sample)
     row.is_prompt[start : start + first] = True
-    # One-step shift: a position predicts what the next one is labelled.
+    # One-step shift: a position predicts what the next one is labeled.
     due = sample.labels[1:]
     target = np.where(due == IGNORE_LABEL, IGNORE_TARGET, due)
     target[due == token_ids.mask_context] = CODE_TARGET

@@ -145,7 +145,7 @@ def mask_target(
   return resize(seg_mask, (side, side), backend=backend)
 
 
-def grey_at_size(
+def gray_at_size(
   generated: UInt8[np.ndarray, "side side 3"],
   size: tuple[int, int],
   *,

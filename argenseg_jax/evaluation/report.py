@@ -26,7 +26,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 # their words.
 _SIZES = (0.01, 0.02, 0.04, 0.08, 0.16, 1.0)
 _WORDS = (1, 2, 3, 4, 6, 9, 99)
-_COLOUR = "#4477aa"
+_COLOR = "#4477aa"
 _LEGEND = (
   "In each line below: the image, what was asked for, the answer, and the "
   "answer's mask image after each scale."
@@ -153,7 +153,7 @@ def distributions(masks: Sequence[dict[str, Any]]) -> np.ndarray:
   shares = np.array([records.pixels(r["truth"]).mean() for r in masks])
   lengths = np.array([_num_words(r) for r in masks])
   figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), dpi=100)
-  axes[0].hist(ious, np.linspace(0, 1, 21), color=_COLOUR, edgecolor="white")
+  axes[0].hist(ious, np.linspace(0, 1, 21), color=_COLOR, edgecolor="white")
   axes[0].axvline(ious.mean(), color="#ee7733", label=f"mean {ious.mean():.3f}")
   axes[0].legend(frameon=False)
   axes[0].set(xlabel="IoU", ylabel="samples", title="How good the masks are")
@@ -187,7 +187,7 @@ def _bars(ax, ious, values, ends, names) -> None:
   for place in range(len(ends)):
     part = ious[group == place]
     if part.size:
-      ax.bar(place, part.mean(), color=_COLOUR)
+      ax.bar(place, part.mean(), color=_COLOR)
       ax.text(place, part.mean() + 0.02, str(part.size), ha="center")
   ax.set_xticks(range(len(names)), names, fontsize=8)
   ax.set(

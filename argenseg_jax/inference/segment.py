@@ -103,8 +103,8 @@ def seg_mask_at_size(
   decoded: np.ndarray, size: tuple[int, int], *, pad_square: bool = False
 ) -> np.ndarray:
   """bool [h w] of a decoded mask image, as the authors' evaluation forms it."""
-  grey = transforms.grey_at_size(decoded, size, pad_square=pad_square)
-  return transforms.binary_mask(grey)
+  gray = transforms.gray_at_size(decoded, size, pad_square=pad_square)
+  return transforms.binary_mask(gray)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ class Prediction:
     return np.stack(masks)
 
   def as_pil(self) -> Image.Image:
-    """The mask as a grey image: 255 inside, 0 outside."""
+    """The mask as a gray image: 255 inside, 0 outside."""
     return Image.fromarray(self.seg_mask.astype(np.uint8) * np.uint8(255))
 
 

@@ -140,7 +140,7 @@ class ARGenSeg(nnx.Module):
     """Vision embeddings of all images of a row, one image after another.
 
     Args:
-      images: normalised pixels.
+      images: normalized pixels.
       **kwargs: options of `VisionEncoder` (drop path noise, remat policy).
     """
     b, i = images.shape[:2]

@@ -45,7 +45,7 @@ class Product(NamedTuple):
 
 
 class Step(NamedTuple):
-  """FLOPs of one optimisation step over the global batch."""
+  """FLOPs of one optimization step over the global batch."""
 
   model: Number
   recomputed: Number

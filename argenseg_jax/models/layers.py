@@ -347,15 +347,15 @@ def _all_but_gathered(primitive, *_, **__) -> bool:
 def sincos_2d(side: int, width: int, grid_side: int) -> np.ndarray:
   """2-D sine-cosine positions, float32 [side * side, width], raster order.
 
-  Cells are placed at their centres on a grid of `grid_side` cells, so maps of
+  Cells are placed at their centers on a grid of `grid_side` cells, so maps of
   different sides share one coordinate system. Wavelengths run from 2 cells to
   twice the grid: slower ones would make all cells look alike.
   """
   quarter = width // 4
-  centres = (np.arange(side) + 0.5) * grid_side / side
+  centers = (np.arange(side) + 0.5) * grid_side / side
   steps = np.arange(quarter) / max(quarter - 1, 1)
   frequencies = np.pi / grid_side**steps
-  angles = centres[:, None] * frequencies
+  angles = centers[:, None] * frequencies
   axis = np.concatenate((np.sin(angles), np.cos(angles)), -1)  # [side, 2q]
   rows = np.repeat(axis[:, None], side, 1)
   columns = np.repeat(axis[None], side, 0)

@@ -128,7 +128,7 @@ def decoder_loss(
     code_index: from `resolve_targets`.
     sample_weight: weight of each row.
     scales: which scale a code belongs to.
-    z_loss: weight of the squared log-normaliser.
+    z_loss: weight of the squared log-normalizer.
     implementation: see `dispatch.load`.
   """
   b, t, d = hidden.shape

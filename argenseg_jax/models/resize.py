@@ -21,14 +21,14 @@ def area_matrix(source: int, target: int) -> np.ndarray:
 def bicubic_matrix(source: int, target: int, a: float = -0.75) -> np.ndarray:
   """PyTorch's bicubic resize along one axis, float32 [target source].
 
-  Half-pixel centres, no antialiasing, border samples repeated.
+  Half-pixel centers, no antialiasing, border samples repeated.
   """
   matrix = np.zeros((target, source), np.float64)
   for i in range(target):
-    centre = (i + 0.5) * source / target - 0.5
-    base = int(np.floor(centre))
+    center = (i + 0.5) * source / target - 0.5
+    base = int(np.floor(center))
     for tap in range(-1, 3):
-      x = abs(centre - (base + tap))
+      x = abs(center - (base + tap))
       if x <= 1:
         weight = ((a + 2) * x - (a + 3)) * x * x + 1
       elif x < 2:

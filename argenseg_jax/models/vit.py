@@ -1,6 +1,6 @@
 """InternViT-style vision tower, pixel shuffle and connector.
 
-Images [b h w 3] (square, normalised) become vision embeddings [b v d] for the
+Images [b h w 3] (square, normalized) become vision embeddings [b v d] for the
 language model. Facts that decide parity with InternViT: no final norm, exact
 GELU, layer scale, queries and keys normed over all heads jointly.
 """
@@ -61,7 +61,7 @@ class VisionEncoder(nnx.Module):
     """Vision embeddings in raster order.
 
     Args:
-      images: normalised pixels.
+      images: normalized pixels.
       remat_policy: of the tower's layers, as in `layers.layer_scan`.
       drop_path: uniform noise that switches stochastic depth on: one number
         for each image, layer and branch.
@@ -337,7 +337,7 @@ class Connector(nnx.Module):
 def pixel_shuffle(
   grid: Float[Array, "b h w c"], factor: int, *, transposed: bool = False
 ) -> Float[Array, "b h2 w2 c2"]:
-  """Merges `factor` x `factor` neighbours into the channels.
+  """Merges `factor` x `factor` neighbors into the channels.
 
   The channels of out[i, j] are those of grid[fi + 0.., fj + 0..] in raster
   order (InternVL's "v2"). `transposed` swaps the output's rows and columns

@@ -1,4 +1,4 @@
-"""Multi-scale residual quantiser of VAR's image tokenizer (arXiv 2404.02905).
+"""Multi-scale residual quantizer of VAR's image tokenizer (arXiv 2404.02905).
 
 A latent becomes one token map per scale. Each scale codes what the coarser ones
 left over; the codes' rows, resized to the full latent and passed through that
@@ -24,7 +24,7 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Quantized(NamedTuple):
-  """What quantising a batch of latents gives."""
+  """What quantizing a batch of latents gives."""
 
   latent: Float[Array, "b h w c"]  # Straight-through: gradient of the input.
   loss: Float[Array, "b"]  # Mean over scales; trains codebook and phis too.
@@ -80,7 +80,7 @@ class Quantizer(nnx.Module):
 
   @jax.named_scope("vq_codes")
   def __call__(self, latent: Float[Array, "b h w c"]) -> Quantized:
-    """Quantises for training.
+    """Quantizes for training.
 
     The loss of a scale pulls the latent to the partial latent (weight
     `commitment`) and the partial latent to the latent (weight 1).

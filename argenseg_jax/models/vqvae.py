@@ -1,4 +1,4 @@
-"""VAR's image tokenizer: convolutional encoder, quantiser, decoder.
+"""VAR's image tokenizer: convolutional encoder, quantizer, decoder.
 
 An image becomes codes of several scales and codes become an image again. Each
 entry of `width_multipliers` is one resolution level; a level after the first
@@ -23,9 +23,9 @@ class Reconstruction(NamedTuple):
   """What a training pass of the image tokenizer gives."""
 
   images: Float[Array, "b h w 3"]  # Not clamped.
-  vq_loss: Float[Array, "b"]  # 0 when nothing was quantised.
-  codes: Int[Array, "b n"] | None  # None when nothing was quantised.
-  latent: Float[Array, "b h2 w2 c"]  # Before quantisation.
+  vq_loss: Float[Array, "b"]  # 0 when nothing was quantized.
+  codes: Int[Array, "b n"] | None  # None when nothing was quantized.
+  latent: Float[Array, "b h2 w2 c"]  # Before quantization.
 
 
 class VQVAE(nnx.Module):
@@ -59,7 +59,7 @@ class VQVAE(nnx.Module):
   def __call__(
     self, images: Float[Array, "b h w 3"], *, quantize: bool = True
   ) -> Reconstruction:
-    """Encodes, quantises (a plain autoencoder without `quantize`), decodes."""
+    """Encodes, quantizes (a plain autoencoder without `quantize`), decodes."""
     latent = self.encode_latent(images)
     if not quantize:
       loss = jnp.zeros(images.shape[:1], jnp.float32)
@@ -76,7 +76,7 @@ class VQVAE(nnx.Module):
   def encode_latent(
     self, images: Float[Array, "b h w 3"]
   ) -> Float[Array, "b h2 w2 c"]:
-    """What the quantiser codes, float32."""
+    """What the quantizer codes, float32."""
     return self.quant_conv(self.encoder(images)).astype(jnp.float32)
 
   def encode(self, images: Float[Array, "b h w 3"]) -> Int[Array, "b n"]:

@@ -1,6 +1,6 @@
 """What training an image tokenizer from scratch on small data needs besides its
 loss: a codebook that starts on the data, revival of dead codes, and costs that
-make rare codes rarer (entropy-constrained quantisation)."""
+make rare codes rarer (entropy-constrained quantization)."""
 
 import functools
 
@@ -21,7 +21,7 @@ def start_codebook(
   key: Array,
   iterations: int,
 ) -> None:
-  """Sets the codebook to k-means centres of the images' residuals.
+  """Sets the codebook to k-means centers of the images' residuals.
 
   Scales are clustered in turn, each on what the coarser ones left over; a
   scale's share of the codes grows with its side length.
@@ -29,7 +29,7 @@ def start_codebook(
   Args:
     model: its codebook is replaced in place.
     images: a few hundred images in [-1, 1].
-    key: picks the first centres.
+    key: picks the first centers.
     iterations: of Lloyd's algorithm.
   """
   split = nnx.split(model)
@@ -45,7 +45,7 @@ def revive_codes(
   usage: Int[Array, "codes"],
   key: Array,
 ) -> None:
-  """Moves codes that nothing used onto vectors that were just quantised.
+  """Moves codes that nothing used onto vectors that were just quantized.
 
   Args:
     model: its codebook is changed in place.
@@ -109,10 +109,10 @@ def _cluster(graph, state, latent, key, iterations):
   for k, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
     vectors = quantizer.vectors_at(latent - partial, k)
     points = vectors.reshape(-1, vectors.shape[-1])
-    centres = _kmeans(
+    centers = _kmeans(
       points, end - start, jax.random.fold_in(key, k), iterations
     )
-    codebook = codebook.at[start:end].set(centres)
+    codebook = codebook.at[start:end].set(centers)
     quantizer.codebook[...] = codebook
     partial = quantizer.add_scale(partial, quantizer.nearest(vectors, k), k)
   return codebook
@@ -144,17 +144,17 @@ def _chunks(images: Array, state: nnx.State, size: int = 64) -> list[Array]:
 
 
 def _kmeans(points: Array, count: int, key: Array, iterations: int) -> Array:
-  """Lloyd's algorithm; a centre without points stays where it is."""
+  """Lloyd's algorithm; a center without points stays where it is."""
   picks = jax.random.choice(key, points.shape[0], (count,))
-  # A little noise tells apart centres that start on equal points.
+  # A little noise tells apart centers that start on equal points.
   noise = jax.random.normal(key, (count, points.shape[1]))
-  centres = points[picks] + 1e-3 * jnp.std(points) * noise
+  centers = points[picks] + 1e-3 * jnp.std(points) * noise
 
-  def improve(_, centres):
-    distances = jnp.sum(centres**2, -1) - 2 * points @ centres.T
+  def improve(_, centers):
+    distances = jnp.sum(centers**2, -1) - 2 * points @ centers.T
     nearest = jnp.argmin(distances, -1)
-    sums = jnp.zeros_like(centres).at[nearest].add(points)
+    sums = jnp.zeros_like(centers).at[nearest].add(points)
     counts = jnp.zeros((count,)).at[nearest].add(1.0)[:, None]
-    return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), centres)
+    return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), centers)
 
-  return jax.lax.fori_loop(0, iterations, improve, centres)
+  return jax.lax.fori_loop(0, iterations, improve, centers)

@@ -17,7 +17,7 @@ matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 
-# What a position of a row is, and its colour.
+# What a position of a row is, and its color.
 LAYOUT = {
   "padding": "#dddddd",
   "text that is given": "#4477aa",

@@ -97,7 +97,7 @@ def write_animation(
 
 
 def join_strip(strip: np.ndarray, height: int) -> np.ndarray:
-  """Mask images after each scale, side by side, `height` pixels high; a grey
+  """Mask images after each scale, side by side, `height` pixels high; a gray
   tile where there are none."""
   if not len(strip):
     return np.full((height, height, 3), 235, np.uint8)

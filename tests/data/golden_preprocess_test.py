@@ -73,13 +73,13 @@ def test_mask_targets(arrays, i, pad_square):
 @pytest.mark.parametrize("pad_square", [False, True])
 @pytest.mark.parametrize("i", IMAGES)
 def test_answers_at_the_size_of_their_images(arrays, i, pad_square):
-  grey = transforms.grey_at_size(
+  gray = transforms.gray_at_size(
     arrays[f"in.gen{i}"], tuple(CONFIG["sizes"][i]), pad_square=pad_square
   )
   name = "pred_L_pad" if pad_square else "pred_L"
-  np.testing.assert_array_equal(grey, arrays[f"out.{name}{i}"])
+  np.testing.assert_array_equal(gray, arrays[f"out.{name}{i}"])
   if not pad_square:
-    seg_mask = seg_mask_at_size(arrays[f"in.gen{i}"], grey.shape)
+    seg_mask = seg_mask_at_size(arrays[f"in.gen{i}"], gray.shape)
     np.testing.assert_array_equal(seg_mask, arrays[f"out.pred_mask{i}"])
 
 

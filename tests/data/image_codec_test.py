@@ -45,16 +45,16 @@ def test_decoding_gives_rgb(kind):
   assert off.mean() <= (0 if exact else 2)
 
 
-def test_grey_pictures_get_three_equal_channels():
-  grey = Image.fromarray(PICTURE).convert("L")
+def test_gray_pictures_get_three_equal_channels():
+  gray = Image.fromarray(PICTURE).convert("L")
   for kind in ("PNG", "GIF"):
-    got = image_codec.decode_image(_encode(grey, kind))
+    got = image_codec.decode_image(_encode(gray, kind))
     np.testing.assert_array_equal(
-      got, np.repeat(np.array(grey)[..., None], 3, 2)
+      got, np.repeat(np.array(gray)[..., None], 3, 2)
     )
-  deep = cv2.imencode(".png", np.array(grey, np.uint16) * 257)[1].tobytes()
+  deep = cv2.imencode(".png", np.array(gray, np.uint16) * 257)[1].tobytes()
   np.testing.assert_array_equal(
-    image_codec.decode_image(deep)[..., 0], np.array(grey)
+    image_codec.decode_image(deep)[..., 0], np.array(gray)
   )
 
 

@@ -11,13 +11,13 @@ from argenseg_jax.data.ref_shapes import builder, expressions, requests, scenes
 from argenseg_jax.data.ref_shapes.expressions import Beside, Look, Outermost
 
 
-def _thing(shape, colour, size, x, y):
-  return scenes.Thing(shape, colour, size, x, y, scenes.SIZES[size][0], 0.0)
+def _thing(shape, color, size, x, y):
+  return scenes.Thing(shape, color, size, x, y, scenes.SIZES[size][0], 0.0)
 
 
 def _scene(*things):
-  greys = (scenes.GROUND_COLOURS[0], scenes.GROUND_COLOURS[1])
-  return scenes.Scene(things, "plain", greys, 0)
+  grays = (scenes.GROUND_COLORS[0], scenes.GROUND_COLORS[1])
+  return scenes.Scene(things, "plain", grays, 0)
 
 
 SCENE = _scene(
@@ -83,15 +83,15 @@ def test_queries_of_generated_scenes_mean_one_shape():
   assert min(counts.values()) > 150
 
 
-def test_drawn_masks_cover_the_shapes_colour():
+def test_drawn_masks_cover_the_shapes_color():
   for i in range(40):
     scene, drawing = scenes.draw_scene((3, i), scenes.Style((3,)), 96)
     assert not (drawing.visible.sum(0) > 1).any()
     for thing, seg_mask in zip(scene.things, drawing.visible, strict=True):
       inside = cv2.erode(seg_mask.astype(np.uint8), np.ones((3, 3)))
-      colours = drawing.picture[inside > 0].astype(np.float32)
-      assert len(colours) > 20
-      off = np.abs(colours - np.array(scenes.COLOURS[thing.colour]))
+      colors = drawing.picture[inside > 0].astype(np.float32)
+      assert len(colors) > 20
+      off = np.abs(colors - np.array(scenes.COLORS[thing.color]))
       assert off.max() < 16
       ys, xs = np.nonzero(seg_mask)
       assert abs(xs.mean() / 96 - thing.x) < thing.radius

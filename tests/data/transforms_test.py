@@ -68,8 +68,8 @@ def test_images_leave_by_truncation():
 
 
 def test_one_channel_is_enough_for_a_generated_mask():
-  grey = _smooth(32, 32)[..., :1]
+  gray = _smooth(32, 32)[..., :1]
   np.testing.assert_array_equal(
-    transforms.grey_at_size(grey, (50, 30)),
-    transforms.grey_at_size(grey.repeat(3, -1), (50, 30)),
+    transforms.gray_at_size(gray, (50, 30)),
+    transforms.gray_at_size(gray.repeat(3, -1), (50, 30)),
   )

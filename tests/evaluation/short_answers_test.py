@@ -75,7 +75,7 @@ def test_a_normal_form_is_its_own():
     assert unicodedata.is_normalized("NFC", once)
 
 
-ANIMALS = "What is it?\nA. a cat\n(B) a dog\nC: a grey cow"
+ANIMALS = "What is it?\nA. a cat\n(B) a dog\nC: a gray cow"
 TEMPERATURES = "How warm?\nA. 5 °C\nB. 25 °C\nC. 35 °C"
 VITAMINS = "Which?\nA. Vitamin C\nB. Vitamin B\nC. Vitamin D"
 LETTERS = "Which letter is on the sign?\nA. B\nB. C\nC. A"
@@ -93,13 +93,13 @@ NESTED = "Which?\nA. cat\nB. cat and dog\nC. dog"
     (ANIMALS, "The answer is (C).", "C"),
     (ANIMALS, "Answer: A", "A"),
     (ANIMALS, "The answer is a dog.", "B"),
-    (ANIMALS, "Answer: a grey cow", "C"),
+    (ANIMALS, "Answer: a gray cow", "C"),
     (ANIMALS, "A dog", "B"),
-    (ANIMALS, "The correct answer is option C, a grey cow", "C"),
+    (ANIMALS, "The correct answer is option C, a gray cow", "C"),
     (ANIMALS, "B. a dog", "B"),
     (ANIMALS, "B. a cat", None),
     (ANIMALS, "I think it is a dog", "B"),
-    (ANIMALS, "a grey cow, I guess", "C"),
+    (ANIMALS, "a gray cow, I guess", "C"),
     (ANIMALS, "a cat or a dog", None),
     (ANIMALS, "D", None),
     (ANIMALS, "", None),

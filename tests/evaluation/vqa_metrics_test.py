@@ -37,7 +37,7 @@ def test_vqa_counts_people_who_said_the_same(said, soft, exact):
   assert found["vqa_exact"] == exact
 
 
-QUESTION = "What is it?\nA. a cat\n(B) a dog\nC: a grey cow"
+QUESTION = "What is it?\nA. a cat\n(B) a dog\nC: a gray cow"
 
 
 def test_multiple_choice_text_and_captions():

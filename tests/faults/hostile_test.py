@@ -149,7 +149,7 @@ def _read(source, index):
 
 
 def _png(width: int, height: int) -> bytes:
-  """A whole PNG of one colour, 8 bits a pixel: small however large it is."""
+  """A whole PNG of one color, 8 bits a pixel: small however large it is."""
 
   def chunk(kind, data):
     check = struct.pack(">I", zlib.crc32(kind + data))

@@ -23,7 +23,7 @@ def _saved(pixels, path, **options):
 @pytest.mark.parametrize(
   ("pixels", "name"),
   [
-    ((_RAMP * 255).astype(np.uint8), "grey.png"),
+    ((_RAMP * 255).astype(np.uint8), "gray.png"),
     ((_COLORS * 255).astype(np.uint8), "rgb.png"),
     ((_COLORS * 255).astype(np.uint8), "rgb.tif"),
     ((_RAMP * 65535).astype(np.uint16), "16.png"),

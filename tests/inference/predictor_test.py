@@ -270,7 +270,7 @@ def test_chat_goes_on_with_or_without_a_picture(open_predictor):
     predictor.chat(history[:2])
 
 
-def test_bfloat16_halves_the_weights_but_not_the_quantiser(open_predictor):
+def test_bfloat16_halves_the_weights_but_not_the_quantizer(open_predictor):
   predictor = open_predictor(bfloat16=True)
   state = predictor._engine._state
   assert state["llm"]["untied_head"][...].dtype == jnp.bfloat16

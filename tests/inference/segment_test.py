@@ -8,7 +8,7 @@ from argenseg_jax.inference.segment import to_uint8
 
 
 def test_images_leave_by_truncation_not_by_rounding():
-  """Rounding moves every second pixel of a soft edge up by one, and a grey of
+  """Rounding moves every second pixel of a soft edge up by one, and a gray of
   127.5 over the threshold of a mask."""
   values = np.arange(255, dtype=np.float32)
   for part in (0.25, 0.5, 0.75, 0.96):

@@ -1,4 +1,4 @@
-"""Attention against JAX's own, which normalises before the values."""
+"""Attention against JAX's own, which normalizes before the values."""
 
 import jax
 import jax.numpy as jnp

@@ -29,7 +29,7 @@ CONFIG = VisionConfig(
 
 
 def build(cls, config, *args):
-  """A module with random parameters, without compiling its initialisers."""
+  """A module with random parameters, without compiling its initializers."""
   made = construct.abstract(lambda: cls(config, *args, rngs=construct.Rngs(0)))
   graph, state = nnx.split(made)
   rng = np.random.default_rng(0)
@@ -257,7 +257,7 @@ def test_every_parameter_names_its_axes():
     assert (axes[0] == "layers") == ("layers" in path), path
 
 
-def test_initialises_finite_and_scaled():
+def test_initializes_finite_and_scaled():
   encoder = VisionEncoder(CONFIG, 6, rngs=construct.Rngs(0))
   np.testing.assert_array_equal(encoder.tower.layers.scale_1[...], 1.0)
   assert encoder.tower.layers.qkv.kernel.shape == (3, 8, 24)

@@ -1,4 +1,4 @@
-"""The quantiser against a slow one written with loops."""
+"""The quantizer against a slow one written with loops."""
 
 import dataclasses
 

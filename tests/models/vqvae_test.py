@@ -26,7 +26,7 @@ CONFIG = VQVAEConfig(
 
 
 def build(**types):
-  """An image tokenizer with random parameters, quicker than initialising."""
+  """An image tokenizer with random parameters, quicker than initializing."""
   made = construct.abstract(
     lambda: VQVAE(CONFIG, rngs=construct.Rngs(0), **types)
   )
@@ -97,7 +97,7 @@ def test_last_prefix_is_the_whole_decode(vqvae, run, images):
   np.testing.assert_allclose(prefixes[:, 0], jnp.clip(first, -1, 1), atol=1e-5)
 
 
-def test_without_quantisation_it_is_an_autoencoder(vqvae, run, images):
+def test_without_quantization_it_is_an_autoencoder(vqvae, run, images):
   result = jax.jit(lambda x: vqvae(x, quantize=False))(images)
   want = run("decode_latent", run("encode_latent", images))
   np.testing.assert_allclose(result.images, want, atol=1e-5)

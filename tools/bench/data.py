@@ -138,10 +138,10 @@ def _write_pictures(folder: pathlib.Path, count: int) -> pathlib.Path:
     quality = (cv2.IMWRITE_JPEG_QUALITY, 90)
     cv2.imwrite(str(folder / f"{i}.jpg"), cv2.subtract(smooth, noise), quality)
     seg_mask = np.zeros((side, side), np.uint8)
-    centre, axes = rng.integers(100, 348, 2), rng.integers(20, 100, 2)
+    center, axes = rng.integers(100, 348, 2), rng.integers(20, 100, 2)
     cv2.ellipse(
       seg_mask,
-      tuple(map(int, centre)),
+      tuple(map(int, center)),
       tuple(map(int, axes)),
       i,
       0,

@@ -118,7 +118,7 @@ def _require_peer(dtype: str, backend: str) -> None:
 
 
 def make_batch(config: ModelConfig, rows: int) -> Batch:
-  """Words, an image, words, an answer, one mask that is not tokenised yet."""
+  """Words, an image, words, an answer, one mask that is not tokenized yet."""
   from argenseg_jax.tools.bench.stages import AHEAD, PROMPT_TEXT
 
   ids, seen = config.token_ids, config.vision.num_embeddings

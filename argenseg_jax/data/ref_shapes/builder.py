@@ -38,7 +38,7 @@ def parameters(
 
 
 class RefShapes(tfds.core.GeneratorBasedBuilder):
-  """Coloured shapes with referring expressions and their masks.
+  """Colored shapes with referring expressions and their masks.
 
   Keyword arguments: `num_train` and `num_eval` requests in train and in each
   of the other splits, `seed`, `image_side` in pixels, and `workers` processes
@@ -75,7 +75,7 @@ class RefShapes(tfds.core.GeneratorBasedBuilder):
     side = self._image_side
     return tfds.core.DatasetInfo(
       builder=self,
-      description="Procedural scenes of coloured shapes with requests.",
+      description="Procedural scenes of colored shapes with requests.",
       features=tfds.features.FeaturesDict(
         {
           "image": tfds.features.Image(

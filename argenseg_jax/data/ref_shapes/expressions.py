@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from argenseg_jax.data.ref_shapes.scenes import COLOURS, SHAPES, Scene, Thing
+from argenseg_jax.data.ref_shapes.scenes import COLORS, SHAPES, Scene, Thing
 
 # Two places closer than this are neither left nor right of one another.
 _CLEAR = 0.07
@@ -20,7 +20,7 @@ class Look:
   """Shapes that have every attribute given; None admits all."""
 
   shape: str | None = None
-  colour: str | None = None
+  color: str | None = None
   size: str | None = None
 
 
@@ -83,7 +83,7 @@ def find(scene: Scene, query: Query, margin: float = 0.0) -> frozenset[int]:
 def _looks_like(thing: Thing, look: Look) -> bool:
   return (
     look.shape in (None, thing.shape)
-    and look.colour in (None, thing.colour)
+    and look.color in (None, thing.color)
     and look.size in (None, thing.size)
   )
 
@@ -105,17 +105,17 @@ def is_absent(scene: Scene, query: Query) -> bool:
 def attribute_looks(scene: Scene, index: int) -> list[Look]:
   """Looks that single out a shape, without words it does not need.
 
-  The size is named only where form and colour do not suffice.
+  The size is named only where form and color do not suffice.
   """
   t = scene.things[index]
   looks = [
-    Look(t.shape, t.colour),
-    Look(None, t.colour),
+    Look(t.shape, t.color),
+    Look(None, t.color),
     Look(t.shape),
   ]
   clear = [q for q in looks if resolve(scene, q) == index]
   if not clear and t.size != "medium":
-    sized = Look(t.shape, t.colour, t.size)
+    sized = Look(t.shape, t.color, t.size)
     clear = [sized] if resolve(scene, sized) == index else []
   return clear
 
@@ -123,16 +123,16 @@ def attribute_looks(scene: Scene, index: int) -> list[Look]:
 def relation_queries(scene: Scene, index: int) -> list[Beside | Outermost]:
   """Clear queries that find a shape by its place and not without it."""
   t = scene.things[index]
-  whats = [Look(), Look(t.shape), Look(t.shape, t.colour)]
+  whats = [Look(), Look(t.shape), Look(t.shape, t.color)]
   if t.size != "medium":
-    whats.append(Look(t.shape, t.colour, t.size))
+    whats.append(Look(t.shape, t.color, t.size))
   queries: list[Beside | Outermost] = []
   for side in _SIDES:
     if len(scene.things) > 1:
       queries += [Outermost(w, side) for w in whats if len(find(scene, w)) > 1]
     for j, other in enumerate(scene.things):
       if j != index:
-        anchors = [Look(other.shape, other.colour), Look(other.shape)]
+        anchors = [Look(other.shape, other.color), Look(other.shape)]
         queries += [
           Beside(w, side, a)
           for w in whats
@@ -144,16 +144,16 @@ def relation_queries(scene: Scene, index: int) -> list[Beside | Outermost]:
 
 def absent_look(rng: np.random.Generator, scene: Scene) -> Look:
   """A look that no shape of the scene has; half of the time it shares the form
-  or the colour of one."""
+  or the color of one."""
   things = scene.things
   while True:
-    look = Look(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))))
+    look = Look(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))))
     if rng.random() < 0.5:
       thing = things[rng.integers(len(things))]
-      keep = rng.choice(["shape", "colour"])
+      keep = rng.choice(["shape", "color"])
       look = dataclasses.replace(look, **{str(keep): getattr(thing, keep)})
     elif rng.random() < 0.3:
-      look = Look(None, look.colour)
+      look = Look(None, look.color)
     if is_absent(scene, look):
       return look
 
@@ -163,8 +163,8 @@ def phrase(rng: np.random.Generator, query: Query) -> str:
   if isinstance(query, Look):
     words = _noun(rng, query)
     chance = rng.random()
-    if query.shape and query.colour and not query.size and chance < 0.15:
-      return f"the {query.shape} that is {query.colour}"
+    if query.shape and query.color and not query.size and chance < 0.15:
+      return f"the {query.shape} that is {query.color}"
     return words if chance > 0.9 else f"the {words}"
   _, _, between, superlative = _SIDES[query.side]
   if isinstance(query, Outermost):
@@ -178,5 +178,5 @@ def phrase(rng: np.random.Generator, query: Query) -> str:
 def _noun(rng: np.random.Generator, look: Look) -> str:
   form = look.shape
   if form is None:
-    form = "shape" if look.colour is None or rng.random() < 0.5 else "one"
-  return " ".join(w for w in (look.size, look.colour, form) if w)
+    form = "shape" if look.color is None or rng.random() < 0.5 else "one"
+  return " ".join(w for w in (look.size, look.color, form) if w)

@@ -45,9 +45,7 @@ SPLITS = {
   "val": Split(1, scenes.Style(), (0.93, 0.0, 0.07)),
   "testA": Split(
     2,
-    scenes.Style(
-      (2, 3, 4), share_colour=0.35, share_both=0.15, share_shape=0.3
-    ),
+    scenes.Style((2, 3, 4), share_color=0.35, share_both=0.15, share_shape=0.3),
     (1.0, 0.0, 0.0),
   ),
   "testB": Split(
@@ -93,7 +91,7 @@ def draw_requests(
       description = ""
     else:
       thing = scene.things[target]
-      description = f"{thing.size} {thing.colour} {thing.shape}"
+      description = f"{thing.size} {thing.color} {thing.shape}"
       seg_mask = drawing.visible[target].astype(np.uint8) * 255
     records.append(
       {

@@ -1,4 +1,4 @@
-"""Procedural scenes of coloured shapes: drawing and what can be said of them.
+"""Procedural scenes of colored shapes: drawing and what can be said of them.
 
 Pure functions of a seed; no files, no TFDS. Places and radii are fractions of
 the picture's side, x to the right and y downwards.
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-COLOURS = {
+COLORS = {
   "red": (214, 36, 38),
   "orange": (248, 142, 24),
   "yellow": (247, 222, 48),
@@ -26,8 +26,8 @@ SIZES = {
   "medium": (0.2, 0.225),
   "large": (0.28, 0.31),
 }
-# Grounds have little saturation, so that no shape's colour occurs in them.
-GROUND_COLOURS = (
+# Grounds have little saturation, so that no shape's color occurs in them.
+GROUND_COLORS = (
   (236, 236, 236),
   (204, 204, 200),
   (226, 216, 198),
@@ -47,7 +47,7 @@ class Thing:
   """One shape of a scene."""
 
   shape: str
-  colour: str
+  color: str
   size: str
   x: float
   y: float
@@ -61,7 +61,7 @@ class Scene:
 
   things: tuple[Thing, ...]
   ground: str
-  ground_colours: tuple[tuple[int, int, int], tuple[int, int, int]]
+  ground_colors: tuple[tuple[int, int, int], tuple[int, int, int]]
   texture_seed: int
 
 
@@ -71,15 +71,15 @@ class Style:
 
   Attributes:
     counts: possible numbers of shapes, each equally likely.
-    share_colour: probability that two shapes have the same colour but not the
+    share_color: probability that two shapes have the same color but not the
       same form, so that a request needs both words.
     share_both: probability that two shapes differ in nothing but size.
     share_shape: probability that two shapes have the same form but not the
-      same colour (it happens by chance too).
+      same color (it happens by chance too).
   """
 
   counts: tuple[int, ...] = (1, 2, 3)
-  share_colour: float = 0.08
+  share_color: float = 0.08
   share_both: float = 0.04
   share_shape: float = 0.0
 
@@ -94,7 +94,7 @@ def make_scene(rng: np.random.Generator, style: Style) -> Scene:
   looks = _looks(rng, count, style)
   touching = 0.8 if rng.random() < 0.12 else 1.08
   things: list[Thing] = []
-  for shape, colour, size in looks:
+  for shape, color, size in looks:
     radius = float(rng.uniform(*SIZES[size]))
     for _ in range(40):
       x, y = rng.uniform(radius + 0.01, 0.99 - radius, 2)
@@ -104,35 +104,35 @@ def make_scene(rng: np.random.Generator, style: Style) -> Scene:
       ):
         turn = float(rng.uniform(-0.2, 0.2))
         things.append(
-          Thing(shape, colour, size, float(x), float(y), radius, turn)
+          Thing(shape, color, size, float(x), float(y), radius, turn)
         )
         break
-  first, second = rng.choice(len(GROUND_COLOURS), 2, replace=False)
+  first, second = rng.choice(len(GROUND_COLORS), 2, replace=False)
   return Scene(
     things=tuple(things),
     ground=str(rng.choice(GROUNDS)),
-    ground_colours=(GROUND_COLOURS[first], GROUND_COLOURS[second]),
+    ground_colors=(GROUND_COLORS[first], GROUND_COLORS[second]),
     texture_seed=int(rng.integers(2**31)),
   )
 
 
 def _looks(rng, count, style) -> list[tuple[str, str, str]]:
-  """Form, colour and size of each shape; no two are alike in all three."""
-  colours = [str(c) for c in rng.permutation(list(COLOURS))[:count]]
+  """Form, color and size of each shape; no two are alike in all three."""
+  colors = [str(c) for c in rng.permutation(list(COLORS))[:count]]
   shapes = [str(s) for s in rng.choice(SHAPES, count)]
   sizes = [str(s) for s in rng.choice(list(SIZES), count)]
   if count > 1:
     chance = rng.random()
     if chance < style.share_both:
-      colours[1], shapes[1] = colours[0], shapes[0]
+      colors[1], shapes[1] = colors[0], shapes[0]
       sizes[:2] = [str(s) for s in rng.permutation(["small", "large"])]
-    elif chance < style.share_both + style.share_colour:
-      colours[1] = colours[0]
+    elif chance < style.share_both + style.share_color:
+      colors[1] = colors[0]
       others = [s for s in SHAPES if s != shapes[0]]
       shapes[1] = str(rng.choice(others))
-    elif chance < style.share_both + style.share_colour + style.share_shape:
+    elif chance < style.share_both + style.share_color + style.share_shape:
       shapes[1] = shapes[0]
-  return list(zip(shapes, colours, sizes, strict=True))
+  return list(zip(shapes, colors, sizes, strict=True))
 
 
 def _outline(thing: Thing) -> list[np.ndarray]:
@@ -172,9 +172,9 @@ def _coverage(thing: Thing, side: int) -> np.ndarray:
   big = side * _SUPERSAMPLING
   cos, sin = np.cos(thing.angle), np.sin(thing.angle)
   turn = np.array(((cos, sin), (-sin, cos)))
-  centre = np.array((thing.x - left / side, thing.y - top / side))
+  center = np.array((thing.x - left / side, thing.y - top / side))
   contours = [
-    np.round((c @ turn * thing.radius + centre) * big * 16 - 8).astype(np.int32)
+    np.round((c @ turn * thing.radius + center) * big * 16 - 8).astype(np.int32)
     for c in _outline(thing)
   ]
   width, height = right - left, bottom - top
@@ -189,7 +189,7 @@ def _coverage(thing: Thing, side: int) -> np.ndarray:
 def _draw_ground(scene: Scene, side: int) -> np.ndarray:
   """Float32 [side side 3] in 0..255."""
   rng = np.random.default_rng(scene.texture_seed)
-  first, second = (np.array(c, np.float32) for c in scene.ground_colours)
+  first, second = (np.array(c, np.float32) for c in scene.ground_colors)
   contrast = rng.uniform(0.25, 0.9)
   second = first + contrast * (second - first)
   angle = rng.uniform(0, np.pi)
@@ -236,7 +236,7 @@ def render(scene: Scene, side: int) -> Drawing:
   tints = np.random.default_rng(scene.texture_seed + 1)
   for i, thing in enumerate(scene.things):
     cover = _coverage(thing, side)
-    tint = np.array(COLOURS[thing.colour]) + tints.uniform(-8, 8, 3)
+    tint = np.array(COLORS[thing.color]) + tints.uniform(-8, 8, 3)
     alpha = cover[..., None]
     picture = picture * (1 - alpha) + alpha * tint.astype(np.float32)
     whole[i] = visible[i] = cover >= 0.5

@@ -111,7 +111,7 @@ def _shape(shape: Any, file: paths.Path) -> _Shape | None:
   meant = next((name for name in _LABELS if name in label), "")
   if not meant and (near := nearest(label, _LABELS)):
     raise DataError(
-      f"{file} has a shape labelled {label!r}; did you mean {near!r}?"
+      f"{file} has a shape labeled {label!r}; did you mean {near!r}?"
     )
   if meant == "flag" or len(points) < 3:
     return None

@@ -52,9 +52,9 @@ def _image_checks(golden: Golden, i: int) -> dict[str, Check]:
       max_tiles=config["max_tiles"],
     )
 
-  def grey(pad_square):
+  def gray(pad_square):
     size = golden[f"in.image{i}"].shape[:2]
-    return transforms.grey_at_size(
+    return transforms.gray_at_size(
       golden[f"in.gen{i}"], size, pad_square=pad_square
     )
 
@@ -71,7 +71,7 @@ def _image_checks(golden: Golden, i: int) -> dict[str, Check]:
     name = f"out.mask_tensor{pad}{i}"
     found[name] = Check(functools.partial(target, flag, name))
     found[f"out.pixel_values{pad}{i}"] = Check(functools.partial(image, flag))
-    found[f"out.pred_L{pad}{i}"] = Check(functools.partial(grey, flag))
+    found[f"out.pred_L{pad}{i}"] = Check(functools.partial(gray, flag))
   return found
 
 

@@ -24,7 +24,7 @@ FOLDERS = (
 
 @pytest.fixture(autouse=True)
 def quick_to_compile():
-  """As the command does; other tests want their optimised programs."""
+  """As the command does; other tests want their optimized programs."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
