@@ -153,7 +153,7 @@ def get_config() -> ConfigDict:
   # Where metrics go beside metrics.jsonl: "tensorboard", "wandb" (Weights &
   # Biases: pip install wandb).
   c.tracking.trackers = ("tensorboard",)
-  c.tracking.wandb_project = "argenseg_jax"
+  c.tracking.wandb_project = "argenseg_jax"  # Of Weights & Biases.
   # "offline": into the work directory only, for `wandb sync`; "online": metrics
   # and config are sent to its server.
   c.tracking.wandb_mode = "offline"

@@ -23,12 +23,13 @@ class HostTimes:
   host did not wait for its devices.
 
   Args:
+    name: of what runs, the same on every host.
     goodput: of this host.
     start: step that training starts from.
   """
 
-  def __init__(self, goodput: Goodput, start: int):
-    self._goodput, self._step = goodput, start
+  def __init__(self, name: str, goodput: Goodput, start: int):
+    self._name, self._goodput, self._step = name, goodput, start
     self._before = dict.fromkeys(_RUNNING, 0.0)
     self._waited = 0.0
 
@@ -62,7 +63,7 @@ class HostTimes:
       "own_seconds": max(seconds - waited, 0.0) / steps,
       "goodput": shares["goodput"],
     }
-    hosts = distributed.noted_by_all("host_times", own)
+    hosts = distributed.noted_by_all(f"host_times/{self._name}", own)
     return shares | values | compared(hosts)
 
 

@@ -46,7 +46,7 @@ class StepLog:
   ):
     self._every = train.log_every
     self._pace = pace
-    self._hosts = HostTimes(goodput, start)
+    self._hosts = HostTimes(title, goodput, start)
     self._writer = writer
     self._bar = Progress(title, train.steps, start=start, active=active)
     self._guard = NonFinite(

@@ -26,7 +26,7 @@ def test_hosts_are_compared_by_their_own_work(clock, monkeypatch):
   monkeypatch.setattr(distributed, "is_several", lambda: True)
   monkeypatch.setattr(distributed, "noted_by_all", meet)
   goodput = Goodput(lambda: clock[0])
-  hosts = host_times.HostTimes(goodput, start=4)
+  hosts = host_times.HostTimes("train", goodput, start=4)
   with goodput.spent("compile"):
     clock[0] += 100.0
   for _ in range(2):
@@ -53,7 +53,7 @@ def test_hosts_are_compared_by_their_own_work(clock, monkeypatch):
 
 
 def test_a_single_host_is_not_compared():
-  found = host_times.HostTimes(Goodput(), start=0)(1)
+  found = host_times.HostTimes("train", Goodput(), start=0)(1)
   assert not [name for name in found if name.startswith("hosts/")]
   assert found["data_wait"] == 0.0
   assert found["memory/host_peak_gib"] > 0

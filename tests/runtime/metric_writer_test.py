@@ -26,7 +26,7 @@ def wandb(monkeypatch):
   made = types.ModuleType("wandb")
   vars(made).update(init=init, Settings=dict, calls=calls)
   monkeypatch.setitem(sys.modules, "wandb", made)
-  monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
+  monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
   return made
 
 
