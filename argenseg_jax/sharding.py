@@ -15,13 +15,20 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 from jaxtyping import Array
 
 from argenseg_jax import construct
 from argenseg_jax.config import ConfigError, MeshConfig
 from argenseg_jax.kernels import collectives
 
+AnyMesh = Mesh | AbstractMesh
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
 
@@ -63,7 +70,32 @@ def make_mesh(
   devices = list(devices or jax.devices())
   if slices is None:
     slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
-  count, rest = divmod(len(devices), slices)
+  sizes = _sizes(config, len(devices), slices)
+  return Mesh(
+    _arrange(devices, sizes, slices),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * len(MESH_AXES),
+  )
+
+
+def abstract_mesh(
+  config: MeshConfig, num_devices: int, slices: int
+) -> AbstractMesh:
+  """The same mesh without devices: for shapes of shards.
+
+  Raises:
+    config.ConfigError: as `make_mesh`.
+  """
+  return AbstractMesh(
+    (slices, *_sizes(config, num_devices, slices)),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * len(MESH_AXES),
+  )
+
+
+def _sizes(config: MeshConfig, num_devices: int, slices: int) -> list[int]:
+  """Devices along data, fsdp and tensor within a slice."""
+  count, rest = divmod(num_devices, slices)
   sizes = [getattr(config, axis) for axis in MESH_AXES[1:]]
   text = ", ".join(
     f"{a}={s}" for a, s in zip(MESH_AXES[1:], sizes, strict=True)
@@ -74,18 +106,14 @@ def make_mesh(
     known = math.prod(s for s in sizes if s != -1)
     sizes[sizes.index(-1)] = count // known
   if math.prod(sizes) != count or rest:
-    found = f"{len(devices)} devices"
+    found = f"{num_devices} devices"
     if slices > 1:
       found += f" in {slices} slices"
     raise ConfigError(
       f"mesh ({text}) does not fit {found}; the product of its sizes must be "
       "the number of devices of a slice."
     )
-  return Mesh(
-    _arrange(devices, sizes, slices),
-    MESH_AXES,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-  )
+  return sizes
 
 
 def _arrange(devices, sizes: list[int], slices: int) -> np.ndarray:
@@ -105,7 +133,7 @@ def _arrange(devices, sizes: list[int], slices: int) -> np.ndarray:
   )
 
 
-def num_shards(mesh: Mesh) -> int:
+def num_shards(mesh: AnyMesh) -> int:
   """Into how many parts a batch is split."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -120,7 +148,7 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
   return PartitionSpec(*(RULES[axis] for axis in axes))
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, mesh: AnyMesh) -> Any:
   """The sharding of every variable of `state`, from its `axes` metadata.
 
   Args:
@@ -171,7 +199,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, spec(("batch",)))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 

@@ -55,3 +55,8 @@ def temp_bytes(compiled: Any) -> int:
   if memory is None:
     raise RuntimeError("this compiler does not report a program's memory.")
   return memory.temp_size_in_bytes
+
+
+def gib(size: float) -> str:
+  """Bytes for people."""
+  return f"{size / 2**30:.2f} GiB"

@@ -6,9 +6,11 @@ from typing import Any
 from absl import flags
 
 from argenseg_jax.config import ConfigError
+from argenseg_jax.tools import plan_search
+from argenseg_jax.tools.common import gib
 from argenseg_jax.tools.train import config_values, parse
 
-HELP = """\
+HELP = f"""\
 argenseg plan --config=FILE --topology=CHIP:SIZE [--config.KEY=VALUE ...]
   [FLAGS]
 
@@ -28,7 +30,11 @@ time of a step.
                           answering requests
   --json                  print the reports as JSON
 
+  --search                try many settings instead, as below
+
 Exit code 1: it does not fit.
+
+{plan_search.HELP}
 
 Example, the paper's training on 64 chips of TPU v5p:
   argenseg plan --config=configs/argenseg_8b_stage1.py --topology=v5p:4x4x4
@@ -46,9 +52,14 @@ def main(argv: list[str]) -> int:
     "what", "train", ["train", "generate"], "", flag_values=values
   )
   flags.DEFINE_bool("json", False, "", flag_values=values)
+  flags.DEFINE_bool("search", False, "", flag_values=values)
+  plan_search.define_flags(values)
   config = parse(values, argv, needs_data=False)
   if not values.topology:
     raise ConfigError("give a topology: --topology=v5p:4x4x4.")
+  if values.search:
+    return plan_search.main(values, config, argv)
+  plan_search.refuse_flags(values)
   from argenseg_jax.planning import topology as topology_lib
 
   topology = topology_lib.parse(values.topology, values.slices)
@@ -84,13 +95,13 @@ def describe(report: dict[str, Any]) -> str:
     "bytes a device:",
   ]
   lines += [
-    f"  {name:24} {_gib(size)}" for name, size in report["bytes"].items()
+    f"  {name:24} {gib(size)}" for name, size in report["bytes"].items()
   ]
   if "collectives" in report:
     lines.append("collectives of a step:")
     for kind, entry in sorted(report["collectives"].items()):
       lines.append(
-        f"  {kind:20} {entry['runs']:6} runs, {_gib(entry['bytes'])}, "
+        f"  {kind:20} {entry['runs']:6} runs, {gib(entry['bytes'])}, "
         f"largest {entry['largest'] / 2**20:.1f} MiB"
       )
     whole = report["whole_gradients_all_reduced"]
@@ -110,6 +121,19 @@ def describe(report: dict[str, Any]) -> str:
       f"{report['mfu']:.1%} ({report['mfu_overlapped']:.1%} if all traffic "
       "hides behind work)",
     ]
+    measured = report["at_measured_shares"]
+    fast, slow = measured["step_seconds"]
+    low, high = measured["mfu"]
+    lines.append(
+      f"at the shares of its rates that H100s reached: {fast:.3f} to "
+      f"{slow:.3f} s, MFU {low:.1%} to {high:.1%} (docs/scale.md)"
+    )
+    if "published_mfu" in report:
+      low, high = report["published_mfu"]
+      lines.append(
+        f"MFU that others published for 7 to 8B on {report['topology']!s}'s "
+        f"chip: {low:.0%}" + (f" to {high:.0%}" if high > low else "")
+      )
     if "tokens_per_second" in report:
       lines.append(f"tokens per second: {report['tokens_per_second']:,.0f}")
     lines.append(
@@ -128,15 +152,11 @@ def _verdict(report: dict[str, Any]) -> str:
     return f"does not fit: {report['excess']}"
   peak = report["peak"]
   if "hbm" not in report:
-    return f"needs {_gib(peak)} a device"
+    return f"needs {gib(peak)} a device"
   hbm = report["hbm"]
   if peak <= hbm:
     return (
-      f"fits: {_gib(peak)} of {_gib(hbm)} a device ({peak / hbm:.0%}), "
-      f"{_gib(hbm - peak)} left"
+      f"fits: {gib(peak)} of {gib(hbm)} a device ({peak / hbm:.0%}), "
+      f"{gib(hbm - peak)} left"
     )
-  return f"does not fit: {_gib(peak)}, {_gib(peak - hbm)} more than there is"
-
-
-def _gib(size: float) -> str:
-  return f"{size / 2**30:.2f} GiB"
+  return f"does not fit: {gib(peak)}, {gib(peak - hbm)} more than there is"

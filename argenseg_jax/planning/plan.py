@@ -8,15 +8,13 @@ at its peak.
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from argenseg_jax import sharding
 from argenseg_jax.config import RunConfig
 from argenseg_jax.kernels import chips
 from argenseg_jax.model_config import ModelConfig
-from argenseg_jax.models import flops
-from argenseg_jax.planning import hlo
+from argenseg_jax.planning import calibration, counted, hlo
 from argenseg_jax.planning.programs import Program
 from argenseg_jax.planning.topology import Topology
 from argenseg_jax.training import initialize
@@ -61,9 +59,8 @@ def report(
   result["bytes"]["temporary"] = memory.temp_size_in_bytes
   task = TASKS.get(what)
   if task:
-    kept = kept_activations(config, task, model, mesh)
-    if kept is not None:
-      result["bytes"]["temporary: layer inputs"] = kept
+    kept = counted.kept_activations(config, task, model, mesh)
+    result["bytes"] |= {f"temporary: {k}": size for k, size in kept.items()}
   result["peak"] = _peak(memory)
   if chip:
     result["fits"] = result["peak"] <= result["hbm"]
@@ -110,21 +107,6 @@ def _summary(found: list[hlo.Collective], mesh: Mesh) -> dict[str, Any]:
   return summary
 
 
-def kept_activations(
-  config: RunConfig, task: Task, model: ModelConfig, mesh: Mesh
-) -> int | None:
-  """Bytes of layer inputs that wait for the backward pass, on one device; None
-  where there are no such layers, or the remat policy keeps more."""
-  stage = config.stage(task.name)
-  train = stage.train
-  if train.remat != "full" or not task.reads_text:
-    return None
-  parts = train.accumulate_steps * sharding.num_shards(mesh)
-  sequences = train.global_batch_size // parts * stage.sequences_per_row
-  width = model.llm.width * jnp.dtype(train.compute_dtype).itemsize
-  return sequences * config.data.sequence_length * width * model.llm.num_layers
-
-
 def _times(
   found: list[hlo.Collective],
   config: RunConfig,
@@ -133,32 +115,21 @@ def _times(
   topology: Topology,
   mesh: Mesh,
 ) -> dict[str, Any]:
-  """FLOPs and, for a known chip, lower bounds of a step's time."""
-  stage, data = config.stage(task.name), task.data(config.data)
-  train = stage.train
-  products = tuple(task.products(model, data, config))
-  kinds = {"constant": task.constant, "adapters": config.adapters(task.name)}
-  count = flops.train_step(products, stage, **kinds)
+  """FLOPs and, for a known chip, lower bounds of a step's time, beside what it
+  would take at the shares of them that were measured."""
+  train = config.stage(task.name).train
+  work = counted.work_of(config, task, model, topology, mesh)
   result: dict[str, Any] = {
-    "model_flops": count.model,
-    "recomputed_flops": count.recomputed,
+    "model_flops": work.step.model,
+    "recomputed_flops": work.step.recomputed,
   }
   chip = topology.chip
   if chip is None:
     return result
   local = [c for c in found if not _crosses_slices(c, mesh)]
   remote = [c for c in found if _crosses_slices(c, mesh)]
-  peak = chip.flops * topology.num_chips
   seconds = {
-    "compute": count.total / peak,
-    "hbm": flops.hbm_bytes(
-      products,
-      stage,
-      parts=sharding.num_shards(mesh),
-      fsdp=mesh.shape["fsdp"],
-      **kinds,
-    )
-    / (chip.bandwidth / chip.devices),
+    **work.seconds,
     # A chip's links carry half of their rate in each direction.
     "links": sum(c.sent for c in local) / (chip.links / chip.devices / 2),
   }
@@ -166,20 +137,32 @@ def _times(
     seconds["dcn"] = sum(c.sent for c in remote) / chip.dcn
   elif remote:
     result["note"] = f"no published DCN rate for {topology.name}: left out."
-  work = max(seconds["compute"], seconds["hbm"])
+  busy = max(work.seconds.values())
   traffic = seconds["links"] + seconds.get("dcn", 0.0)
   result["seconds"] = seconds
-  step = work + traffic
-  tokens = train.global_batch_size * data.sequence_length
+  step = busy + traffic
+  ideal = work.step.model / (chip.flops * topology.num_chips)
+  tokens = train.global_batch_size * task.data(config.data).sequence_length
   result |= {
     "step_seconds": step,
-    "mfu": count.model / peak / step,
-    "mfu_overlapped": count.model / peak / max(work, traffic),
+    "mfu": ideal / step,
+    "mfu_overlapped": ideal / max(busy, traffic),
     "hours": step * train.steps / 3600,
     "chip_hours": step * train.steps / 3600 * topology.num_chips,
   }
   if tokens:
     result["tokens_per_second"] = tokens / step
+  slow, fast = (
+    calibration.step_seconds(work, train, chip, topology.num_chips, shares)
+    + traffic
+    for shares in calibration.H100
+  )
+  result["at_measured_shares"] = {
+    "step_seconds": [fast, slow],
+    "mfu": [ideal / slow, ideal / fast],
+  }
+  if published := calibration.PUBLISHED_MFU.get(topology.name):
+    result["published_mfu"] = list(published)
   return result
 
 

@@ -70,6 +70,32 @@ def abstract_batch(config: RunConfig, model: ModelConfig, task: Task) -> Batch:
   )
 
 
+def describe_training(
+  config: RunConfig, name: str, mesh: sharding.AnyMesh
+) -> train_state.Described:
+  """State of a run as shapes and shards, from its config alone."""
+  model = initialize.model_config(config, config.init_from)
+  make = initialize.constructor(config, name, TASKS[name].model, model)
+  return train_state.describe(
+    *nnx.split(construct.abstract(make)),
+    config.stage(name),
+    num_codes=model.vqvae.num_codes,
+    mesh=mesh,
+    adapters=config.adapters(name),
+  )
+
+
+def state_parts(state: train_state.TrainState) -> dict[str, Any]:
+  """What a device holds all the time, by the names of a report."""
+  return {
+    "parameters": state.params,
+    "frozen parameters": state.fixed,
+    "moments": state.optimizer,
+    "average": state.average,
+    "start": state.start,
+  }
+
+
 def compile_training(config: RunConfig, name: str, mesh: Mesh) -> Program:
   """The step of `argenseg train`, for devices that need not exist.
 
@@ -85,17 +111,7 @@ def compile_training(config: RunConfig, name: str, mesh: Mesh) -> Program:
   task.check(config)
   sharding.check_hosts(mesh, stage.train.global_batch_size)
   model = initialize.model_config(config, config.init_from)
-  described = train_state.describe(
-    *nnx.split(
-      construct.abstract(
-        initialize.constructor(config, name, task.model, model)
-      )
-    ),
-    stage,
-    num_codes=model.vqvae.num_codes,
-    mesh=mesh,
-    adapters=config.adapters(name),
-  )
+  described = describe_training(config, name, mesh)
   graph, optimizer, state, _ = described
   rows = sharding.batch_sharding(mesh)
   batch = abstract_batch(config, model, task)
@@ -110,14 +126,7 @@ def compile_training(config: RunConfig, name: str, mesh: Mesh) -> Program:
     ),
     (state, batch),
     mesh,
-    {
-      "parameters": state.params,
-      "frozen parameters": state.fixed,
-      "moments": state.optimizer,
-      "average": state.average,
-      "start": state.start,
-      "batch": batch,
-    },
+    {**state_parts(state), "batch": batch},
     state.params,
   )
 
@@ -187,14 +196,14 @@ def _compile(function, arguments, mesh, parts, params) -> Program:
       used = re.search(r"Used [^.]*\.\S* of \S+ \w+\.", str(error))
       excess = used[0] if used else str(error).splitlines()[0]
   return Program(
-    parts={k: _bytes(v) for k, v in parts.items() if v is not None},
+    parts={k: device_bytes(v) for k, v in parts.items() if v is not None},
     compiled=compiled,
     excess=excess,
     split_shapes=_split_shapes(params),
   )
 
 
-def _bytes(tree: Any) -> int:
+def device_bytes(tree: Any) -> int:
   """Bytes that one device holds."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

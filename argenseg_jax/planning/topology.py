@@ -49,6 +49,11 @@ class Topology(NamedTuple):
   def num_chips(self) -> int:
     return math.prod(self.sides) * self.slices
 
+  @property
+  def num_devices(self) -> int:
+    """As JAX counts them."""
+    return self.num_chips * (self.chip.devices if self.chip else 1)
+
   def __str__(self) -> str:
     text = f"{self.name}:{'x'.join(map(str, self.sides))}"
     return text if self.slices == 1 else f"{self.slices} x {text}"
@@ -83,14 +88,25 @@ def prepare(topology: Topology) -> None:
     if jax.config.values["jax_num_cpu_devices"] != topology.num_chips:
       jax.config.update("jax_num_cpu_devices", topology.num_chips)
     return
+  require_compiler(topology)
+  os.environ |= ENVIRONMENT
+  if CHIPS[topology.name].platform == "tpu":
+    jax.config.update("jax_platforms", "cpu")
+
+
+def require_compiler(topology: Topology) -> None:
+  """Refuses topologies that nothing here compiles for.
+
+  Raises:
+    config.ConfigError: says what to install.
+  """
+  if topology.name == "cpu":
+    return
   platform = CHIPS[topology.name].platform
   if not has_compiler(platform):
     raise ConfigError(
       f"the compiler for {topology.name} is missing; {install_hint(platform)}"
     )
-  os.environ |= ENVIRONMENT
-  if platform == "tpu":
-    jax.config.update("jax_platforms", "cpu")
 
 
 def has_compiler(platform: str) -> bool:

@@ -35,9 +35,18 @@ def enable() -> pathlib.Path | None:
 
 
 def _usual_directory() -> pathlib.Path:
-  """In the user's cache, one for each kind of machine that shares it."""
+  """One for each kind of machine that shares the cache."""
+  return user_cache() / _machine()
+
+
+def user_cache() -> pathlib.Path:
+  """Our folder in the user's cache.
+
+  Raises:
+    RuntimeError: there is neither HOME nor an entry for this user.
+  """
   root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(root) / "argenseg_jax" / f"{_machine()}"
+  return pathlib.Path(root) / "argenseg_jax"
 
 
 def _machine() -> str:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array
 
 from argenseg_jax import sharding
@@ -138,7 +137,7 @@ def describe(
   stage: StageConfig,
   *,
   num_codes: int,
-  mesh: Mesh,
+  mesh: sharding.AnyMesh,
   adapters: LoRAConfig | None = None,
 ) -> Described:
   """The state of a run that trains a model.

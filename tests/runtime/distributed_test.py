@@ -64,6 +64,7 @@ def of_one_device(data, tmp_path_factory) -> dict[int, float]:
 _SPLIT = ("--config.mesh.data=2", "--config.mesh.fsdp=-1")
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(data, of_one_device, tmp_path):
   found = losses(tmp_path, start_together(data, tmp_path, 2))
   assert found == pytest.approx(of_one_device, abs=1e-5)
