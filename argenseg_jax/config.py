@@ -226,6 +226,16 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+  """Where metrics go beside `metrics.jsonl`."""
+
+  # Keys of runtime/metric_writer.TRACKERS.
+  trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+  wandb_project: str = "argenseg_jax"
+  wandb_mode: Literal["offline", "online"] = "offline"  # Online sends them.
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
   """What is measured during and after training."""
 
@@ -335,6 +345,8 @@ class RunConfig:
   tokenizer_training: TokenizerTrainingConfig
   mesh: MeshConfig
   eval: EvalConfig
+  # Checkpoints of earlier versions do not have it.
+  tracking: TrackingConfig = TrackingConfig()
 
   def adapters(self, task: str) -> LoRAConfig | None:
     """Settings of the adapters that a task trains instead of the weights."""

@@ -149,6 +149,15 @@ def get_config() -> ConfigDict:
   c.mesh.fsdp = -1  # Splits the batch, parameters and moments.
   c.mesh.tensor = 1  # Splits heads and MLPs.
 
+  c.tracking = ConfigDict()
+  # Where metrics go beside metrics.jsonl: "tensorboard", "wandb" (Weights &
+  # Biases: pip install wandb).
+  c.tracking.trackers = ("tensorboard",)
+  c.tracking.wandb_project = "argenseg_jax"  # Of Weights & Biases.
+  # "offline": into the work directory only, for `wandb sync`; "online": metrics
+  # and config are sent to its server.
+  c.tracking.wandb_mode = "offline"
+
   c.eval = ConfigDict()
   c.eval.splits = ("train",)  # Of `data.path`, where its layout has splits.
   c.eval.max_samples = 0  # Examples of a split; 0 takes all.

@@ -186,6 +186,17 @@ def test_every_key_of_base_has_a_comment():
   assert bare == []
 
 
+@pytest.mark.parametrize("steps", [(3,), (5, 3), (1, 2, 3), (4, 4001)])
+def test_what_is_traced_is_two_steps_of_the_run(steps):
+  values = tiny.get_config()
+  values.data.path = "unused"
+  values.mllm.train.profile_steps = (3, 3)
+  assert run_config(values).mllm.train.profile_steps == (3, 3)
+  values.mllm.train.profile_steps = steps
+  with pytest.raises(ConfigError, match=r"profile_steps.*from 1 to 4000"):
+    run_config(values)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [

@@ -64,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
   from_shell = argv is None
   argv = list(sys.argv[1:] if argv is None else argv)
   name = argv[0] if argv else "help"
+  if from_shell and name in COMMANDS and (said := _too_few_addresses()):
+    print(f"argenseg {name}: {said}", file=sys.stderr)
+    return 2
   if from_shell and (child := _child_under_a_limit()):
     return _watched(child, name)
   with _lasting_streams() if from_shell else contextlib.nullcontext():
@@ -98,6 +101,20 @@ def _is_several() -> bool:
   """Whether this process has joined others; imports nothing to find out."""
   distributed = sys.modules.get("argenseg_jax.runtime.distributed")
   return distributed is not None and distributed.is_several()
+
+
+def _too_few_addresses() -> str | None:
+  """What is wrong with a `ulimit -v` under which thread pools of the libraries
+  cannot start their threads: some end the process, some wait for ever."""
+  limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+  needed = 3 * 2**30 + (os.cpu_count() or 1) * 2**25
+  if limit == resource.RLIM_INFINITY or limit >= needed:
+    return None
+  return (
+    f"`ulimit -v` allows {limit // 1024} KiB of addresses; the libraries "
+    f"reserve up to {needed // 1024} KiB on this machine. Raise it, then rerun "
+    "the same command (to limit memory itself use a cgroup)."
+  )
 
 
 def _child_under_a_limit() -> int:

@@ -147,6 +147,7 @@ def test_the_report_shows_masks_and_words(whole):
   assert page.count("<figure>") == 2  # One a picture.
 
 
+@pytest.mark.slow
 def test_one_device_gives_the_same_numbers(run, whole, monkeypatch):
   # As on a GPU: the layers are taken apart before the program begins.
   monkeypatch.setattr(dispatch, "copies_slices", lambda: True)
@@ -164,6 +165,7 @@ def test_one_device_gives_the_same_numbers(run, whole, monkeypatch):
   assert found.records == _records(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_numbers(run, whole, tmp_path):
   address = tiny_run.free_address()
   processes = [

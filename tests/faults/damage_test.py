@@ -336,6 +336,7 @@ def _whole_model(workdir):
   return checkpoint.step_directory(workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "a[1]b", "run [x]*?"])
 def test_what_a_model_needs_is_verified(name, tmp_path, capsys):
   """In folders that globs take for patterns, too: there Orbax lost arrays."""

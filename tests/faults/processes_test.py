@@ -139,6 +139,7 @@ def test_stopped_and_gone_on_with_by_one_two_and_one_process(start, tmp_path):
     assert found[step] == pytest.approx(expected[step], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_hosts_that_cannot_stop_end_within_their_grace_time():
   code = """
 import ctypes, os, signal, sys, threading
@@ -173,6 +174,7 @@ with preemption.listening(7.0):
       process.kill()
 
 
+@pytest.mark.slow
 def test_the_death_of_a_host_ends_the_others(start, tmp_path):
   (code, output), (killed, _) = start(
     tmp_path / "run",

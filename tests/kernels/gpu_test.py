@@ -17,6 +17,8 @@ from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from argenseg_jax.kernels.nearest_code import nearest_code
 from argenseg_jax.kernels.scale_prediction import scale_prediction
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def interpreted():

@@ -46,6 +46,7 @@ def test_lowers_for_gpu(name):
   assert "mosaic_gpu" in lowered(GPU_CASES[name], "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   not topology.has_compiler("tpu"), reason="libtpu is not installed"
 )

@@ -134,8 +134,8 @@ def test_patterns_that_match_nothing_are_refused(changes, message):
 
 
 def test_a_fingerprint_sees_values_and_places_only():
-  model = tiny_model.model()
-  wide = nnx.state(model)
+  llm = tiny_model.model().llm
+  wide = nnx.state(llm)
   name = lora.fingerprint(wide)
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide)
   assert lora.fingerprint(half) == name
@@ -144,8 +144,8 @@ def test_a_fingerprint_sees_values_and_places_only():
     wide, jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
   )
   assert lora.fingerprint(spread) == name
-  kernel = model.llm.layers.mlp.up.kernel
+  kernel = llm.layers.mlp.up.kernel
   kept = kernel[...]
   for changed in (kept.at[1, 2, 3].mul(1.01), kept[:, ::-1], -kept):
     kernel[...] = changed
-    assert lora.fingerprint(nnx.state(model)) != name
+    assert lora.fingerprint(nnx.state(llm)) != name

@@ -72,6 +72,7 @@ def test_generation_on_eight_cpu_devices(arguments, capsys):
   assert "all-gather" in out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )

@@ -22,6 +22,8 @@ pytest.importorskip("google.cloud.storage", reason="gcsfs brings it")
 import gcs_emulator
 from google.cloud import storage
 
+pytestmark = pytest.mark.slow
+
 DRIVER = pathlib.Path(__file__).with_name("gcs_driver.py")
 RUN = f"gs://{gcs_emulator.BUCKET}/run"
 

@@ -17,6 +17,7 @@ def rows_of(printed: str) -> dict[tuple[str, int], float]:
   return {(name, int(batch)): float(seconds) for name, batch, seconds in cells}
 
 
+@pytest.mark.slow
 def test_every_stage_is_timed(monkeypatch, capsys):
   config = config_parsing.replace(tiny_model.config(), {"llm.num_layers": 1})
   monkeypatch.setitem(variants.VARIANTS, "test", config)
@@ -59,6 +60,7 @@ def test_what_does_not_run_has_no_trace(capsys):
     assert "--profile needs programs that run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_peer_draws_a_mask_of_the_same_size():
   pytest.importorskip("torch")
   pytest.importorskip("transformers")

@@ -60,6 +60,7 @@ def test_a_row_has_forty_words_a_picture_and_a_mask():
   assert following[-1] == ids.ge_start
 
 
+@pytest.mark.slow
 def test_only_what_trains_gets_gradients(ours):
   loss, gradients = ours[0].run()
   assert np.isfinite(loss)
@@ -73,6 +74,7 @@ def test_only_what_trains_gets_gradients(ours):
   assert np.all(np.isfinite(np.concatenate(list(norms.values()))))
 
 
+@pytest.mark.slow
 def test_the_table(ours):
   program, printed = ours
   assert "test, float32, batch 2 of 65 positions" in printed
@@ -104,6 +106,7 @@ def test_programs_take_turns():
   assert list(found) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_the_peer_trains_the_same_parts(ours, monkeypatch, capsys):
   pytest.importorskip("torch")
   pytest.importorskip("transformers")

@@ -2,12 +2,14 @@
 
 import asyncio
 import concurrent.futures
+import gc
 import importlib.util
 import json
 import os
 import pathlib
 import shutil
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -23,6 +25,15 @@ from argenseg_jax.tools.demo.limits import RateLimit
 
 CHROMIUM = shutil.which("chromium")
 HAS_GRADIO = importlib.util.find_spec("gradio") is not None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gradio_leaves_nothing():
+  """It leaves sockets and loops open; other tests would be blamed for them."""
+  yield
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", ResourceWarning)
+    gc.collect()
 
 
 class Model:

@@ -160,6 +160,20 @@ def test_what_ends_without_a_word_under_a_limit_is_said(how, code, said):
   assert said in ran.stderr.splitlines()[-1] if said else not ran.stderr
 
 
+def test_a_limit_that_libraries_wait_under_for_ever_is_refused():
+  ran = subprocess.run(
+    [
+      *("bash", "-c", 'ulimit -v 1500000; exec "$@"', "bash"),
+      *(sys.executable, "-m", "argenseg_jax.tools.cli", "data", "check"),
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert ran.returncode == 2, ran.stderr
+  assert "`ulimit -v` allows 1500000 KiB of addresses" in ran.stderr
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
 def test_a_full_disk_behind_stdout_is_said(tmp_path):
   ran = _talk('eval "$TALK" > /dev/full', tmp_path / "out")

@@ -406,6 +406,7 @@ def test_config_json_says_what_the_config_says(tiny, llm):
   assert found == dataclasses.replace(config.llm, rope_factor=factor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_an_imported_bf16_model_answers(tmp_path, tiny, folder, dtype):
   _import(tmp_path, folder(tiny.whole()))

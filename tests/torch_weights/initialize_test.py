@@ -23,6 +23,7 @@ def config():
   return run_config(c)
 
 
+@pytest.mark.slow
 def test_the_model_of_an_imported_checkpoint(
   tmp_path, tiny, folder, config, mesh
 ):

@@ -84,7 +84,14 @@ def take(task, batch, config):
   return jax.device_get((nnx.to_pure_dict(state.params), metrics))
 
 
-@pytest.mark.parametrize("kind", ["masks", "codes", "image tokenizer"])
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "codes",
+    pytest.param("masks", marks=pytest.mark.slow),
+    pytest.param("image tokenizer", marks=pytest.mark.slow),
+  ],
+)
 def test_turns_change_no_loss_and_no_parameter(batches, kind):
   task, batch, data = batches[kind]
   whole = take(task, batch, config_for(task, data, 1))

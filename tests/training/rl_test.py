@@ -334,6 +334,7 @@ def bandit():
     return step.lower(*inputs).compile(), *inputs
 
 
+@pytest.mark.slow
 def test_eight_devices_take_the_step_of_one(bandit):
   config = make_config(**BANDIT)
   assert_same(taken(*start(config, (2, 2, 2), ADAM)), taken(*bandit))
