@@ -200,7 +200,16 @@ class TrainConfig:
   max_skipped: Count  # Steps in a row without a finite loss; 0: any number.
   compute_dtype: Literal["float32", "bfloat16"]
   param_dtype: Literal["float32", "bfloat16"]
-  remat: Literal["none", "full", "dots"]
+  # Keys of models/remat.POLICIES.
+  remat: Literal[
+    "full",
+    "offload",
+    "attention",
+    "mlp_inputs",
+    "all_but_mlp",
+    "dots",
+    "none",
+  ]
   keep_every: Count  # Checkpoints of every so many steps are kept too.
   keep_best: Count  # And so many of the best ones,
   best_by: Literal["loss", "ciou"]  # lowest loss or highest cIoU.
@@ -214,6 +223,16 @@ class TrainConfig:
   profile_steps: tuple[PositiveInt, ...] = ()
   # Which processes of several write one.
   profile_processes: Literal["first", "all"] = "first"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+  """Where metrics go beside `metrics.jsonl`."""
+
+  # Keys of runtime/metric_writer.TRACKERS.
+  trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+  wandb_project: str = "argenseg_jax"
+  wandb_mode: Literal["offline", "online"] = "offline"  # Online sends them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +345,8 @@ class RunConfig:
   tokenizer_training: TokenizerTrainingConfig
   mesh: MeshConfig
   eval: EvalConfig
+  # Checkpoints of earlier versions do not have it.
+  tracking: TrackingConfig = TrackingConfig()
 
   def adapters(self, task: str) -> LoRAConfig | None:
     """Settings of the adapters that a task trains instead of the weights."""

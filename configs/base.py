@@ -149,6 +149,15 @@ def get_config() -> ConfigDict:
   c.mesh.fsdp = -1  # Splits the batch, parameters and moments.
   c.mesh.tensor = 1  # Splits heads and MLPs.
 
+  c.tracking = ConfigDict()
+  # Where metrics go beside metrics.jsonl: "tensorboard", "wandb" (Weights &
+  # Biases: pip install wandb).
+  c.tracking.trackers = ("tensorboard",)
+  c.tracking.wandb_project = "argenseg_jax"  # Of Weights & Biases.
+  # "offline": into the work directory only, for `wandb sync`; "online": metrics
+  # and config are sent to its server.
+  c.tracking.wandb_mode = "offline"
+
   c.eval = ConfigDict()
   c.eval.splits = ("train",)  # Of `data.path`, where its layout has splits.
   c.eval.max_samples = 0  # Examples of a split; 0 takes all.
@@ -216,5 +225,11 @@ def _stage(*, learning_rate: float, steps: int, batch: int) -> ConfigDict:
   # at random, so that small ones count on average. Moments and the average of
   # the weights (ema_decay) are in float32 always.
   s.train.param_dtype = "float32"
-  s.train.remat = "full"  # What is recomputed: "none", "dots", "full".
+  # What the decoder's layers keep for the backward pass, from the least memory
+  # to the least work: "full" recomputes all, "attention" keeps attention's
+  # results, "mlp_inputs" what the MLPs read too, "all_but_mlp" also queries,
+  # keys and values, "dots" all products with weights, "none" everything.
+  # "offload" keeps what "all_but_mlp" does, in the host's memory. Numbers stay
+  # the same.
+  s.train.remat = "full"
   return s

@@ -53,7 +53,7 @@ def test_missing_key_is_named():
   ("key", "value", "message"),
   [
     ("mllm.train.steps", "many", "must be int"),
-    ("mllm.train.remat", "some", "use 'none', 'full', 'dots'"),
+    ("mllm.train.remat", "some", "use 'full', 'offload', 'attention'"),
     ("mllm.train.keep", True, "must be int"),
     ("data.jpeg_quality", 75.5, "must be int"),
     ("data.pad_square", 1, "must be bool"),
@@ -184,6 +184,17 @@ def test_every_key_of_base_has_a_comment():
     and not before.lstrip().startswith("#")
   ]
   assert bare == []
+
+
+@pytest.mark.parametrize("steps", [(3,), (5, 3), (1, 2, 3), (4, 4001)])
+def test_what_is_traced_is_two_steps_of_the_run(steps):
+  values = tiny.get_config()
+  values.data.path = "unused"
+  values.mllm.train.profile_steps = (3, 3)
+  assert run_config(values).mllm.train.profile_steps == (3, 3)
+  values.mllm.train.profile_steps = steps
+  with pytest.raises(ConfigError, match=r"profile_steps.*from 1 to 4000"):
+    run_config(values)
 
 
 @pytest.mark.parametrize(

@@ -1,35 +1,57 @@
 """What a person sees of a run: metrics files and progress."""
 
-import contextlib
+import importlib.util
 import json
 import math
-import os
 import pathlib
-import socket
-import struct
 import sys
 import time
-import types
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
 
 import rich.progress
 
+from argenseg_jax.config import ConfigError, TrackingConfig
 from argenseg_jax.runtime import paths
+from argenseg_jax.runtime.tensorboard_tracker import TensorBoard
+from argenseg_jax.runtime.tracker import About, Tracker
+from argenseg_jax.runtime.wandb_tracker import WeightsAndBiases
+
+# By `tracking.trackers`.
+TRACKERS: dict[str, type[Tracker]] = {
+  "tensorboard": TensorBoard,
+  "wandb": WeightsAndBiases,
+}
+
+
+def require_trackers(settings: TrackingConfig) -> None:
+  """Checks that what the config names is installed, before a run begins.
+
+  TensorBoard's package is among the requirements.
+
+  Raises:
+    ConfigError: it is not.
+  """
+  if "wandb" in settings.trackers and importlib.util.find_spec("wandb") is None:
+    raise ConfigError(
+      "config key 'tracking.trackers' names 'wandb', which is not installed: "
+      "pip install wandb."
+    )
 
 
 class MetricsWriter:
-  """Appends metrics to `metrics.jsonl` and to TensorBoard event files.
+  """Appends metrics to `metrics.jsonl`, and gives them to trackers.
 
   A number that is NaN or infinite is null in the file, and its name stands
   under "not_finite". What cannot be written is said once and left out: training
   is worth more than its log.
 
   Args:
-    workdir: gets both.
+    workdir: gets the file and what trackers write.
     active: whether this process writes.
     start: the step that a resumed run begins with; lines of later ones, which
       a killed run had written, are taken out.
+    tracking: which trackers there are.
+    about: what they say of the run.
   """
 
   def __init__(
@@ -38,10 +60,12 @@ class MetricsWriter:
     *,
     active: bool = True,
     start: int | None = None,
+    tracking: TrackingConfig | None = None,
+    about: About | None = None,
   ):
     self._active = active
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
-    self._board = None
+    self._trackers: dict[str, Tracker] = {}
     self._warned = False
     self._cut = True  # Perhaps: an earlier call may have been killed.
     if not active:
@@ -51,10 +75,14 @@ class MetricsWriter:
         self._forget_after(start)
     except Exception as error:
       self._warn(error)
-    try:
-      self._board = _Board(pathlib.Path(workdir) / "tensorboard", start)
-    except Exception as error:  # Whatever is wrong with it, training goes on.
-      self._warn_of_board(error)
+    tracking = tracking or TrackingConfig()
+    for name in tracking.trackers:
+      try:
+        self._trackers[name] = TRACKERS[name](
+          pathlib.Path(workdir), start, tracking, about or About("", {})
+        )
+      except Exception as error:  # Whatever is wrong with it, training goes on.
+        self._drop(name, error)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Records `values` at `step`."""
@@ -69,11 +97,19 @@ class MetricsWriter:
       self._cut = False
     except Exception as error:
       self._warn(error)
-    if self._board is not None:
+    for name, tracker in list(self._trackers.items()):
       try:
-        self._board.write(step, values)
+        tracker.write(step, values)
       except Exception as error:  # tensorboardX raises all kinds.
-        self._warn_of_board(error)
+        self._drop(name, error)
+
+  def close(self) -> None:
+    """Trackers finish what they do."""
+    for name, tracker in list(self._trackers.items()):
+      try:
+        tracker.close()
+      except Exception as error:
+        self._drop(name, error)
 
   def _forget_after(self, start: int) -> None:
     """Takes out the lines of steps that will be taken again."""
@@ -98,9 +134,13 @@ class MetricsWriter:
       print(f"metrics are not written: {error}", file=sys.stderr, flush=True)
       self._warned = True
 
-  def _warn_of_board(self, error: Exception) -> None:
-    print(f"TensorBoard gets no metrics: {error}", file=sys.stderr, flush=True)
-    self._board = None
+  def _drop(self, name: str, error: Exception) -> None:
+    self._trackers.pop(name, None)
+    print(
+      f"{TRACKERS[name].title} gets no metrics: {error}",
+      file=sys.stderr,
+      flush=True,
+    )
 
 
 def _line(step: int, values: Mapping[str, float]) -> str:
@@ -115,60 +155,6 @@ def _is_after(line: str, start: int) -> bool:
     return json.loads(line)["step"] > start
   except (ValueError, KeyError, TypeError, RecursionError):
     return False  # Not a line of ours: it stays.
-
-
-@contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-  """tensorboardX imports torch if it can: seconds, for nothing."""
-  if "torch" in sys.modules:
-    yield
-    return
-  sys.modules["torch"] = cast(types.ModuleType, None)  # Not to be imported.
-  try:
-    yield
-  finally:
-    del sys.modules["torch"]
-
-
-class _Board:
-  """TensorBoard's event file.
-
-  tensorboardX writes it from a thread. When that one dies, of a full disk for
-  example, its queue fills up and the run waits for ever; so this writes itself.
-  """
-
-  def __init__(self, folder: pathlib.Path, start: int | None):
-    with _without_torch():
-      from tensorboardX import record_writer, summary
-      from tensorboardX.proto import event_pb2
-
-    made: Any = event_pb2  # Its classes are made when it is imported.
-    self._event, self._scalar = made.Event, summary.scalar
-    self._check = record_writer.masked_crc32c
-    folder.mkdir(parents=True, exist_ok=True)
-    now = time.time()
-    name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}"
-    self._path = folder / name
-    self._append([self._event(wall_time=now, file_version="brain.Event:2")])
-    if start is not None:  # Readers drop the steps after it.
-      began = made.SessionLog(status=made.SessionLog.START)
-      self._append(
-        [self._event(wall_time=now, step=start + 1, session_log=began)]
-      )
-
-  def write(self, step: int, values: Mapping[str, float]) -> None:
-    now = time.time()
-    self._append(
-      self._event(wall_time=now, step=step, summary=self._scalar(name, value))
-      for name, value in values.items()
-    )
-
-  def _append(self, events: Iterable[Any]) -> None:
-    with self._path.open("ab") as file:
-      for event in events:
-        data = event.SerializeToString()
-        for part in (struct.pack("<Q", len(data)), data):
-          file.write(part + struct.pack("<I", self._check(part)))
 
 
 class Progress:

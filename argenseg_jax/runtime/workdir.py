@@ -30,6 +30,7 @@ _FREE = (  # They change no number that is learned.
   *(f"data.{key}" for key in SPEED_KEYS),
   "eval.batch_size",
   "mesh.*",
+  "tracking.*",
   "*.train.accumulate_steps",
   "*.train.remat",
   *(f"*.train.{key}_every" for key in ("log", "eval", "save", "keep")),

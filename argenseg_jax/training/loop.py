@@ -8,17 +8,25 @@ from typing import Any
 import jax
 from flax import nnx
 
-from argenseg_jax import checkpoint, sharding
+from argenseg_jax import checkpoint, config_parsing, sharding
 from argenseg_jax.config import RunConfig
 from argenseg_jax.data import pipeline
 from argenseg_jax.data.curriculum import Curriculum
 from argenseg_jax.evaluation.evaluator import evaluate_checkpoint, headline
-from argenseg_jax.runtime import distributed, log_sync, paths, preemption
+from argenseg_jax.runtime import (
+  distributed,
+  log_sync,
+  metric_writer,
+  paths,
+  preemption,
+)
 from argenseg_jax.runtime import workdir as workdir_lib
 from argenseg_jax.runtime.goodput import Goodput
+from argenseg_jax.runtime.metric_writer import MetricsWriter
 from argenseg_jax.runtime.nan_guard import Diverged
 from argenseg_jax.runtime.paths import Path
 from argenseg_jax.runtime.profile import StepTrace
+from argenseg_jax.runtime.tracker import About
 from argenseg_jax.runtime.watchdog import Watchdog
 from argenseg_jax.training import setup
 from argenseg_jax.training.batches import open_batches
@@ -59,6 +67,7 @@ def run(
   """
   workdir = paths.as_path(workdir)
   grace = config.stage(config.tasks[-1]).train.grace_seconds
+  metric_writer.require_trackers(config.tracking)
   with workdir_lib.held(workdir), preemption.listening(grace) as stop:
     changed = workdir_lib.claim(
       config,
@@ -166,33 +175,44 @@ def _train(
   del model
   if data_state is not None:
     batches.set_state(data_state, force=accept_changed_data)
+  start = int(state.step)
+  writer = MetricsWriter(
+    logs,
+    active=distributed.is_main(),
+    start=start,
+    tracking=config.tracking,
+    about=About(
+      f"{workdir.parent.name}/{task.name}", config_parsing.to_dict(config)
+    ),
+  )
   log = StepLog(
     f"train {task.name}",
     train,
     logs,
-    pace=setup.pace(run, start=int(state.step)),
+    writer=writer,
+    pace=setup.pace(run, start=start),
     goodput=goodput,
-    start=int(state.step),
+    start=start,
     active=distributed.is_main(),
   )
   watchdog = Watchdog(
     logs, factor=train.stall_factor, process=jax.process_index()
   )
   trace = setup.step_trace(run, logs)
-  with (
-    contextlib.closing(trace),  # Last: its checkpoint is worth more.
-    contextlib.closing(batches),
-    contextlib.closing(watchdog),
-    contextlib.closing(run.checkpoints),  # Waits for a save, whatever happens.
-  ):
-    state = _take_steps(
-      run, state, batches, log, goodput, watchdog, trace, stop
-    )
-
-  results = task.finish(graph, state.variables, run.rows, config)
-  results["bad_records"] = batches.num_bad_records
-  results["cut_records"] = batches.num_cut_records
-  log.results(train.steps, results)
+  with contextlib.closing(writer):
+    with (
+      contextlib.closing(trace),  # Last: its checkpoint is worth more.
+      contextlib.closing(batches),
+      contextlib.closing(watchdog),
+      contextlib.closing(run.checkpoints),  # Waits for a save in any case.
+    ):
+      state = _take_steps(
+        run, state, batches, log, goodput, watchdog, trace, stop
+      )
+    results = task.finish(graph, state.variables, run.rows, config)
+    results["bad_records"] = batches.num_bad_records
+    results["cut_records"] = batches.num_cut_records
+    log.results(train.steps, results)
   if distributed.is_main():
     text = json.dumps(results, indent=1)
     paths.write_whole(workdir / "results.json", text)

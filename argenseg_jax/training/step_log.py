@@ -11,6 +11,7 @@ import numpy as np
 from argenseg_jax.config import TrainConfig
 from argenseg_jax.evaluation.evaluator import headline
 from argenseg_jax.runtime.goodput import Goodput
+from argenseg_jax.runtime.host_times import HostTimes
 from argenseg_jax.runtime.metric_writer import MetricsWriter, Progress
 from argenseg_jax.runtime.nan_guard import NonFinite
 from argenseg_jax.runtime.throughput import Pace
@@ -23,7 +24,8 @@ class StepLog:
   Args:
     title: of the progress bar.
     train: how often to log, and how many skipped steps end the run.
-    folder: gets metrics.jsonl, TensorBoard events, non_finite.jsonl.
+    folder: gets non_finite.jsonl.
+    writer: of metrics.
     pace: speed between two steps that are logged.
     goodput: seconds by kind.
     start: step that training starts from.
@@ -36,6 +38,7 @@ class StepLog:
     train: TrainConfig,
     folder: pathlib.Path,
     *,
+    writer: MetricsWriter,
     pace: Pace,
     goodput: Goodput,
     start: int,
@@ -43,8 +46,8 @@ class StepLog:
   ):
     self._every = train.log_every
     self._pace = pace
-    self._goodput = goodput
-    self._writer = MetricsWriter(folder, active=active, start=start)
+    self._hosts = HostTimes(title, goodput, start)
+    self._writer = writer
     self._bar = Progress(title, train.steps, start=start, active=active)
     self._guard = NonFinite(
       folder / "non_finite.jsonl", train.max_skipped, active=active
@@ -97,10 +100,11 @@ class StepLog:
     if self._due is None:
       return
     (step, metrics), self._due = self._due, None
-    self._guard.check(step)
-    values = _as_floats(jax.device_get(metrics))
+    with self._hosts.waits():
+      self._guard.check(step)
+      values = _as_floats(jax.device_get(metrics))
     values["skipped"] = self._guard.skipped
-    self._writer.write(step, values | self._pace(step) | self._goodput())
+    self._writer.write(step, values | self._pace(step) | self._hosts(step))
     shown = "reward" if "reward" in values else "loss"
     self._bar.update(step, f"{shown} {values[shown]:.3f}")
 

@@ -1,6 +1,7 @@
 """One config on one device, eight devices, two and four processes: equal
 losses."""
 
+import json
 import os
 import socket
 import subprocess
@@ -67,6 +68,11 @@ _SPLIT = ("--config.mesh.data=2", "--config.mesh.fsdp=-1")
 def test_two_processes_have_the_losses_of_one(data, of_one_device, tmp_path):
   found = losses(tmp_path, start_together(data, tmp_path, 2))
   assert found == pytest.approx(of_one_device, abs=1e-5)
+  lines = (tmp_path / "mllm" / "metrics.jsonl").read_text().splitlines()
+  last = json.loads(lines[4])
+  assert last["hosts/slowest"] in (0, 1)
+  assert 0 < last["hosts/own_seconds_min"] < last["hosts/own_seconds_max"]
+  assert last["hosts/step_seconds_max"] >= last["hosts/own_seconds_max"]
 
 
 @pytest.mark.long
