@@ -201,7 +201,16 @@ class TrainConfig:
   max_skipped: Count  # Steps in a row without a finite loss; 0: any number.
   compute_dtype: Literal["float32", "bfloat16"]
   param_dtype: Literal["float32", "bfloat16"]
-  remat: Literal["none", "full", "dots"]
+  # Keys of models/remat.POLICIES.
+  remat: Literal[
+    "full",
+    "offload",
+    "attention",
+    "mlp_inputs",
+    "all_but_mlp",
+    "dots",
+    "none",
+  ]
   keep_every: Count  # Checkpoints of every so many steps are kept too.
   keep_best: Count  # And so many of the best ones,
   best_by: Literal["loss", "ciou"]  # lowest loss or highest cIoU.

@@ -226,5 +226,11 @@ def _stage(*, learning_rate: float, steps: int, batch: int) -> ConfigDict:
   # at random, so that small ones count on average. Moments and the average of
   # the weights (ema_decay) are in float32 always.
   s.train.param_dtype = "float32"
-  s.train.remat = "full"  # What is recomputed: "none", "dots", "full".
+  # What the decoder's layers keep for the backward pass, from the least memory
+  # to the least work: "full" recomputes all, "attention" keeps attention's
+  # results, "mlp_inputs" what the MLPs read too, "all_but_mlp" also queries,
+  # keys and values, "dots" all products with weights, "none" everything.
+  # "offload" keeps what "all_but_mlp" does, in the host's memory. Numbers stay
+  # the same.
+  s.train.remat = "full"
   return s

@@ -53,7 +53,7 @@ def test_missing_key_is_named():
   ("key", "value", "message"),
   [
     ("mllm.train.steps", "many", "must be int"),
-    ("mllm.train.remat", "some", "use 'none', 'full', 'dots'"),
+    ("mllm.train.remat", "some", "use 'full', 'offload', 'attention'"),
     ("mllm.train.keep", True, "must be int"),
     ("data.jpeg_quality", 75.5, "must be int"),
     ("data.pad_square", 1, "must be bool"),

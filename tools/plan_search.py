@@ -23,7 +23,7 @@ same command goes on where it stopped, and compiles nothing twice.
                           cheapest tokens, of several topologies too; fit:
                           least memory
   --vary=AXIS=A,B,...     values to try; may be given for several axes:
-                            remat=none,dots,full   batch=1,2,4 (rows a chip)
+                            remat=full,dots,none   batch=1,2,4 (rows a chip)
                             accumulate=1,2         mesh=1x-1x1 (data x fsdp x
                             param_dtype=float32,bfloat16          tensor)
                             codes=step,before (when masks are tokenized)

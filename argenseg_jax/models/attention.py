@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from argenseg_jax.kernels import dispatch
 from argenseg_jax.kernels.products import even_blocks
+from argenseg_jax.models import remat
 
 # Of all rows and heads; cuDNN won from there on (docs/benchmarks.md).
 MIN_LIBRARY_SCORES = 2**24
@@ -296,6 +297,10 @@ def _forward(tiles, queries, keys, values, visible):
 
   mixed, normalizers = lax.map(of_queries, jnp.arange(q.shape[0]))
   mixed = tiles.to_queries(mixed).astype(values.dtype)
+  # So named, a remat policy can keep what would else run this again.
+  mixed, normalizers = (
+    remat.named(x, remat.ATTENTION) for x in (mixed, normalizers)
+  )
   return mixed, (queries, keys, values, visible, mixed, normalizers)
 
 

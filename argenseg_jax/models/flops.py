@@ -17,6 +17,7 @@ from argenseg_jax.model_config import (
   VisionConfig,
   VQVAEConfig,
 )
+from argenseg_jax.models import remat
 
 Number = int | float
 
@@ -27,8 +28,9 @@ class Product(NamedTuple):
   Attributes:
     part: dotted prefix of the parameters it belongs to.
     weights: whether [k n] are parameters.
-    recomputed: whether remat "full" computes it again; "dots" keeps products
-      with weights.
+    makes: for a product of a stack of layers (`count` of them), the value that
+      remat computes again unless its policy keeps it: one of `remat.VALUES`,
+      "vision", or "nothing" that a backward pass needs; "" elsewhere.
   """
 
   part: str
@@ -37,7 +39,7 @@ class Product(NamedTuple):
   n: Number
   count: Number = 1
   weights: bool = True
-  recomputed: bool = False
+  makes: str = ""
 
   @property
   def flops(self) -> Number:
@@ -91,13 +93,18 @@ def training_passes(
       )
     passes = 1 + gradient + (trains if product.weights else gradient)
     gradient = gradient or trains
-    kept = stage.train.remat == "none" or (
-      stage.train.remat == "dots" and product.weights
-    )
     again = passes > 1 and (
-      product.part == "llm.head" or (product.recomputed and not kept)
+      product.part == "llm.head" or _is_repeated(product, stage.train.remat)
     )
     yield Pass(product, passes, int(again), trains)
+
+
+def _is_repeated(product: Product, policy: str) -> bool:
+  if product.makes in remat.VALUES:
+    return product.makes not in remat.POLICIES[policy].keeps
+  if product.makes != "vision" or policy == "none":
+    return False
+  return policy != "dots" or not product.weights
 
 
 def train_step(
@@ -156,7 +163,7 @@ def hbm_bytes(
     results = product.m * product.n * product.count * rows
     if product.weights:
       # An image tokenizer's or a layer's weights serve all rows of a turn.
-      layers = product.count if product.recomputed else 1
+      layers = product.count if product.makes else 1
       weights = product.k * product.n * layers
       total += width * times * (operands + results + weights * turns)
       total += (12 + 2 * moments) * trains * weights / fsdp
@@ -200,14 +207,18 @@ def decoder(llm: LLMConfig, length: int) -> Iterator[Product]:
   """The language model with its head over `length` positions; causal
   attention sees half of the keys."""
   d, t, hd = llm.width, length, llm.head_dim
-  again = {"count": llm.num_layers, "recomputed": True}
+
+  def of_layers(m, k, n, makes, each=1, weights=True):
+    count = each * llm.num_layers
+    return Product("llm.layers", m, k, n, count, weights, makes)
+
   heads = (llm.num_heads + 2 * llm.num_kv_heads) * hd
-  yield Product("llm.layers", t, d, heads, **again)
-  attention = {**again, "count": 2 * llm.num_layers * llm.num_heads}
-  yield Product("llm.layers", t, hd, (t + 1) / 2, weights=False, **attention)
-  yield Product("llm.layers", t, llm.num_heads * hd, d, **again)
-  triple = {**again, "count": 3 * llm.num_layers}
-  yield Product("llm.layers", t, d, llm.mlp_width, **triple)
+  yield of_layers(t, d, heads, remat.QKV)
+  scores = 2 * llm.num_heads  # And their products with values.
+  yield of_layers(t, hd, (t + 1) / 2, remat.ATTENTION, scores, weights=False)
+  yield of_layers(t, llm.num_heads * hd, d, remat.MLP_INPUT)
+  yield of_layers(t, d, llm.mlp_width, remat.MLP_HIDDEN, 2)
+  yield of_layers(t, llm.mlp_width, d, "nothing")
   yield Product("llm.head", t, d, llm.vocab_size)
 
 
@@ -228,7 +239,7 @@ def vision(config: VisionConfig, width: int, images: int) -> Iterator[Product]:
       yield Product("vision.tower", images * patches, 9 * d, d)
   layers = config.select_layer % (config.num_layers + 1)
   t = patches + 1
-  again = {"count": layers, "recomputed": True}
+  again = {"count": layers, "makes": "vision"}
   yield Product("vision.tower", images * t, d, 4 * d, **again)
   attention = {**again, "count": 2 * images * layers}
   yield Product("vision.tower", t, d, t, weights=False, **attention)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from argenseg_jax import construct
 from argenseg_jax.model_config import LLMConfig
-from argenseg_jax.models import attention, layers, splash_attention
+from argenseg_jax.models import attention, layers, remat, splash_attention
 
 
 class KVCache(NamedTuple):
@@ -107,9 +107,10 @@ class Attention(nnx.Module):
     """Returns rotated queries and keys, and values."""
     b, t, _ = x.shape
     hd = self.config.head_dim
-    q = self.query(x).reshape(b, t, -1, hd)
-    k = self.key(x).reshape(b, t, -1, hd)
-    v = self.value(x).reshape(b, t, -1, hd)
+    q, k, v = (
+      remat.named(linear(x), remat.QKV).reshape(b, t, -1, hd)
+      for linear in (self.query, self.key, self.value)
+    )
     if self.config.qk_norm:
       q, k = self.query_norm(q), self.key_norm(k)
     q = layers.rotate(q, positions, frequencies)
@@ -132,7 +133,11 @@ class MLP(nnx.Module):
     self.down = layers.Linear(m, d, axes=("mlp", "embed"), **kwargs)
 
   def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    gate, up = (
+      remat.named(linear(x), remat.MLP_HIDDEN)
+      for linear in (self.gate, self.up)
+    )
+    return self.down(jax.nn.silu(gate) * up)
 
 
 class DecoderLayer(nnx.Module):
@@ -156,6 +161,7 @@ class DecoderLayer(nnx.Module):
     """Adds the attention's result and the MLP's to the residual stream."""
     b, t = x.shape[:2]
     x = x + self.attention.out(attended.reshape(b, t, -1))
+    x = remat.named(x, remat.MLP_INPUT)
     return x + self.mlp(self.mlp_norm(x))
 
 

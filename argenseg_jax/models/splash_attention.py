@@ -8,6 +8,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
 from argenseg_jax.kernels import dispatch
+from argenseg_jax.models import remat
 
 _BLOCK = 512  # Positions of a block.
 
@@ -61,4 +62,7 @@ def _kernel(length: int, queries_per_key: int):
   mask = splash.MultiHeadMask(
     [splash.CausalMask((length, length))] * queries_per_key
   )
-  return splash.make_splash_mqa_single_device(mask, block_sizes=sizes)
+  # What the backward pass needs has the name of the result.
+  return splash.make_splash_mqa_single_device(
+    mask, block_sizes=sizes, residual_checkpoint_name=remat.ATTENTION
+  )

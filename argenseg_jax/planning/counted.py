@@ -17,8 +17,9 @@ from flax import nnx
 
 from argenseg_jax import sharding
 from argenseg_jax.config import RunConfig
+from argenseg_jax.kernels import chips
 from argenseg_jax.model_config import LLMConfig, ModelConfig
-from argenseg_jax.models import flops
+from argenseg_jax.models import flops, remat
 from argenseg_jax.planning import programs
 from argenseg_jax.planning.topology import Topology
 from argenseg_jax.training import initialize
@@ -76,12 +77,13 @@ def count(config: RunConfig, name: str, topology: Topology) -> Counted:
   require_equal_parts(stage.train, mesh)
   model = initialize.model_config(config, config.init_from)
   state = _state(without_sizes(config, name), name, mesh)
-  kept = sum(kept_activations(config, task, model, mesh).values())
+  kept = kept_activations(config, task, model, topology, mesh)
+  waiting = sum(kept.values())
   gradients = state.trained * _gradient_bytes(config, name)
   if stage.train.accumulate_steps > 1:  # Sums wait while a turn works.
-    memory = state.held + gradients + kept
+    memory = state.held + gradients + waiting
   else:
-    memory = state.held + max(gradients, kept)
+    memory = state.held + max(gradients, waiting)
   work = work_of(config, task, model, topology, mesh)
   seconds = None
   if work.seconds:
@@ -142,13 +144,14 @@ def kept_activations(
   config: RunConfig,
   task: Task,
   model: ModelConfig,
+  topology: Topology,
   mesh: sharding.AnyMesh,
 ) -> dict[str, int]:
   """Bytes that the decoder's layers keep for the backward pass, on one device.
 
-  With remat "full" these are the layers' inputs, with "dots" also products with
-  weights, with "none" the inputs of those too. Nothing for tasks without a
-  decoder.
+  These are the layers' inputs and what the remat policy names; with "none" also
+  what products read. Attention's result counts where its kernel keeps it.
+  Nothing for tasks without a decoder.
   """
   stage = config.stage(task.name)
   train = stage.train
@@ -160,20 +163,31 @@ def kept_activations(
   number = jnp.dtype(train.compute_dtype).itemsize
   whole = sequences * length * number * model.llm.num_layers
   found = {"layer inputs": whole * model.llm.width}
-  if train.remat != "full":
-    found["layer products"] = whole * _products_width(model.llm, mesh)
+  policy = remat.POLICIES[train.remat]
+  if not policy.offloads:
+    widths = _widths(model.llm, mesh.shape["tensor"])
+    on_tpu = topology.name in chips.TPUS and mesh.shape["tensor"] == 1
+    found |= {
+      name: whole * widths[name]
+      for name in policy.keeps
+      if name != remat.ATTENTION or on_tpu or train.remat == "none"
+    }
   if train.remat == "none":
     mlp = model.llm.mlp_width // mesh.shape["tensor"]
     found["product inputs"] = whole * (2 * model.llm.width + mlp)
   return found
 
 
-def _products_width(llm: LLMConfig, mesh: sharding.AnyMesh) -> int:
-  """Numbers of a position and layer that "dots" keeps on a device: queries,
-  keys, values, attention's output and the MLP's two products; what the layer
-  ends with is the next one's input."""
-  heads = (llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim
-  return (heads + 2 * llm.mlp_width) // mesh.shape["tensor"] + llm.width
+def _widths(llm: LLMConfig, tensor: int) -> dict[str, int]:
+  """Numbers of a position that a device holds of each `remat.VALUES`."""
+  heads = llm.num_heads * llm.head_dim
+  both = 2 * llm.num_kv_heads * llm.head_dim
+  return {
+    remat.QKV: (heads + both) // tensor,
+    remat.ATTENTION: heads // tensor,
+    remat.MLP_INPUT: llm.width,
+    remat.MLP_HIDDEN: 2 * llm.mlp_width // tensor,
+  }
 
 
 def _gradient_bytes(config: RunConfig, name: str) -> int:

@@ -59,7 +59,7 @@ def report(
   result["bytes"]["temporary"] = memory.temp_size_in_bytes
   task = TASKS.get(what)
   if task:
-    kept = counted.kept_activations(config, task, model, mesh)
+    kept = counted.kept_activations(config, task, model, topology, mesh)
     result["bytes"] |= {f"temporary: {k}": size for k, size in kept.items()}
   result["peak"] = _peak(memory)
   if chip:

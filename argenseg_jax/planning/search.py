@@ -27,7 +27,6 @@ Goal = Literal["fit", "speed", "cost"]
 # Report of `planning.plan` for a setting; raises `CompileError`.
 Compile = Callable[[Setting], dict[str, Any]]
 _EQUAL = 0.01  # Relative difference of speeds that counts for nothing.
-_REMATS = ("full", "dots", "none")  # What keeps more comes later.
 
 
 class CompileError(Exception):
@@ -286,7 +285,7 @@ def _needs_no_less(setting: Setting, other: Setting) -> bool:
   rows = [t.global_batch_size // t.accumulate_steps for t in (ours, theirs)]
   return (
     same[0] == same[1]
-    and _REMATS.index(ours.remat) >= _REMATS.index(theirs.remat)
+    and setting.counted.memory >= other.counted.memory
     and rows[0] >= rows[1]
     and (ours.accumulate_steps > 1) >= (theirs.accumulate_steps > 1)
     and setting.config.data.tokenized <= other.config.data.tokenized

@@ -4,15 +4,13 @@ Losses are sums over the parts of a batch, each divided by counts of the whole
 batch (see `training/step`).
 """
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from argenseg_jax.config import LossConfig, RunConfig
 from argenseg_jax.models import losses
 from argenseg_jax.models.argenseg import ARGenSeg, normalize_seg_masks
+from argenseg_jax.models.remat import POLICIES
 from argenseg_jax.models.teacher_forcing import (
   Noise,
   draw_noise,
@@ -21,12 +19,6 @@ from argenseg_jax.models.teacher_forcing import (
 from argenseg_jax.models.vqvae import VQVAE
 from argenseg_jax.training.codebook import usage_and_perplexity
 from argenseg_jax.types import Batch
-
-REMAT_POLICIES: dict[str, Callable | bool | None] = {
-  "none": False,
-  "full": None,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 def mllm_loss(
@@ -45,7 +37,7 @@ def mllm_loss(
     batch: a batch, or a part of one.
     config: how codes are averaged.
     noise: of training; of this part.
-    remat: key of `REMAT_POLICIES`.
+    remat: key of `models.remat.POLICIES`.
     counts: of the whole batch, if `batch` is a part of one.
   """
   noise = noise or Noise()
@@ -53,9 +45,8 @@ def mllm_loss(
   drop_path = noise.drop_path
   if drop_path is not None:
     drop_path = drop_path.reshape(-1, *drop_path.shape[2:])
-  hidden = model(
-    inputs, remat_policy=REMAT_POLICIES[remat], drop_path=drop_path
-  )
+  policy = POLICIES[remat].policy
+  hidden = model(inputs, remat_policy=policy, drop_path=drop_path)
   chosen = config.implementation
   sums = losses.decoder_loss(
     hidden,

@@ -23,8 +23,8 @@ from argenseg_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import flops
 from argenseg_jax.models.argenseg import ARGenSeg, normalize_images
+from argenseg_jax.models.remat import POLICIES
 from argenseg_jax.training import rewards, rollouts
-from argenseg_jax.training.objectives import REMAT_POLICIES
 from argenseg_jax.training.rollouts import LogProbs, Rollout
 from argenseg_jax.types import Batch
 
@@ -132,7 +132,7 @@ def _hidden(
   first code is predicted from."""
   ids, n = model.config.token_ids, model.scales.num_codes
   b, g, words = rollout.tokens.shape
-  remat = REMAT_POLICIES[config.rl.train.remat]
+  remat = POLICIES[config.rl.train.remat].policy
 
   def repeat(x: Array) -> Array:
     return jnp.repeat(x, g, axis=0)
@@ -337,9 +337,7 @@ def products(
   )
   passes = [(p, 1 + scored) for p in forward]
   for product, times in passes + [(p, 1) for p in whole[len(encoder) :]]:
-    yield product._replace(
-      part=SAMPLING, count=product.count * times, recomputed=False
-    )
+    yield product._replace(part=SAMPLING, count=product.count * times, makes="")
   for product in forward:
     yield product._replace(count=product.count * rl.updates)
 

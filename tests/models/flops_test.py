@@ -12,7 +12,7 @@ from flax import nnx
 from argenseg_jax import construct
 from argenseg_jax.config_parsing import replace, run_config
 from argenseg_jax.configs import base
-from argenseg_jax.models import flops
+from argenseg_jax.models import flops, remat
 
 CONFIG = replace(
   tiny_model.config(),
@@ -80,6 +80,35 @@ def test_decoder(model):
   )
 
 
+@pytest.mark.parametrize("policy", remat.POLICIES)
+def test_what_remat_repeats_is_what_is_traced(model, policy):
+  """The plain form of attention runs again under all of them but "none"."""
+  t = 6
+  graph, state = nnx.split(model.llm)
+  ids = jnp.ones((1, t), jnp.int32)
+
+  def run(state):
+    llm = nnx.merge(graph, state)
+    options = {"remat_policy": remat.POLICIES[policy].policy}
+    hidden, _ = llm(llm.embed(ids), positions=ids, segment_ids=ids, **options)
+    return jnp.sum(hidden)
+
+  layers = [p for p in flops.decoder(CONFIG.llm, t) if p.part == "llm.layers"]
+  stage = run_config(base.get_config(), needs_data=False).mllm
+  stage = replace(stage, {"train.remat": policy})
+  again = [
+    p.product.flops * p.recomputed
+    for p in flops.training_passes(layers, stage)
+    if p.product.weights
+  ]
+  weights, attention = analytic(layers)
+  attention *= 2 * t / (t + 1) * (4 if policy != "none" else 3)
+  # Of the first product's input comes a gradient here.
+  assert traced(jax.grad(run), state) == pytest.approx(
+    3 * weights + sum(again) + attention
+  )
+
+
 @pytest.mark.parametrize("stem", ["patch", "conv"])
 def test_vision(stem):
   blocks = 2 if stem == "conv" else 0
@@ -126,7 +155,9 @@ def test_frozen_parts_cost_one_pass_and_remat_one_more():
   head = 2 * 32 * 16 * 31 * rows
   assert step(**{"train.remat": "none"}).recomputed == head
   layers = sum(
-    p.flops for p in flops.decoder(CONFIG.llm, 32) if p.part == "llm.layers"
+    p.flops
+    for p in flops.decoder(CONFIG.llm, 32)
+    if p.part == "llm.layers" and p.makes != "nothing"
   )
   assert frozen.recomputed == pytest.approx(rows * layers + head)
   attention = analytic(flops.decoder(CONFIG.llm, 32))[1]

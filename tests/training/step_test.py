@@ -198,6 +198,7 @@ def test_fsdp_gives_loss_and_gradients_of_one_device(over_fsdp, one_device):
     ((1, 1, 2), 1, 1, "full"),
     ((2, 2, 2), 1, 2, "dots"),
     ((2, 2, 1), 2, 1, "none"),
+    ((1, 2, 1), 1, 1, "offload"),
   ],
 )
 def test_mixed_meshes_give_loss_and_gradients_of_one_device(

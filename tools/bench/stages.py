@@ -116,7 +116,7 @@ def products_cost(products: Iterable[Product], size: int) -> Cost:
   """Of a forward pass in a dtype of `size` bytes."""
   total = Cost(0.0, 0.0)
   for p in products:
-    layers = p.count if p.recomputed else 1
+    layers = p.count if p.makes else 1
     moved = (p.m * p.k + p.m * p.n) * p.count
     # Scores of attention stay on the chip.
     moved = moved + p.k * p.n * layers if p.weights else p.m * p.k * p.count
@@ -130,7 +130,7 @@ def extension_cost(
   """Of `t` more positions that see `seen` keys on average."""
   d, hd, m = llm.width, llm.head_dim, rows * t
   heads = llm.num_heads + 2 * llm.num_kv_heads
-  again = {"count": llm.num_layers, "recomputed": True}
+  again = {"count": llm.num_layers, "makes": "nothing"}
   cost = products_cost(
     [
       Product("llm", m, d, heads * hd, **again),

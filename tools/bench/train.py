@@ -10,6 +10,7 @@ import numpy as np
 
 from argenseg_jax.config import ConfigError
 from argenseg_jax.model_config import ModelConfig
+from argenseg_jax.models.remat import POLICIES
 from argenseg_jax.tools.bench import timing
 from argenseg_jax.tools.common import temp_bytes
 from argenseg_jax.types import CODE_TARGET, IGNORE_TARGET, Batch
@@ -54,9 +55,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--dtype", default="float32", choices=("float32", "bfloat16")
   )
-  parser.add_argument(
-    "--remat", default="none", choices=("none", "full", "dots")
-  )
+  parser.add_argument("--remat", default="none", choices=tuple(POLICIES))
   parser.add_argument(
     "--peer", action="store_true", help="take turns with a PyTorch step"
   )
