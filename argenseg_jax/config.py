@@ -128,7 +128,8 @@ class ModelChoice:
 class OptimizerConfig:
   """Which optimizer, its schedule, clipping and freezing."""
 
-  name: Literal["adamw", "muon"]  # Keys of training/optimizer.OPTIMIZERS.
+  # Keys of training/optimizer.OPTIMIZERS.
+  name: Literal["adamw", "muon", "adafactor"]
   learning_rate: Positive
   # Peak learning rate of the hidden matrices under Muon, in AdamW's scale.
   muon_learning_rate: Positive

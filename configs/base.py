@@ -171,7 +171,8 @@ def get_config() -> ConfigDict:
 def _stage(*, learning_rate: float, steps: int, batch: int) -> ConfigDict:
   s = ConfigDict()
   s.optimizer = ConfigDict()
-  # "adamw", or "muon": Muon for hidden matrices and AdamW for the rest.
+  # "adamw"; "muon": Muon for hidden matrices and AdamW for the rest; or
+  # "adafactor", with AdamW's settings and a quarter of its moments' bytes.
   s.optimizer.name = "adamw"
   s.optimizer.learning_rate = learning_rate  # AdamW's highest; above 0.
   # Muon's highest, in AdamW's scale; above 0.

@@ -125,6 +125,10 @@ def train_step(
   )
 
 
+# Of a matrix's parameter, where they are not 8.
+_MOMENT_BYTES = {"muon": 4, "adafactor": 2}
+
+
 def hbm_bytes(
   products: Iterable[Product],
   stage: StageConfig,
@@ -138,7 +142,8 @@ def hbm_bytes(
 
   Every product reads and writes its operands once a pass, in the compute dtype
   (attention's scores stay on the chip); the optimizer reads and writes master
-  weights and moments, and reads gradients, in float32.
+  weights and moments, and reads gradients, in float32 (Adafactor's one moment
+  in bfloat16).
 
   Args:
     products, stage, constant, adapters: as in `training_passes`.
@@ -148,6 +153,7 @@ def hbm_bytes(
   width = 2 if stage.train.compute_dtype == "bfloat16" else 4
   turns = stage.train.accumulate_steps
   rows = stage.train.global_batch_size / parts
+  moments = _MOMENT_BYTES.get(stage.optimizer.name, 8)
   total = 0.0
   for product, passes, again, trains in training_passes(
     products, stage, constant=constant, adapters=adapters
@@ -160,7 +166,7 @@ def hbm_bytes(
       layers = product.count if product.makes else 1
       weights = product.k * product.n * layers
       total += width * times * (operands + results + weights * turns)
-      total += 7 * 4 * trains * weights / fsdp
+      total += (12 + 2 * moments) * trains * weights / fsdp
     else:
       total += width * times * operands
   return total

@@ -1,4 +1,4 @@
-"""AdamW, Muon, schedules, clipping, freezing, built from `OptimizerConfig`."""
+"""Optimizers, schedules, clipping, freezing, built from `OptimizerConfig`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from argenseg_jax.config import ConfigError, OptimizerConfig
+from argenseg_jax.training.factored import scale_by_factored_moments
 
 
 def schedule(
@@ -117,6 +118,20 @@ def _muon_on_matrices(
   )
 
 
+def _adafactor_on_all(
+  config: OptimizerConfig, steps: int, params: nnx.State
+) -> tuple[optax.GradientTransformation, ...]:
+  """AdamW in a quarter of its bytes: factored second moments, updates of root
+  mean square 1 at most, and their average in bfloat16 (arXiv 2106.04560)."""
+  return (
+    scale_by_factored_moments(config.b2, config.eps),
+    optax.clip_by_block_rms(1.0),
+    optax.ema(config.b1, accumulator_dtype=jnp.bfloat16),
+    optax.add_decayed_weights(config.weight_decay, decay_mask(params)),
+    optax.scale_by_learning_rate(schedule(config, steps)),
+  )
+
+
 # By `OptimizerConfig.name`: (config, steps of the run, parameters) -> what
 # follows the clipping of gradients, one after the other.
 OPTIMIZERS: dict[
@@ -128,6 +143,7 @@ OPTIMIZERS: dict[
 ] = {
   "adamw": _adamw_on_all,
   "muon": _muon_on_matrices,
+  "adafactor": _adafactor_on_all,
 }
 
 

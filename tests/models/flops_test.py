@@ -207,16 +207,19 @@ def test_traffic_grows_with_turns_and_shrinks_with_parts():
   assert traffic(accumulate_steps=2) > traffic()
 
 
-def test_the_optimizer_reads_and_writes_what_trains():
-  """Seven numbers of a weight: it, both moments, read and written; and the
-  gradient read."""
+@pytest.mark.parametrize(
+  ("name", "size"), [("adamw", 28), ("muon", 20), ("adafactor", 16)]
+)
+def test_the_optimizer_reads_and_writes_what_trains(name, size):
+  """Of a weight: it and its moments, read and written; and the gradient read.
+  AdamW has two moments in float32, Muon one, Adafactor one in bfloat16."""
   values = base.get_config()
   values.data.path = "unused"
   stage = run_config(values).mllm
   product = flops.Product("llm.layers", 16, 8, 4)
 
   def traffic(fsdp, frozen=()):
-    optimizer = dataclasses.replace(stage.optimizer, frozen=frozen)
+    optimizer = dataclasses.replace(stage.optimizer, name=name, frozen=frozen)
     return flops.hbm_bytes(
       [product],
       dataclasses.replace(stage, optimizer=optimizer),
@@ -224,6 +227,6 @@ def test_the_optimizer_reads_and_writes_what_trains():
       fsdp=fsdp,
     )
 
-  assert traffic(fsdp=1) - traffic(fsdp=2) == 7 * 4 * (8 * 4) / 2
+  assert traffic(fsdp=1) - traffic(fsdp=2) == size * (8 * 4) / 2
   frozen = ("llm.layers",)
   assert traffic(1, frozen) == traffic(2, frozen)

@@ -7,9 +7,11 @@ import pytest
 import tiny_model
 from flax import nnx
 
-from argenseg_jax.config import ConfigError, OptimizerConfig
+from argenseg_jax import sharding
+from argenseg_jax.config import ConfigError, MeshConfig, OptimizerConfig
 from argenseg_jax.training.optimizer import (
   decay_mask,
+  init_moments,
   make_optimizer,
   schedule,
   trainable_filter,
@@ -74,9 +76,10 @@ def test_frozen_parts_are_left_out_and_wrong_names_refused():
     trainable_filter(config(frozen=("vqvea",)), state)
 
 
-def test_first_update_is_the_clipped_sign():
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_first_update_is_the_clipped_sign(name):
   params = nnx.state(tiny_model.model().llm.norm, nnx.Param)
-  optimizer = make_optimizer(config(warmup_steps=0), 10, params)
+  optimizer = make_optimizer(config(name=name, warmup_steps=0), 10, params)
   grads = jax.tree.map(lambda x: jnp.full_like(x, 100.0), params)
   with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes.
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
@@ -112,3 +115,60 @@ def test_muon_steps_are_orthogonal_and_spare_other_parameters():
     # Newton-Schulz brings singular values near 1, not to it.
     assert (values > 0.6 * scale).all()
     assert (values < 1.3 * scale).all()
+
+
+@pytest.fixture(scope="module")
+def decoder() -> nnx.State:
+  return nnx.state(tiny_model.model().llm, nnx.Param)
+
+
+def test_factored_moments_are_those_of_adamw_where_squares_have_rank_one(
+  decoder,
+):
+  """Then the outer product of means is the second moment itself."""
+  key = jax.random.key(0)
+
+  def rank_one(x):
+    rows, columns = (
+      jax.random.normal(jax.random.fold_in(key, x.size + i), shape)
+      for i, shape in enumerate((x.shape[:-1], (*x.shape[:-2], x.shape[-1])))
+    )
+    if x.ndim == 1:
+      return columns
+    return rows[..., :, None] * columns[..., None, :]
+
+  grads = jax.tree.map(rank_one, decoder)
+  updates = {}
+  with jax.numpy_dtype_promotion("standard"):
+    for name in ("adamw", "adafactor"):
+      values = config(name=name, weight_decay=0.0, clip_norm=0.0, b1=0.0)
+      optimizer = make_optimizer(values, 10, decoder)
+      state = optimizer.init(decoder)
+      for scale in (1.0, 0.25, 0.5):
+        given = jax.tree.map(lambda g, scale=scale: scale * g, grads)
+        updates[name], state = optimizer.update(given, state, decoder)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2),
+    *updates.values(),
+  )
+
+
+def test_factored_moments_are_small_and_split_like_their_parameters(decoder):
+  def moments(name):
+    optimizer = make_optimizer(config(name=name), 10, decoder)
+    return jax.eval_shape(lambda p: init_moments(optimizer, p), decoder)
+
+  def size(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+  found = moments("adafactor")
+  weights = sum(x.size for x in jax.tree.leaves(decoder))
+  assert size(moments("adamw")) > 8 * weights
+  assert 2 * weights < size(found) < 3 * weights  # Tiny: vectors count.
+  mesh = sharding.make_mesh(MeshConfig(4, 2, 1))
+  shardings = sharding.state_shardings(found, mesh)
+  factored = shardings[1]
+  gate = nnx.to_pure_dict(factored.rows)["layers"]["mlp"]["gate"]["kernel"]
+  assert gate.spec == sharding.spec(("layers", "embed"))
+  gate = nnx.to_pure_dict(factored.columns)["layers"]["mlp"]["gate"]["kernel"]
+  assert gate.spec == sharding.spec(("layers", "mlp"))
