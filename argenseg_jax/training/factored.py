@@ -42,14 +42,14 @@ def scale_by_factored_moments(
     eps: added to the root.
   """
 
-  def init(params: nnx.State) -> FactoredMoments:
+  def init(params: Any) -> FactoredMoments:
     return FactoredMoments(
       count=jnp.zeros((), jnp.int32),
       rows=_map(_row_zeros, params),
       columns=_map(_column_zeros, params),
     )
 
-  def update(grads: nnx.State, state: FactoredMoments, params: Any = None):
+  def update(updates: Any, state: Any, params: Any = None):
     del params
     count = state.count + 1
     old = jnp.float32(b2) ** state.count.astype(jnp.float32)
@@ -74,15 +74,17 @@ def scale_by_factored_moments(
     found = [
       one(*leaves)
       for leaves in zip(
-        *(_leaves(tree) for tree in (grads, state.rows, state.columns)),
+        *(_leaves(tree) for tree in (updates, state.rows, state.columns)),
         strict=True,
       )
     ]
-    updates, rows, columns = (
-      jax.tree.unflatten(jax.tree.structure(grads, is_leaf=_is_variable), part)
+    scaled, rows, columns = (
+      jax.tree.unflatten(
+        jax.tree.structure(updates, is_leaf=_is_variable), part
+      )
       for part in zip(*found, strict=True)
     )
-    return updates, FactoredMoments(count, rows, columns)
+    return scaled, FactoredMoments(count, rows, columns)
 
   return optax.GradientTransformation(init, update)
 

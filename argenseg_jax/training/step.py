@@ -322,9 +322,9 @@ def update_average(
 
 def _all_finite(tree: Any) -> Bool[Array, ""]:
   odd = [jnp.sum(~jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-  # The root keeps XLA from fusing the whole sum into each user of the result,
-  # which took a minute of compiling for some hundred parameters.
-  return jnp.sqrt(sum(odd).astype(jnp.float32)) == 0
+  # The root keeps XLA from fusing the whole sum into each user of the result:
+  # that took most of a CPU's compile time from a hundred parameters on.
+  return jnp.sqrt(jnp.asarray(sum(odd), jnp.float32)) == 0
 
 
 def _own(grads: Any) -> list[Array]:

@@ -123,7 +123,8 @@ def run_parts(
       print(f"{name}: not started, the budget is spent; rerun to resume")
       continue
     seconds = min(PARTS[name].seconds, left)
-    if not _run_part(name, out, seconds, [size, *([profile] * bool(profile))]):
+    options = [size] if profile is None else [size, profile]
+    if not _run_part(name, out, seconds, options):
       failed.append(name)
   return failed
 
