@@ -134,7 +134,7 @@ def test_sources_of_a_mixture_are_shuffled_anew_each_epoch(config):
     {"threads": 0, "prefetch": 0},
     {"threads": 3},
     {"cache": True},
-    {"workers": 2},
+    pytest.param({"workers": 2}, marks=pytest.mark.slow),
   ],
 )
 def test_speed_settings_change_nothing(config, speed):
@@ -191,7 +191,9 @@ def wanted(config):
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize(
+  "workers", [0, 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_batches_depend_on_seed_and_step_alone(config, wanted, workers, hosts):
   """From the start, and resumed in the middle of an epoch (which has 6.25
   batches) from what one host without workers saved."""

@@ -190,6 +190,7 @@ def test_two_processes_give_the_same_numbers(run, whole, tmp_path):
   assert _records(tmp_path / "two") == _records(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_numbers(run, whole, tmp_path):
   half = tmp_path / "half"
   (half / "train").mkdir(parents=True)
@@ -248,6 +249,7 @@ def test_tokenizer_is_measured_by_prefix(run, tmp_path, capsys):
   assert 1 <= found["perplexity"] <= found["codes_used"] <= 11
 
 
+@pytest.mark.slow
 def test_settings_are_changed_on_the_command_line(run, tmp_path, capsys):
   out = tmp_path / "out"
   more = (

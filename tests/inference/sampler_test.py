@@ -64,6 +64,7 @@ def answer(graph, state, key, choice):
   )
 
 
+@pytest.mark.slow
 def test_answers_are_drawn():
   parts = nnx.split(tiny_model.model())
   first, second = jax.random.split(jax.random.key(0))

@@ -262,6 +262,7 @@ def test_bad_values_are_one_sentence(argv, message, capsys, request, tmp_path):
   assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_search_from_the_command_line(capsys, request, tmp_path, monkeypatch):
   """One setting compiled for real, in a process of its own."""
   overrides = (*OVERRIDES, f"llm.vocab_size={VOCAB}")

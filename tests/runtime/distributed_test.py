@@ -157,7 +157,9 @@ sys.exit(cli.main())
 """
 
 
-@pytest.mark.parametrize("refused", [0, 1])
+@pytest.mark.parametrize(
+  "refused", [0, pytest.param(1, marks=pytest.mark.slow)]
+)
 def test_what_ends_one_host_ends_all_with_its_sentence(refused):
   """The others waited, and ended minutes later with a dump of their stacks."""
   address = tiny_run.free_address()

@@ -88,6 +88,7 @@ def test_the_table(ours):
   assert "the peer" not in printed
 
 
+@pytest.mark.slow
 def test_the_step_is_traced(ours, traced):
   (session,) = traced.glob("plugins/profile/*")
   assert session.name == "train_test_batch_2"

@@ -17,11 +17,13 @@ from tiny_run import losses
 from argenseg_jax import checkpoint, config_parsing, sharding
 from argenseg_jax.checkpoint import manifest
 from argenseg_jax.config import ConfigError, MeshConfig, RunConfig
+from argenseg_jax.data import examples
+from argenseg_jax.data.text import TextTokenizer
 from argenseg_jax.evaluation import records
 from argenseg_jax.inference.predictor import Predictor
 from argenseg_jax.runtime import preemption, profile
 from argenseg_jax.tools import cli
-from argenseg_jax.training import initialize, loop, step_log
+from argenseg_jax.training import code_cache, initialize, loop, step_log
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -205,6 +207,23 @@ def test_a_run_resumes_with_what_people_change(
   curve = losses(run / "mllm")
   assert max(curve) == 12
   assert curve[12] < whole[1]  # From the last good weights.
+
+
+def test_codes_are_made_without_a_text_tokenizer(
+  config, workdir, tmp_path, monkeypatch
+):
+  """The image tokenizer of a released vocabulary has none."""
+  monkeypatch.setattr(
+    initialize, "text_tokenizer", lambda *_: pytest.fail("text was read")
+  )
+  path = tmp_path / "codes.npz"
+  tokenize = ("data", "tokenize", f"--checkpoint={workdir / 'vqvae'}")
+  assert cli.main([*tokenize, f"--out={path}"]) == 0
+  made = checkpoint.load(workdir / "vqvae")
+  rows = examples.make_rows(config.data, made.config, TextTokenizer())
+  codes = code_cache.read(rows, made.model, path).codes
+  assert codes.shape == (48, 1, 17)
+  assert len(np.unique(codes)) > 1
 
 
 def test_loss_falls_and_the_frozen_part_stays(workdir):

@@ -187,6 +187,7 @@ def over_fsdp():
     return results, hlo.collectives(compiled.as_text()), shapes
 
 
+@pytest.mark.slow
 def test_fsdp_gives_loss_and_gradients_of_one_device(over_fsdp, one_device):
   assert_same(over_fsdp[0], one_device["mllm"])
 
@@ -221,6 +222,7 @@ def test_image_tokenizer_on_a_mesh_in_turns(one_device):
   assert_same(actual, one_device["vqvae"])
 
 
+@pytest.mark.slow
 def test_gradients_of_layers_and_head_are_reduce_scattered(over_fsdp):
   _, found, shapes = over_fsdp
   scattered = [c for c in found if c.kind == "reduce-scatter"]
@@ -260,6 +262,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(started, weight):
   assert sorted(verdict.records) == list(range(ROWS))
 
 
+@pytest.mark.slow
 def test_records_are_named_by_the_part_that_was_not_finite():
   """Two rows a device; a sum of row 3 overflows, its count does not."""
   weights = np.ones(ROWS, np.float32)

@@ -106,7 +106,7 @@ def _check(settings, data, threads: int, name: str) -> validate.Findings:
   rows = RowMaker(
     source,
     small,
-    tokenizer=settings.tokenizer,
+    tokenizer=settings.open_tokenizer(),
     image_tokens=settings.model.vision.num_embeddings,
     num_codes=num_codes,
   )

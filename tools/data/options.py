@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 import typing
+from collections.abc import Callable
 
 from argenseg_jax import configs
 from argenseg_jax.config import ConfigError, DataConfig
@@ -32,11 +33,11 @@ def parser(
 
 
 class Settings(typing.NamedTuple):
-  """What rows are made with."""
+  """What rows are made with; rows without text need no text tokenizer."""
 
   data: DataConfig
   model: ModelConfig
-  tokenizer: TextTokenizer
+  open_tokenizer: Callable[[], TextTokenizer]
 
 
 def settings(config_flags: list[str]) -> Settings:
@@ -65,8 +66,9 @@ def settings(config_flags: list[str]) -> Settings:
       mask_channels=3,
       sequence_length=8192,
     )
-  tokenizer = initialize.text_tokenizer(run, model, run.init_from)
-  return Settings(data, model, tokenizer)
+  return Settings(
+    data, model, lambda: initialize.text_tokenizer(run, model, run.init_from)
+  )
 
 
 def with_sources(
@@ -114,8 +116,14 @@ def of_checkpoint(path: str) -> tuple[Settings, typing.Any]:
   loaded = checkpoint.load(path)
   if isinstance(loaded.model, ARGenSeg):
     data = from_mapping(DataConfig, loaded.meta["run"]["data"])
-    tokenizer = checkpoint.text_tokenizer(loaded)
-    return Settings(data, loaded.config, tokenizer), loaded.model.vqvae
+    settings = Settings(
+      data, loaded.config, lambda: checkpoint.text_tokenizer(loaded)
+    )
+    return settings, loaded.model.vqvae
   run = from_mapping(RunConfig, loaded.meta["run"])
-  tokenizer = initialize.text_tokenizer(run, loaded.config, run.init_from)
-  return Settings(run.data, loaded.config, tokenizer), loaded.model
+  settings = Settings(
+    run.data,
+    loaded.config,
+    lambda: initialize.text_tokenizer(run, loaded.config, run.init_from),
+  )
+  return settings, loaded.model

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
   else:
     settings = options.settings(config_flags)
   source = options.one_source(settings.data, args)
-  made = examples.make_rows(source, settings.model, settings.tokenizer)
+  made = examples.make_rows(source, settings.model, settings.open_tokenizer())
   total = len(made.source)
   indices = range(args.first, min(args.first + args.count, total))
   if args.odd and args.first >= 0:

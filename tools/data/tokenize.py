@@ -1,5 +1,7 @@
 """`argenseg data tokenize`: image codes of a source's masks."""
 
+import dataclasses
+
 from argenseg_jax.config import ConfigError
 from argenseg_jax.runtime import paths
 from argenseg_jax.tools.data import options
@@ -29,8 +31,11 @@ def main(argv: list[str]) -> int:
   data = settings.data
   if config_flags:
     data = options.settings(config_flags).data
-  source = options.one_source(data, args)
-  made = examples.make_rows(source, settings.model, settings.tokenizer)
+  # Masks alone: no text, whatever the language model.
+  source = dataclasses.replace(
+    options.one_source(data, args), sequence_length=0, max_images=0
+  )
+  made = examples.make_rows(source, settings.model, None)
   code_cache.write(made, vqvae, out)
   print(f"wrote {out}: codes of {len(made.source)} records")
   return 0
