@@ -64,7 +64,8 @@ def get_config() -> ConfigDict:
   c.data.threads = 4
   c.data.prefetch = 8  # Batches made in advance; 0: none.
   c.data.cache = False  # Keep resized images and masks in memory.
-  # Tokenize every mask once before the decoder trains, not in every step.
+  # Tokenize every mask once before the decoder trains, not in every step (where
+  # a source asks for one of several masks at each visit, in every step still).
   c.data.cache_codes = False
   c.data.codes = ""  # A file of `argenseg data tokenize`, to be used instead.
   # An easier split (of ref_shapes) that the decoder's first steps draw from.

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from argenseg_jax import sharding
 from argenseg_jax.checkpoint.layout import CheckpointError, step_directory
+from argenseg_jax.runtime import paths
 from argenseg_jax.runtime.paths import Path, said
 
 
@@ -64,7 +65,8 @@ def stored_tree(item: Path) -> Any:
   """
   try:
     with ocp.StandardCheckpointer() as reader:
-      return reader.metadata(item).item_metadata.tree
+      # Orbax finds nothing by a relative path, and says nothing.
+      return reader.metadata(paths.absolute(item)).item_metadata.tree
   except (OSError, ValueError, KeyError, AttributeError) as error:
     raise CheckpointError(
       f"checkpoint {item.parent} cannot be restored: files of its "

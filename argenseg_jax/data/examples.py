@@ -64,6 +64,11 @@ def masks_only(data: DataConfig) -> DataConfig:
   )
 
 
+def asks_for_images(rows: pipeline.RowMaker) -> bool:
+  """Whether the first record wants an image, which no metric judges."""
+  return len(rows.source) > 0 and rows.source[0].target == "picture"
+
+
 def of_split(
   rows: pipeline.RowMaker, split: str, *, evaluation: bool = True
 ) -> pipeline.RowMaker:

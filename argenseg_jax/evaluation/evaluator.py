@@ -228,7 +228,8 @@ def evaluate_checkpoint(
   *,
   on_batch: OnBatch = lambda: None,
 ) -> dict[str, SplitResults]:
-  """Scores a run's model on every split of its config, with progress.
+  """Scores a run's model on every split of its config, with progress; not on
+  those that ask for images.
 
   Args:
     config: the run.
@@ -244,6 +245,13 @@ def evaluate_checkpoint(
   results = {}
   for split in config.eval.splits:
     split_rows = rows_lib.of_split(rows, split)
+    if rows_lib.asks_for_images(split_rows):
+      if main:
+        print(
+          f"{split} asks for images, which no metric here judges; look at what "
+          "`argenseg generate` draws."
+        )
+      continue
     limit = config.eval.max_samples or len(split_rows.source)
     total = min(limit, len(split_rows.source))
     bar = Progress(f"evaluate {split}", total, active=main)

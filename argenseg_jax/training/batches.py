@@ -75,7 +75,7 @@ def open_batches(
   def iterate(rows, name):
     if vqvae and rows.config.codes:
       rows = code_cache.read(rows, vqvae, as_path(rows.config.codes))
-    elif vqvae and rows.config.cache_codes:
+    elif vqvae and rows.config.cache_codes and not rows.source.has_options:
       path = workdir / f"codes_{name}.npz"
       rows = code_cache.cached(rows, vqvae, path, renew=accept_changed_data)
     elif distributed.is_main():

@@ -80,7 +80,9 @@ class Task:
     [RunConfig, nnx.GraphDef, TrainState, int, pipeline.RowMaker, Mesh],
     TrainState,
   ]
-  evaluation: Callable[[nnx.GraphDef, RunConfig, pipeline.RowMaker], Evaluate]
+  evaluation: Callable[
+    [nnx.GraphDef, RunConfig, pipeline.RowMaker], Evaluate | None
+  ]
   finish: Callable[
     [nnx.GraphDef, nnx.State, pipeline.RowMaker, RunConfig], dict[str, Any]
   ]
@@ -109,13 +111,16 @@ def _decoder_products(
 
 def _decoder_evaluation(
   graph: nnx.GraphDef, config: RunConfig, rows: pipeline.RowMaker
-) -> Evaluate:
+) -> Evaluate | None:
+  measured = examples.of_split(rows, config.eval.splits[0])
+  if examples.asks_for_images(measured):
+    return None
   evaluator = Evaluator(graph, config.eval)
 
   def evaluate(variables, on_batch):
     return evaluator(
       variables,
-      examples.of_split(rows, config.eval.splits[0]),
+      measured,
       max_samples=_SAMPLES,
       on_batch=on_batch,
     ).metrics

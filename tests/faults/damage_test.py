@@ -360,6 +360,13 @@ def test_what_a_model_needs_is_verified(name, tmp_path, capsys):
   assert cli.main(["checkpoint", "verify", str(tmp_path / "alone")]) == 0
 
 
+def test_a_good_step_is_good_by_a_relative_path(tmp_path, monkeypatch):
+  """Which Orbax does not follow: every step was called damaged."""
+  _whole_model(tmp_path / "run")
+  monkeypatch.chdir(tmp_path)
+  assert cli.main(["checkpoint", "verify", "run"]) == 0
+
+
 def test_a_signed_step_that_cannot_be_restored_is_damaged(tmp_path, capsys):
   step = _whole_model(tmp_path / "run")
   for metadata in (step / "model").glob("_METADATA"):
