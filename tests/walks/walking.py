@@ -12,6 +12,8 @@ import pathlib
 import pickle
 import re
 import shlex
+import subprocess
+import sys
 
 import jax
 from data import layouts
@@ -93,11 +95,18 @@ def argenseg(*argv: str, code: int = 0) -> str:
   Raises:
     AssertionError: it ends with another exit code.
   """
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    ended = cli.main([str(argument) for argument in argv])
-  assert ended == code, f"{shlex.join(argv)}\n{err.getvalue()}"
-  return out.getvalue()
+  line = [str(argument) for argument in argv]
+  if line[0] == "plan":  # It changes how many devices its process has.
+    command = [sys.executable, "-m", "argenseg_jax.tools.cli", *line]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended, said, why = ran.returncode, ran.stdout, ran.stderr
+  else:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      ended = cli.main(line)
+    said, why = out.getvalue(), err.getvalue()
+  assert ended == code, f"{shlex.join(line)}\n{why}"
+  return said
 
 
 def split(line: str) -> list[str]:
