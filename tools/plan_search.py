@@ -17,7 +17,7 @@ HELP = """\
 Search (argenseg plan --search --config=FILE --topology=CHIP:SIZE[,...]): counts
 the memory of every combination of settings, drops what cannot fit, compiles
 the most promising, and prints them with their flags. Results are kept: the
-same command goes on where it stopped, and compiles nothing twice.
+same command resumes, and compiles nothing twice.
 
   --goal=GOAL             speed (default): most tokens a second that fit; cost:
                           cheapest tokens, of several topologies too; fit:
@@ -27,7 +27,7 @@ same command goes on where it stopped, and compiles nothing twice.
                             accumulate=1,2         mesh=1x-1x1 (data x fsdp x
                             param_dtype=float32,bfloat16          tensor)
                             codes=step,before (when masks are tokenized)
-                            lora=0,16 (rank)       optimizer=adamw,muon
+                            lora=0,16 (rank)       optimizer=muon,adafactor
                           All but the last line are varied unless you say so
   --memory=0.9            largest share of a device's memory to use
   --compile=8             most settings to compile, kept ones included

@@ -32,6 +32,9 @@ from argenseg_jax.types import Batch
 
 OnProgress = Callable[[int, int, str], None]  # done, total, note
 OnRecord = Callable[[dict[str, Any]], None]  # A line of predictions.jsonl.
+_UNJUDGED = (
+  ", which no metric here judges; look at what `argenseg generate` draws."
+)
 OnBatch = Callable[[], None]  # Before each batch; may raise.
 
 
@@ -195,10 +198,7 @@ class Evaluator:
       index = int(batch.sample_id[i])
       sample = rows.source[index]
       if sample.target == "picture":
-        raise DataError(
-          f"{sample.where} asks for an image, which no metric here judges; "
-          "look at what `argenseg generate` draws."
-        )
+        raise DataError(f"{sample.where} asks for an image{_UNJUDGED}")
       if not _is_whole(rows, sample, batch.tokens[i]):
         continue
       truths = predictions.true_seg_masks(sample)
@@ -247,10 +247,7 @@ def evaluate_checkpoint(
     split_rows = rows_lib.of_split(rows, split)
     if rows_lib.asks_for_images(split_rows):
       if main:
-        print(
-          f"{split} asks for images, which no metric here judges; look at what "
-          "`argenseg generate` draws."
-        )
+        print(f"{split} asks for images{_UNJUDGED}")
       continue
     limit = config.eval.max_samples or len(split_rows.source)
     total = min(limit, len(split_rows.source))

@@ -11,6 +11,7 @@ from argenseg_jax.models import remat
 from argenseg_jax.planning import counted
 from argenseg_jax.planning.counted import Counted
 from argenseg_jax.planning.topology import Topology
+from argenseg_jax.training.optimizer import OPTIMIZERS
 
 # (config, task, topology, value) -> config keys to set.
 Changes = Callable[[RunConfig, str, Topology, str], dict[str, Any]]
@@ -109,7 +110,7 @@ AXES = {
       "lora.rank": _integer("lora", value)
     },
   ),
-  "optimizer": Axis("adamw, muon", (), _key("{task}.optimizer.name")),
+  "optimizer": Axis(", ".join(OPTIMIZERS), (), _key("{task}.optimizer.name")),
 }
 
 

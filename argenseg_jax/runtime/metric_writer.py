@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import rich.progress
 from argenseg_jax.config import ConfigError, TrackingConfig
 from argenseg_jax.runtime import paths
 from argenseg_jax.runtime.tensorboard_tracker import TensorBoard
-from argenseg_jax.runtime.tracker import About, Tracker
+from argenseg_jax.runtime.tracker import Tracked, Tracker
 from argenseg_jax.runtime.wandb_tracker import WeightsAndBiases
 
 # By `tracking.trackers`.
@@ -46,41 +45,27 @@ class MetricsWriter:
   is worth more than its log.
 
   Args:
-    workdir: gets the file and what trackers write.
+    run: its logs get the file and what trackers write; lines of steps after
+      its start, which a killed run had written, are taken out.
     active: whether this process writes.
-    start: the step that a resumed run begins with; lines of later ones, which
-      a killed run had written, are taken out.
-    tracking: which trackers there are.
-    about: what they say of the run.
   """
 
-  def __init__(
-    self,
-    workdir: str | pathlib.Path,
-    *,
-    active: bool = True,
-    start: int | None = None,
-    tracking: TrackingConfig | None = None,
-    about: About | None = None,
-  ):
+  def __init__(self, run: Tracked, *, active: bool = True):
     self._active = active
-    self._path = pathlib.Path(workdir) / "metrics.jsonl"
+    self._path = run.logs / "metrics.jsonl"
     self._trackers: dict[str, Tracker] = {}
     self._warned = False
     self._cut = True  # Perhaps: an earlier call may have been killed.
     if not active:
       return
     try:
-      if start is not None:
-        self._forget_after(start)
+      if run.start is not None:
+        self._forget_after(run.start)
     except Exception as error:
       self._warn(error)
-    tracking = tracking or TrackingConfig()
-    for name in tracking.trackers:
+    for name in run.settings.trackers:
       try:
-        self._trackers[name] = TRACKERS[name](
-          pathlib.Path(workdir), start, tracking, about or About("", {})
-        )
+        self._trackers[name] = TRACKERS[name](run)
       except Exception as error:  # Whatever is wrong with it, training goes on.
         self._drop(name, error)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pathlib
 import socket
 import struct
 import sys
@@ -11,8 +10,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
-from argenseg_jax.config import TrackingConfig
-from argenseg_jax.runtime.tracker import About, Tracker
+from argenseg_jax.runtime.tracker import Tracked, Tracker
 
 
 @contextlib.contextmanager
@@ -37,15 +35,8 @@ class TensorBoard(Tracker):
 
   title = "TensorBoard"
 
-  def __init__(
-    self,
-    logs: pathlib.Path,
-    start: int | None,
-    settings: TrackingConfig,
-    about: About,
-  ):
-    del settings, about
-    folder = logs / "tensorboard"
+  def __init__(self, run: Tracked):
+    folder = run.logs / "tensorboard"
     with _without_torch():
       from tensorboardX import record_writer, summary
       from tensorboardX.proto import event_pb2
@@ -58,10 +49,10 @@ class TensorBoard(Tracker):
     name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}"
     self._path = folder / name
     self._append([self._event(wall_time=now, file_version="brain.Event:2")])
-    if start is not None:  # Readers drop the steps after it.
+    if run.start is not None:  # Readers drop the steps after it.
       began = made.SessionLog(status=made.SessionLog.START)
       self._append(
-        [self._event(wall_time=now, step=start + 1, session_log=began)]
+        [self._event(wall_time=now, step=run.start + 1, session_log=began)]
       )
 
   def write(self, step: int, values: Mapping[str, float]) -> None:

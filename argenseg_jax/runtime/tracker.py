@@ -8,33 +8,31 @@ from typing import Any, NamedTuple
 from argenseg_jax.config import TrackingConfig
 
 
-class About(NamedTuple):
-  """What a tracker says of a run beside its metrics."""
+class Tracked(NamedTuple):
+  """A run, as a tracker sees it beside its metrics.
 
-  name: str
-  config: Mapping[str, Any]  # JSON-ready.
+  Attributes:
+    logs: folder of a task's logs, on a disk.
+    start: the step that the run begins with; None: not said.
+    settings: of the config, for trackers.
+    name: of the run and its task.
+    config: the whole, JSON-ready.
+  """
+
+  logs: pathlib.Path
+  start: int | None = None
+  settings: TrackingConfig = TrackingConfig()
+  name: str = ""
+  config: Mapping[str, Any] = {}
 
 
 class Tracker(abc.ABC):
-  """A place that metrics go to; whatever it raises, training goes on.
-
-  Args:
-    logs: folder of a task's logs, on a disk.
-    start: the step that the run begins with; None: not said.
-    settings: of the config.
-    about: the run.
-  """
+  """A place that metrics go to; whatever it raises, training goes on."""
 
   title: str  # For people.
 
   @abc.abstractmethod
-  def __init__(
-    self,
-    logs: pathlib.Path,
-    start: int | None,
-    settings: TrackingConfig,
-    about: About,
-  ): ...
+  def __init__(self, run: Tracked): ...
 
   @abc.abstractmethod
   def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,11 +1,9 @@
 """Metrics for Weights & Biases."""
 
 import os
-import pathlib
 from collections.abc import Mapping
 
-from argenseg_jax.config import TrackingConfig
-from argenseg_jax.runtime.tracker import About, Tracker
+from argenseg_jax.runtime.tracker import Tracked, Tracker
 
 
 class WeightsAndBiases(Tracker):
@@ -17,23 +15,18 @@ class WeightsAndBiases(Tracker):
 
   title = "Weights & Biases"
 
-  def __init__(
-    self,
-    logs: pathlib.Path,
-    start: int | None,
-    settings: TrackingConfig,
-    about: About,
-  ):
+  def __init__(self, run: Tracked):
+    settings = run.settings
     if settings.wandb_mode == "offline":  # It would report its own errors.
       os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     self._run = wandb.init(
       project=settings.wandb_project,
-      name=f"{about.name} from step {start or 0}",
-      group=about.name,
-      config=dict(about.config),
-      dir=str(logs),
+      name=f"{run.name} from step {run.start or 0}",
+      group=run.name,
+      config=dict(run.config),
+      dir=str(run.logs),
       mode=settings.wandb_mode,
       # What the terminal shows and code are none of its business.
       settings=wandb.Settings(console="off", save_code=False, disable_git=True),

@@ -26,7 +26,7 @@ from argenseg_jax.runtime.metric_writer import MetricsWriter
 from argenseg_jax.runtime.nan_guard import Diverged
 from argenseg_jax.runtime.paths import Path
 from argenseg_jax.runtime.profile import StepTrace
-from argenseg_jax.runtime.tracker import About
+from argenseg_jax.runtime.tracker import Tracked
 from argenseg_jax.runtime.watchdog import Watchdog
 from argenseg_jax.training import setup
 from argenseg_jax.training.batches import open_batches
@@ -176,15 +176,14 @@ def _train(
   if data_state is not None:
     batches.set_state(data_state, force=accept_changed_data)
   start = int(state.step)
-  writer = MetricsWriter(
+  tracked = Tracked(
     logs,
-    active=distributed.is_main(),
-    start=start,
-    tracking=config.tracking,
-    about=About(
-      f"{workdir.parent.name}/{task.name}", config_parsing.to_dict(config)
-    ),
+    start,
+    config.tracking,
+    f"{workdir.parent.name}/{task.name}",
+    config_parsing.to_dict(config),
   )
+  writer = MetricsWriter(tracked, active=distributed.is_main())
   log = StepLog(
     f"train {task.name}",
     train,

@@ -2,11 +2,13 @@
 and sorts of questions in one data set."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -287,3 +289,21 @@ def test_the_configs_splits_are_measured_unless_one_is_named(
   found = eval_tool._data_sets(own, splits, args)
   assert list(found) == measured
   assert [data.split for data in found.values()] == measured
+
+
+def test_splits_that_ask_for_images_are_left_out(tmp_path, monkeypatch, capsys):
+  """A run on texts and images ended in an error after its last step."""
+  rows = tiny_rows.write("text_to_image", tmp_path, mask_channels=3)
+  assert examples.asks_for_images(rows)
+  values = base.get_config()
+  values.data.path = "unused"
+  values.eval.splits = ("train",)
+  config = dataclasses.replace(run_config(values), data=rows.config)
+  model = tiny_rows.model()
+  loaded = types.SimpleNamespace(model=model, config=model.config)
+  monkeypatch.setattr(
+    checkpoint, "text_tokenizer", lambda _: rows.text_tokenizer
+  )
+  measured = evaluator.evaluate_checkpoint(config, loaded, pytest.fail)
+  assert measured == {}
+  assert "train asks for images, which no metric" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from tensorboardX.record_writer import masked_crc32c
 from argenseg_jax.checkpoint import CheckpointError, Checkpoints, manifest
 from argenseg_jax.runtime.metric_writer import MetricsWriter
 from argenseg_jax.runtime.nan_guard import NonFinite, Verdict
+from argenseg_jax.runtime.tracker import Tracked
 from argenseg_jax.tools import cli
 
 
@@ -104,7 +105,7 @@ def test_a_run_that_finds_a_full_disk_says_so(small_disk, request, capsys):
 
 def test_metrics_that_cannot_be_written_are_said_once(tmp_path, capsys):
   (tmp_path / "metrics.jsonl").mkdir()
-  writer = MetricsWriter(tmp_path)
+  writer = MetricsWriter(Tracked(tmp_path))
   for step in range(3):
     writer.write(step, {"loss": 1.0, "a/b": step})
   assert capsys.readouterr().err.count("metrics are not written") == 1
@@ -113,7 +114,7 @@ def test_metrics_that_cannot_be_written_are_said_once(tmp_path, capsys):
 
 
 def test_metrics_go_on_when_a_full_disk_has_room_again(small_disk, capsys):
-  writer = MetricsWriter(small_disk)
+  writer = MetricsWriter(Tracked(small_disk))
   writer.write(1, {"loss": 1.0})
   filling = _fill(small_disk)
   for step in range(2, 200):
@@ -127,7 +128,7 @@ def test_metrics_go_on_when_a_full_disk_has_room_again(small_disk, capsys):
 
 def test_without_tensorboard_metrics_are_written(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  writer = MetricsWriter(tmp_path)
+  writer = MetricsWriter(Tracked(tmp_path))
   writer.write(1, {"loss": 1.0})
   assert _lines(tmp_path) == [{"step": 1, "loss": 1.0}]
   assert "tensorboardX" in capsys.readouterr().err
@@ -135,7 +136,7 @@ def test_without_tensorboard_metrics_are_written(tmp_path, monkeypatch, capsys):
 
 def test_a_tensorboard_that_is_no_folder_stops_nothing(tmp_path, capsys):
   (tmp_path / "tensorboard").write_text("a file")
-  writer = MetricsWriter(tmp_path)
+  writer = MetricsWriter(Tracked(tmp_path))
   for step in range(3):
     writer.write(step, {"loss": 1.0})
   assert [line["step"] for line in _lines(tmp_path)] == [0, 1, 2]
@@ -143,7 +144,7 @@ def test_a_tensorboard_that_is_no_folder_stops_nothing(tmp_path, capsys):
 
 
 def test_a_tensorboard_whose_folder_goes_stops_nothing(tmp_path, capsys):
-  writer = MetricsWriter(tmp_path)
+  writer = MetricsWriter(Tracked(tmp_path))
   writer.write(1, {"loss": 1.0})
   shutil.rmtree(tmp_path / "tensorboard")
   for step in (2, 3):
@@ -158,7 +159,7 @@ def test_a_tensorboard_whose_disk_fills_stops_nothing(
   """It hung: tensorboardX's thread died and its queue filled up."""
   workdir = tmp_path_factory.mktemp("run")
   (workdir / "tensorboard").symlink_to(small_disk)
-  writer = MetricsWriter(workdir)
+  writer = MetricsWriter(Tracked(workdir))
   _fill(small_disk)
   for step in range(100):
     writer.write(step, {f"x{i}": 1.0 for i in range(20)})
@@ -169,7 +170,7 @@ def test_a_tensorboard_whose_disk_fills_stops_nothing(
 def test_a_line_that_a_kill_cut_off_spoils_no_other(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
-  writer = MetricsWriter(tmp_path)
+  writer = MetricsWriter(Tracked(tmp_path))
   writer.write(2, {"loss": 2.0})
   lines = path.read_text().splitlines()
   assert len(lines) == 3
@@ -187,7 +188,7 @@ def test_skipped_steps_are_said_where_they_cannot_be_written(tmp_path, capsys):
 
 
 def test_numbers_that_are_none_are_null_and_flagged(tmp_path):
-  writer = MetricsWriter(tmp_path)
+  writer = MetricsWriter(Tracked(tmp_path))
   writer.write(1, {"loss": float("nan"), "rate": 0.5, "norm": float("inf")})
   (line,) = _lines(tmp_path)
   assert line == {
@@ -201,12 +202,12 @@ def test_numbers_that_are_none_are_null_and_flagged(tmp_path):
 
 
 def test_a_resumed_run_writes_no_step_twice(tmp_path):
-  before = MetricsWriter(tmp_path, start=0)
+  before = MetricsWriter(Tracked(tmp_path, 0))
   for step in (1, 2, 3):
     before.write(step, {"loss": 1.0})
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('not ours\n{"step": 4, "lo')
-  after = MetricsWriter(tmp_path, start=1)
+  after = MetricsWriter(Tracked(tmp_path, 1))
   for step in (2, 3):
     after.write(step, {"loss": 2.0})
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

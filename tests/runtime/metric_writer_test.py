@@ -7,7 +7,7 @@ import pytest
 
 from argenseg_jax.config import ConfigError, TrackingConfig
 from argenseg_jax.runtime import metric_writer
-from argenseg_jax.runtime.tracker import About
+from argenseg_jax.runtime.tracker import Tracked
 
 
 @pytest.fixture
@@ -31,11 +31,9 @@ def wandb(monkeypatch):
 
 
 def write(folder, **tracking):
+  settings = TrackingConfig(**tracking)
   writer = metric_writer.MetricsWriter(
-    folder,
-    start=2,
-    tracking=TrackingConfig(**tracking),
-    about=About("run/mllm", {"seed": 7}),
+    Tracked(folder, 2, settings, "run/mllm", {"seed": 7})
   )
   writer.write(3, {"loss": 0.5, "mfu": 0.4})
   writer.close()

@@ -1,5 +1,6 @@
 """Training from codes is training from the masks that they were made of."""
 
+import contextlib
 import dataclasses
 import os
 
@@ -10,10 +11,13 @@ import tiny_rows
 from flax import nnx
 
 from argenseg_jax.config import ConfigError, LossConfig
+from argenseg_jax.config_parsing import run_config
+from argenseg_jax.configs import tiny
 from argenseg_jax.data import array_record_writer
 from argenseg_jax.data.pipeline import TrainIterator
 from argenseg_jax.data.sources.registry import open_source
 from argenseg_jax.training import code_cache
+from argenseg_jax.training.batches import open_batches
 from argenseg_jax.training.objectives import mllm_loss
 
 
@@ -133,3 +137,23 @@ def test_codes_of_shards_that_changed_since_are_refused(model, tmp_path):
   shard.write_bytes(content)
   with pytest.raises(ConfigError, match=r"packed-train\.array_record"):
     code_cache.cached(tiny_rows.of(config), model.vqvae, path)
+
+
+def test_masks_that_each_visit_chooses_are_not_kept(model, tmp_path):
+  """Such data trained with no config that caches codes."""
+  rows = tiny_rows.write("ade20k", tmp_path / "data", cache_codes=True)
+  assert rows.source.has_options
+  values = tiny.get_config()
+  values.data.path = "unused"
+  batches = open_batches(
+    run_config(values),
+    rows,
+    model.vqvae,
+    tmp_path,
+    global_batch_size=2,
+    accept_changed_data=False,
+    begins=True,
+  )
+  with contextlib.closing(batches):
+    assert next(batches).seg_masks.any()
+  assert not list(tmp_path.glob("codes_*"))
