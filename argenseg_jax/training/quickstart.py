@@ -41,7 +41,7 @@ _QUIET = {
   "evaluation": (10.0, 0.01),
 }
 _TELLING = 15.0  # Of these seconds tell how fast this machine is.
-_SHOWN = 5  # Examples that are drawn before training.
+_SHOWN = range(0, 15, 3)  # Examples that are drawn before training.
 
 
 def run(
@@ -158,7 +158,7 @@ def _draw_examples(config: RunConfig, path: pathlib.Path) -> None:
   model = initialize.model_config(config, None)
   tokenizer = initialize.text_tokenizer(config, model, None)
   rows = examples.make_rows(config.data, model, tokenizer)
-  contact_sheet.draw(rows, range(_SHOWN), path)
+  contact_sheet.draw(rows, _SHOWN, path)
   print(f"examples of them: {path}", flush=True)
 
 

@@ -165,8 +165,11 @@ def _scale_names(row: Shown) -> list[str]:
 
 def _at_display_size(row: Shown, height: int = 256) -> Shown:
   """Outlines of masks are as thick in a small image as in a large one."""
-  size = max(round(height * row.image.shape[1] / row.image.shape[0]), 1), height
-  image = Image.fromarray(row.image).resize(size, Image.Resampling.BICUBIC)
+  h, w, _ = row.image.shape
+  size = max(round(height * w / h), 1), height
+  # Enlarged pixels compress well.
+  how = Image.Resampling.NEAREST if h <= height else Image.Resampling.LANCZOS
+  image = Image.fromarray(row.image).resize(size, how)
   truth, prediction = (
     np.asarray(Image.fromarray(m).resize(size, Image.Resampling.NEAREST))
     for m in (row.truth, row.prediction)
