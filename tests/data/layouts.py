@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argenseg_jax.data import masks
+from argenseg_jax.config import DataConfig
+from argenseg_jax.data import masks, text
+from argenseg_jax.data.example_builder import RowMaker
+from argenseg_jax.data.sources.registry import open_source
 
 SIZE = (20, 30)
 LEFT = np.zeros(SIZE, bool)
@@ -25,6 +28,25 @@ _PICTURES = ("a.jpg", "b.jpg")
 def write(layout: str, folder: pathlib.Path) -> dict[str, Any]:
   """Writes a layout and returns the keys of `DataConfig` that open it."""
   return {"source": layout, **_WRITERS[layout](folder)}
+
+
+def rows(**keys) -> RowMaker:
+  """Opens them as small rows with text."""
+  config = DataConfig(
+    sequence_length=400,
+    image_side=16,
+    mask_side=16,
+    mask_channels=1,
+    max_masks=2,
+    **keys,
+  )
+  return RowMaker(
+    open_source(config),
+    config,
+    tokenizer=text.TextTokenizer(),
+    image_tokens=4,
+    num_codes=5,
+  )
 
 
 def picture(path: pathlib.Path, seed: int) -> None:

@@ -31,6 +31,7 @@ _STEP = "tests/training/step_test.py"
 _METRICS = "tests/evaluation/segmentation_metrics_test.py"
 _VQA = "tests/evaluation/vqa_metrics_test.py"
 _DAMAGE = "tests/faults/damage_test.py"
+_COMMAND = "tests/faults/checkpoint_command_test.py"
 _MAPPING = "tests/torch_weights/mapping_test.py"
 
 
@@ -71,7 +72,7 @@ _optimizer = _of(
 )
 _metrics = _of("argenseg_jax/evaluation/segmentation_metrics.py", _METRICS)
 _vqa = _of("argenseg_jax/evaluation/vqa_metrics.py", _VQA)
-_manifest = _of("argenseg_jax/checkpoint/manifest.py", _DAMAGE)
+_manifest = _of("argenseg_jax/checkpoint/manifest.py", _DAMAGE, _COMMAND)
 _families = _of("argenseg_jax/torch_weights/families.py", _MAPPING)
 _tables = _of("argenseg_jax/torch_weights/tables.py", _MAPPING)
 _rules = _of("argenseg_jax/torch_weights/rules.py", _MAPPING)

@@ -1,85 +1,20 @@
 """`argenseg predict`, `warmup` and the cache of compiled programs."""
 
-import io
 import json
 import os
 import re
 import shutil
-import types
 
 import jax
 import numpy as np
 import pytest
+from fake_predictor import predict, records
 from PIL import Image
 
 from argenseg_jax.data import image_codec, masks
-from argenseg_jax.data.errors import DataError
 from argenseg_jax.inference.answer_files import AnswerFiles
-from argenseg_jax.inference.segment import Prediction
 from argenseg_jax.runtime import compilation_cache
 from argenseg_jax.tools import cli, warmup
-
-
-class Fake:
-  """Answers with the left half; remembers what was asked together."""
-
-  def __init__(self):
-    self.batches = []
-
-  def segment_batch(self, images, texts, **options):
-    self.batches.append((len(images), list(texts), options))
-    return [
-      self.answer(image, text)
-      for image, text in zip(images, texts, strict=True)
-    ]
-
-  def set_image(self, image):
-    def ask(texts, **options):
-      self.batches.append((1, list(texts), options))
-      return [self.answer(image, text) for text in texts]
-
-    return types.SimpleNamespace(segment_batch=ask)
-
-  def answer(self, image, text):
-    seg_mask = np.zeros((1, *image.shape[:2]), bool)
-    seg_mask[:, :, : image.shape[1] // 2] = True
-    count = 0 if text == "nothing" else 1
-    return Prediction(
-      seg_masks=seg_mask[:count],
-      text=text + "<mask>" * count,
-      confidences=np.full((count,), -0.5, np.float32),
-      codes=np.zeros((count, 5), np.int32),
-      _draw_strip=lambda: np.zeros((2, 4, 4, 3), np.uint8),
-      _pad_square=False,
-    )
-
-
-@pytest.fixture
-def fake(monkeypatch):
-  predictor = Fake()
-  monkeypatch.setattr(warmup, "open_predictor", lambda *_, **__: predictor)
-  return predictor
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-  """Pictures a.png, b.png and sub/a.png; sub/broken.jpg."""
-  monkeypatch.chdir(tmp_path)
-  (tmp_path / "in/sub").mkdir(parents=True)
-  for i, name in enumerate(("a", "b", "sub/a")):
-    pixels = np.full((4, 6 + 2 * i, 3), 50, np.uint8)
-    Image.fromarray(pixels).save(tmp_path / f"in/{name}.png")
-  (tmp_path / "in/sub/broken.jpg").write_text("no picture")
-  (tmp_path / "in/notes.txt").write_text("no picture")
-  return tmp_path
-
-
-def predict(*arguments) -> int:
-  return cli.main(["predict", "--checkpoint=x", *arguments])
-
-
-def records(path):
-  return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_one_picture_and_one_request_name_their_files(fake, folder, capsys):
@@ -127,24 +62,6 @@ def test_batches_are_traced(fake, folder, capsys):
   assert steps == [1, 2]
   assert predict(*asked, "--force", "--profile=gs://bucket/traces") == 2
   assert "written to a disk only" in capsys.readouterr().err
-
-
-def test_requests_come_from_stdin(fake, folder, monkeypatch, capsys):
-  lines = [
-    {"image": "in/a.png", "text": "cup", "id": "one"},
-    {"image": "in/sub/broken.jpg", "text": "cup"},
-    {"image": "in/b.png", "text": "hat", "answer_prefix": "the hat"},
-  ]
-  text = "\n".join(map(json.dumps, lines))
-  monkeypatch.setattr("sys.stdin", io.StringIO(text))
-  code = predict("--requests=-", "--out=out", "--write", "rle", "overlay")
-  err = capsys.readouterr().err
-  assert code == 2  # Of what can be answered nothing is lost.
-  assert "cannot decode image in/sub/broken.jpg" in err
-  assert "1 of 3 requests could not be answered" in err
-  found = records(folder / "out/predictions.jsonl")
-  assert [record["id"] for record in found] == ["one", "b"]
-  assert fake.batches[1][2]["answer_prefix"] == "the hat"
 
 
 @pytest.mark.parametrize(
@@ -299,69 +216,6 @@ def test_inputs_are_never_outputs(options, fake, folder, capsys):
   assert not fake.batches
 
 
-BAD_LINES = (
-  '{"image": "in/a.png", "text": "cup", "id": ".."}',
-  '{"image": "in/a.png", "text": "cup", "id": "."}',
-  '{"image": "in/a.png", "text": "cup", "id": ""}',
-  '{"image": "in/a.png", "text": "cup", "id": "x/y"}',
-  '{"image": "in/a.png", "text": "cup", "id": "a\\\\b"}',
-  '{"image": "in/a.png", "text": "cup", "id": "a\\u0000"}',
-  '{"image": "in/a.png", "text": "cup", "id": "a\\n"}',
-  '{"image": "in/a.png", "text": "cup", "id": "\\ud800"}',
-  '{"image": "in/a.png", "text": "cup", "id": "%s"}' % ("é" * 150),
-  '{"image": "in/a.png", "text": "cup", "id": ["a"]}',
-  '{"image": "in/a.png", "text": "cup", "id": true}',
-  '{"image": "in/a.png", "text": "cup", "answer_prefix": 3}',
-  '{"image": "in/a.png", "text": "cup", "answer_prefx": "a"}',
-  '{"image": "in/a.png", "txt": "cup"}',
-  '{"image": "in/a.png", "text": ["cup"]}',
-  '{"image": "in/a.png", "text": null}',
-  '{"image": "", "text": "cup"}',
-  '{"image": "in/a\\u0000.png", "text": "cup"}',
-  '{"image": "in/none.png", "text": "cup"}',
-  '{"image": "in/sub/broken.jpg", "text": "cup"}',
-  '{"image": "in", "text": "cup"}',
-  '{"image": "in/a.png", "text": "bad words"}',
-  "[" * 100_000,
-  "7",
-  "nonsense",
-)
-
-
-@pytest.mark.parametrize("number", range(len(BAD_LINES)))
-def test_a_bad_request_costs_only_itself(
-  number, fake, folder, capsys, monkeypatch
-):
-  good = json.dumps({"image": "in/a.png", "text": "cup"})
-  answer = fake.answer
-
-  def refuse_some(image, text):
-    if text == "bad words":
-      raise DataError("too many words.")
-    return answer(image, text)
-
-  monkeypatch.setattr(fake, "answer", refuse_some)
-  path = folder / "requests.jsonl"
-  path.write_text("\n".join((good, BAD_LINES[number], good)))
-  assert predict(f"--requests={path}", "--out=out") == 2
-  err = capsys.readouterr().err
-  assert "1 of 3 requests could not be answered" in err
-  assert "request 2" in err or "cannot " in err  # An image names itself.
-  found = records(folder / "out/predictions.jsonl")
-  assert [record["image"] for record in found] == ["in/a.png"] * 2
-  assert len({record["id"] for record in found}) == 2
-
-
-def test_lines_end_with_a_line_feed_only(fake, folder):
-  path = folder / "requests.jsonl"
-  text = "red\u2028square\u0085\x1c\x0b"
-  line = json.dumps({"image": "in/a.png", "text": text}, ensure_ascii=False)
-  path.write_bytes(("\ufeff" + line + "\r\n\r\n" + line).encode())
-  assert predict(f"--requests={path}", "--out=out", "--write", "rle") == 0
-  found = records(folder / "out/predictions.jsonl")
-  assert [record["request"] for record in found] == [text] * 2
-
-
 @pytest.mark.parametrize(
   ("options", "message"),
   [
@@ -462,13 +316,3 @@ def test_an_image_is_decoded_and_seen_once(fake, folder, monkeypatch):
   read.clear()
   assert predict("--image=in/a.png", "--point", "1", "1", "--out=m.png") == 0
   assert len(read) == 1
-
-
-def test_requests_of_a_pipe_or_a_device_are_refused(fake, folder, capsys):
-  os.mkfifo(folder / "pipe")
-  for path in ("pipe", "/dev/zero", "in"):
-    assert predict(f"--requests={path}", "--out=out") == 2
-    assert f"--requests {path}: cannot read" in capsys.readouterr().err
-  (folder / "gbk.jsonl").write_bytes('{"text": "红"}'.encode("gbk"))
-  assert predict("--requests=gbk.jsonl", "--out=out") == 2
-  assert "gbk.jsonl: it is not UTF-8 text" in capsys.readouterr().err

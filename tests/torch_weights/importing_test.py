@@ -19,7 +19,6 @@ from argenseg_jax.inference import generate
 from argenseg_jax.inference.decoding import GenerationOptions
 from argenseg_jax.inference.predictor import Predictor
 from argenseg_jax.models.vqvae import VQVAE
-from argenseg_jax.tools import cli
 from argenseg_jax.torch_weights import (
   exporting,
   hf_config,
@@ -201,112 +200,6 @@ def _write_tokenizer(path, size, *, starts: bool):
   tokenizer.save(str(path))
 
 
-def _break(authors, fault):
-  """Damages a folder; returns a word of the error."""
-  index = json.loads((authors / INDEX).read_text())
-  files = sorted(set(index["weight_map"].values()))
-  name = "mlp1.1.bias"
-  path = authors / index["weight_map"][name]
-  file = tensors.SafetensorsFile(path)
-  entries = _entries({n: file.read(n) for n in file.tensors})
-  if fault == "truncated":
-    path.write_bytes(path.read_bytes()[:-5])
-    return path.name
-  if fault == "missing shard":
-    (authors / files[1]).unlink()
-    return files[1]
-  if fault == "index":
-    index["weight_map"]["more"] = "model-9.safetensors"
-    (authors / INDEX).write_text(json.dumps(index))
-    return "model-9.safetensors"
-  if fault == "shape":
-    entries |= _entries({name: np.zeros(3, np.float32)})
-  elif fault == "key too many":
-    name = "mlp1.4.bias"
-    entries |= _entries({name: np.zeros(3, np.float32)})
-    index["weight_map"][name] = path.name
-  elif fault == "missing key":
-    del entries[name], index["weight_map"][name]
-  (authors / INDEX).write_text(json.dumps(index))
-  tensors.write_file(path, tensors.Computed(entries), entries)
-  return name
-
-
-FAULTS = (
-  "truncated",
-  "shape",
-  "missing shard",
-  "key too many",
-  "missing key",
-  "index",
-)
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_leave_nothing_behind(tmp_path, tiny, folder, capsys, fault):
-  authors = folder(tiny.whole())
-  word = _break(authors, fault)
-  before = sorted(tmp_path.iterdir())
-  target = tmp_path / "checkpoint"
-  code = cli.main(["import", "--from", str(authors), "--to", str(target)])
-  message = capsys.readouterr().err
-  assert code == 2
-  assert word in message
-  assert message.startswith("argenseg import: ")
-  assert message.count("\n") == 1
-  assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_fault_while_writing_leaves_nothing_behind(
-  tmp_path, tiny, folder, monkeypatch
-):
-  authors = folder(tiny.whole())
-  monkeypatch.setattr(
-    checkpoint.Checkpoints,
-    "save",
-    lambda *a: (_ for _ in ()).throw(OSError(28)),
-  )
-  with pytest.raises(WeightsError, match="cannot be written"):
-    _import(tmp_path, authors)
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["authors"]
-
-
-def test_an_existing_target_is_left_alone(tmp_path, tiny, folder):
-  authors = folder(tiny.whole())
-  (tmp_path / "checkpoint").mkdir()
-  with pytest.raises(WeightsError, match="exists already"):
-    _import(tmp_path, authors)
-
-
-@pytest.mark.parametrize(
-  ("group", "key", "value", "message"),
-  [
-    ("llm_config", "num_key_value_heads", 3, "num_key_value_heads 3"),
-    ("llm_config", "num_attention_heads", 5, "num_attention_heads 5"),
-    ("vision_config", "num_attention_heads", 3, "3 heads"),
-    ("vision_config", "image_size", 42, "image_size 42"),
-    ("vision_config", "norm_type", "batch_norm", "'batch_norm'"),
-    (None, "patch_nums", ["a"], r"patch_nums \['a'\]"),
-    (None, "patch_nums", [1, 2, 3, 4], "'pos_1LC' of shape"),
-  ],
-)
-def test_faulty_config_json_is_named(
-  tmp_path, tiny, folder, group, key, value, message
-):
-  authors = folder(tiny.whole())
-  values = json.loads((authors / "config.json").read_text())
-  (values[group] if group else values)[key] = value
-  (authors / "config.json").write_text(json.dumps(values))
-  with pytest.raises(WeightsError, match=message):
-    _import(tmp_path, authors)
-  assert sorted(tmp_path.iterdir()) == [authors]
-
-
-def test_integer_weights_are_refused(tmp_path, tiny, folder):
-  with pytest.raises(WeightsError, match="as int8; quantized"):
-    _import(tmp_path, folder(tiny.whole(), np.int8))
-
-
 def test_an_imported_model_knows_its_text_tokenizer(tmp_path, tiny, folder):
   config = tiny.whole()
   authors = folder(config)
@@ -335,25 +228,6 @@ def test_an_imported_model_knows_its_text_tokenizer(tmp_path, tiny, folder):
     pytest.raises(DataError, match=r"im_start\|> the id 3, the model has it"),
   ):
     checkpoint.text_tokenizer(found)
-
-
-def test_a_text_tokenizer_without_special_tokens_is_refused(
-  tmp_path, tiny, folder
-):
-  authors = folder(tiny.whole())
-  (authors / "tokenizer.json").write_text("{}")
-  with pytest.raises(DataError, match=r"authors/tokenizer\.json"):
-    _import(tmp_path, authors)
-  assert sorted(tmp_path.iterdir()) == [authors]
-
-
-def test_unknown_language_model_is_named(tmp_path, tiny, folder):
-  authors = folder(tiny.whole())
-  values = json.loads((authors / "config.json").read_text())
-  values["llm_config"]["architectures"] = ["LlamaForCausalLM"]
-  (authors / "config.json").write_text(json.dumps(values))
-  with pytest.raises(WeightsError, match="LlamaForCausalLM"):
-    _import(tmp_path, authors)
 
 
 def test_variants_without_a_place_in_the_authors_model(tiny):
