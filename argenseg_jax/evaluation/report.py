@@ -10,10 +10,12 @@ import numpy as np
 from flax import nnx
 
 from argenseg_jax import sharding
+from argenseg_jax.data import pipeline
 from argenseg_jax.data.example_builder import stack_rows
 from argenseg_jax.evaluation import records
 from argenseg_jax.evaluation.evaluator import Evaluator, SplitResults
 from argenseg_jax.inference.segment import to_uint8
+from argenseg_jax.models.argenseg import ARGenSeg
 from argenseg_jax.runtime import distributed
 from argenseg_jax.visualize import render
 
@@ -28,10 +30,11 @@ _SIZES = (0.01, 0.02, 0.04, 0.08, 0.16, 1.0)
 _WORDS = (1, 2, 3, 4, 6, 9, 99)
 _COLOR = "#4477aa"
 _LEGEND = (
-  "In each line below: the image, what was asked for, the answer, and the "
-  "answer's mask image after each scale."
+  "Each line below shows an image, what was asked for, the answer, and the "
+  "answer's mask image after each scale of the token map."
 )
 _EACH = 4  # Best, worst and random answers.
+_FIRST = 6  # Masks of a validation.
 
 
 def write(
@@ -66,19 +69,19 @@ def write(
     masks = [r for r in split.records if "mask" in r]
     if masks:
       parts += [
-        render.picture(distributions(masks)),
+        render.wide_image(distributions(masks)),
         render.heading("What was answered to what", 3),
         render.table(confusion(masks)),
       ]
       parts.append(render.paragraph(_LEGEND))
       chosen = choose(masks)
-      shown = _shown(
+      shown = _with_strips(
         [r for part in chosen.values() for r in part], split, evaluator, state
       )
       for which, part in chosen.items():
         own, shown = shown[: len(part)], shown[len(part) :]
         parts.append(render.heading(f"{name}: {which}", 3))
-        parts += [render.sample(row) for row in own]
+        parts += [render.example(row) for row in own]
         some += own[:1]
     words = [r for r in split.records if "answers" in r]
     if words:
@@ -89,6 +92,25 @@ def write(
   if distributed.is_main():
     render.write_html(path, title=title, parts=parts)
   return some
+
+
+def draw_first(split: SplitResults, path: pathlib.Path) -> bool:
+  """Writes a PNG of the first masks of a split, each of another image.
+
+  Args:
+    split: that was scored.
+    path: of the PNG.
+
+  Returns:
+    Whether there was any mask to draw.
+  """
+  masks = [r for r in split.records if "mask" in r]
+  first = {r["picture"]: r for r in reversed(masks)}
+  chosen = list(reversed(first.values()))[:_FIRST]
+  if chosen:
+    none = np.zeros((0, 1, 1, 3), np.uint8)
+    render.draw_rows([_shown(r, split.rows, none, ()) for r in chosen], path)
+  return bool(chosen)
 
 
 def choose(
@@ -230,7 +252,7 @@ def _questions(words: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
   }
 
 
-def _shown(
+def _with_strips(
   chosen: Sequence[dict[str, Any]],
   split: SplitResults,
   evaluator: Evaluator,
@@ -239,22 +261,32 @@ def _shown(
   """Records with their images and the mask image after each scale."""
   rows = split.rows
   strips = _strips([r["sample"] for r in chosen], rows, evaluator, state)
+  model: ARGenSeg = nnx.merge(evaluator.graph, state)
   shown = []
   for record, strip in zip(chosen, strips, strict=True):
-    sample = rows.source[record["sample"]]
-    asked = record["question"] or ", ".join(record["expressions"])
-    shown.append(
-      render.Shown(
-        image=sample.load_image(),
-        request=asked.replace("<image>", "").strip(),
-        truth=records.pixels(record["truth"]),
-        prediction=records.pixels(record["mask"]),
-        strip=strip[record["number"]] if record["has_mask"] else strip[0, :0],
-        iou=record["iou"],
-        answer=record["text"] or "(no words)",
-      )
-    )
+    own = strip[record["number"]] if record["has_mask"] else strip[0, :0]
+    shown.append(_shown(record, rows, own, model.scales.sides))
   return shown
+
+
+def _shown(
+  record: dict[str, Any],
+  rows: pipeline.RowMaker,
+  strip: np.ndarray,
+  sides: tuple[int, ...],
+) -> render.Shown:
+  sample = rows.source[record["sample"]]
+  asked = record["question"] or ", ".join(record["expressions"])
+  return render.Shown(
+    image=sample.load_image(),
+    request=asked.replace("<image>", "").strip(),
+    truth=records.pixels(record["truth"]),
+    prediction=records.pixels(record["mask"]),
+    strip=strip,
+    sides=sides,
+    iou=record["iou"],
+    answer=record["text"] or "(no words)",
+  )
 
 
 def _strips(

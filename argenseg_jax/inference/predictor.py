@@ -82,9 +82,11 @@ class Predictor:
 
     Args:
       path: of a work directory or a checkpoint in it.
-      settings, bfloat16: see the class.
+      settings: see the class.
+      bfloat16: likewise.
       mesh: devices that share the work; all along `data` by default.
-      weights, adapters: see `checkpoint.load`.
+      weights: see `checkpoint.load`.
+      adapters: likewise.
     """
     dtype = jnp.bfloat16 if bfloat16 else jnp.float32
     loaded = checkpoint.load(
@@ -105,7 +107,7 @@ class Predictor:
     return self._here.picture
 
   def segment(
-    self, image: AnyImage, request: str | None = None, **options
+    self, image: AnyImage, request: str | None = None, **options: Any
   ) -> Prediction:
     """One answer: `segment(request)` about the image of `set_image`, or
     `segment(image, request)` about this one.
@@ -170,7 +172,7 @@ class Predictor:
     return predictions
 
   def chat(
-    self, history: Turns, *, image: AnyImage | None = None, **options
+    self, history: Turns, *, image: AnyImage | None = None, **options: Any
   ) -> Prediction:
     """Continues a conversation, about the image of `set_image` if there is
     one in this thread.
@@ -199,7 +201,7 @@ class Predictor:
     batches: Sequence[int] = (1,),
     longest: int,
     about_one_picture: bool = False,
-    **options,
+    **options: Any,
   ) -> int:
     """Compiles what requests will need; runs each program once.
 
@@ -271,7 +273,7 @@ class Picture:
       self._beginning = prompt.ids[: prompt.picture_end]
       self._prefix = engine.begin(self._beginning, self._vision)
 
-  def segment(self, request: str, **options) -> Prediction:
+  def segment(self, request: str, **options: Any) -> Prediction:
     """One answer; see `Predictor.segment_batch` for options."""
     (prediction,) = self.segment_batch([request], **options)
     return prediction
@@ -294,7 +296,7 @@ class Picture:
       )
     return predictions
 
-  def chat(self, history: Turns, **options) -> Prediction:
+  def chat(self, history: Turns, **options: Any) -> Prediction:
     """Continues a conversation; see `Predictor.chat`."""
     prompt = self._engine.turns(history, 1, options.get("answer_prefix"))
     (prediction,) = self._ask([prompt], **options)
@@ -308,7 +310,7 @@ class Picture:
         return start, {"prefix": self._prefix}
     return 0, {"vision": self._vision}
 
-  def _ask(self, asked: Sequence[Prompt], **options) -> list[Prediction]:
+  def _ask(self, asked: Sequence[Prompt], **options: Any) -> list[Prediction]:
     start, inputs = self.inputs(asked)
     asked = [prompt.after(start) for prompt in asked]
     sizes = [self.size] * len(asked)

@@ -143,16 +143,26 @@ def _is_after(line: str, start: int) -> bool:
 
 
 class Progress:
-  """A bar with loss, rate and time left; plain lines when not a terminal."""
+  """A bar with a note, rate and time left; plain lines when not a terminal.
+
+  The rate is the mean since the first update: what comes before that is mostly
+  compilation.
+
+  Args:
+    title: what is done.
+    total: how much of it there is.
+    start: how much of it an earlier call did.
+    active: whether this process shows it.
+  """
 
   def __init__(
     self, title: str, total: int, *, start: int = 0, active: bool = True
   ):
     self._title = title
     self._total = total
-    self._start = start
     self._began = time.monotonic()
-    self._last_line = 0.0
+    self._first: tuple[float, int] | None = None  # Update: time and done.
+    self._last_line = (0.0, -1)  # Likewise.
     self._bar = None
     self._active = active
     if active and sys.stdout and sys.stdout.isatty():
@@ -161,7 +171,6 @@ class Progress:
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TextColumn("{task.fields[note]}"),
-        rich.progress.TimeRemainingColumn(),
       )
       self._bar.start()
       self._task = self._bar.add_task(
@@ -172,21 +181,39 @@ class Progress:
     """Shows that `done` of the total are done."""
     if not self._active:
       return
+    now = time.monotonic()
+    self._first = self._first or (now, done)
+    note = ", ".join(filter(None, (note, self._speed(now, done))))
     if self._bar is not None:
       self._bar.update(self._task, completed=done, note=note)
       return
-    now = time.monotonic()
-    if now - self._last_line < 10 and done < self._total:
+    shown_at, shown = self._last_line
+    if done == shown or (now - shown_at < 10 and done < self._total):
       return
-    self._last_line = now
-    rate = (done - self._start) / max(now - self._began, 1e-6)
-    left = (self._total - done) / rate if rate else float("inf")
-    print(
-      f"{self._title} {done}/{self._total} {note} {rate:.1f}/s, "
-      f"{left:.0f} s left",
-      flush=True,
-    )
+    self._last_line = now, done
+    print(f"{self._title} {done}/{self._total} {note}", flush=True)
 
   def close(self) -> None:
     if self._bar is not None:
       self._bar.stop()
+
+  def _speed(self, now: float, done: int) -> str:
+    """Rate and time left; at the end, the time that it took."""
+    if done >= self._total:
+      return f"took {duration(now - self._began)}"
+    began, first = self._first or (now, done)
+    if done <= first or now <= began:
+      return ""
+    each = (now - began) / (done - first)
+    rate = f"{1 / each:.1f}/s" if each <= 1 else f"{each:.1f} s each"
+    return f"{rate}, {duration(each * (self._total - done))} left"
+
+
+def duration(seconds: float) -> str:
+  """How long something takes, as one says it."""
+  if seconds < 99.5:
+    return f"{seconds:.0f} s"
+  minutes = round(seconds / 60)
+  if minutes < 100:
+    return f"{minutes} min"
+  return f"{minutes // 60} h {minutes % 60:02d} min"

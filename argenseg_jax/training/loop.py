@@ -188,6 +188,7 @@ def _train(
     f"train {task.name}",
     train,
     logs,
+    workdir=workdir,
     writer=writer,
     pace=setup.pace(run, start=start),
     goodput=goodput,
@@ -312,9 +313,9 @@ def _evaluate(
 ) -> None:
   """Scores the model after a step; SIGTERM ends it early, without a score."""
   with contextlib.suppress(preemption.Interrupted):  # The loop saves.
-    values = evaluate(state.variables, stop.check)
-    scores.add_ciou(step, values.get("ciou"))
-    log.evaluated(step, run.config.eval.splits[0], values)
+    results = evaluate(state.variables, stop.check)
+    scores.add_ciou(step, results.metrics.get("ciou"))
+    log.evaluated(step, run.config.eval.splits[0], results)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -1,27 +1,47 @@
 """From nothing to a mask: data, image tokenizer, decoder, evaluation."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import pathlib
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax import nnx
 
 from argenseg_jax import checkpoint
 from argenseg_jax.config import ConfigError, RunConfig
+from argenseg_jax.data import examples
 from argenseg_jax.data.ref_shapes import builder
 from argenseg_jax.evaluation import report as evaluation_report
 from argenseg_jax.evaluation.evaluator import Evaluator, evaluate_checkpoint
 from argenseg_jax.runtime import cpu, lock, paths, preemption
 from argenseg_jax.runtime import workdir as workdir_lib
-from argenseg_jax.runtime.metric_writer import Progress
-from argenseg_jax.training import loop
-from argenseg_jax.visualize import render
+from argenseg_jax.runtime.metric_writer import Progress, duration
+from argenseg_jax.training import initialize, loop
+from argenseg_jax.visualize import contact_sheet, render
 
 # In a work directory, beside what every run has there.
-_WRITTEN = ("report.html", "report.png", "results.json", "seconds.json")
+_WRITTEN = (
+  "examples.png",
+  "report.html",
+  "report.png",
+  "results.json",
+  "seconds.json",
+)
+
+# Seconds on two quiet cores (2026-11): of a stage itself, mostly compilation,
+# and of each request or step.
+_QUIET = {
+  "data": (2.0, 0.0005),
+  "vqvae": (15.0, 0.125),
+  "mllm": (20.0, 0.153),
+  "evaluation": (10.0, 0.01),
+}
+_TELLING = 15.0  # Of these seconds tell how fast this machine is.
+_SHOWN = range(0, 15, 3)  # Examples that are drawn before training.
 
 
 def run(
@@ -34,7 +54,8 @@ def run(
 
   Args:
     config: of the training; its `data.path` is set here.
-    workdir: gets data, checkpoints, results.json, report.html, report.png.
+    workdir: gets data, checkpoints, examples.png, results.json, report.html,
+      report.png.
     num_train, num_eval: requests in the training split and the others.
 
   Raises:
@@ -72,16 +93,19 @@ def _run(
   num_eval: int,
   stop: preemption.Stopping,
 ) -> dict[str, Any]:
-  seconds = _Stopwatch(workdir / "seconds.json")
-  with seconds("data"):
+  stage = _Stages(
+    workdir / "seconds.json", _remaining(config, workdir, num_train, num_eval)
+  )
+  with stage("data", f"drawing {num_train:,} requests to train on"):
     _build(workdir / "data", num_train, num_eval, config.seed, stop)
-  with seconds("vqvae"):
+    _draw_examples(config, workdir / "examples.png")
+  with stage("vqvae", "training the image tokenizer: masks to codes"):
     ceiling = loop.train(config, "vqvae", workdir / "vqvae")
-  with seconds("mllm"):
+  with stage("mllm", "training the decoder: requests to codes"):
     loop.train(
       config, "mllm", workdir / "mllm", init_from=str(workdir / "vqvae")
     )
-  with seconds("evaluation"):
+  with stage("evaluation", f"answering {num_eval:,} unseen requests a split"):
     loaded = checkpoint.load(workdir / "mllm")
     graph, state = nnx.split(loaded.model)
     evaluator = Evaluator(graph, config.eval)
@@ -90,7 +114,7 @@ def _run(
     "splits": {name: split.metrics for name, split in splits.items()},
     "tokenizer_ceiling": ceiling,
     "parameters": count_parameters(nnx.state(loaded.model)),
-    "seconds": seconds.read(),
+    "seconds": stage.seconds(),
     "seed": config.seed,
     "versions": {
       name: importlib.metadata.version(name)
@@ -112,6 +136,30 @@ def _run(
   text = json.dumps(results, indent=1)
   paths.write_whole(workdir / "results.json", text)
   return results
+
+
+def _remaining(
+  config: RunConfig, workdir: pathlib.Path, num_train: int, num_eval: int
+) -> dict[str, int]:
+  """Requests or steps that each stage has before it."""
+  asked = num_eval * len(config.eval.splits)
+  drawn = builder.folder(workdir / "data").exists()
+  saved = checkpoint.newest_steps(workdir, config.tasks)
+  steps = {
+    name: max(config.stage(name).train.steps - saved.get(name, 0), 0)
+    for name in config.tasks
+  }
+  data = 0 if drawn else num_train + asked
+  return {"data": data, **steps, "evaluation": asked}
+
+
+def _draw_examples(config: RunConfig, path: pathlib.Path) -> None:
+  """Writes what the model is about to learn from."""
+  model = initialize.model_config(config, None)
+  tokenizer = initialize.text_tokenizer(config, model, None)
+  rows = examples.make_rows(config.data, model, tokenizer)
+  contact_sheet.draw(rows, _SHOWN, path)
+  print(f"examples of them: {path}", flush=True)
 
 
 def _build(
@@ -151,26 +199,58 @@ def count_parameters(state: nnx.State) -> dict[str, int]:
   return counts | {"total": sum(counts.values())}
 
 
-class _Stopwatch:
-  """Seconds of each stage, summed over interrupted calls."""
+class _Stages:
+  """Says what each stage does and about how long it will take here; sums up
+  their seconds over interrupted calls.
 
-  def __init__(self, path: pathlib.Path):
+  Args:
+    path: of the file with the seconds.
+    remaining: requests or steps of each stage, in order.
+  """
+
+  def __init__(self, path: pathlib.Path, remaining: Mapping[str, int]):
     self._path = path
+    self._names = list(remaining)
+    self._quiet = {
+      name: _QUIET[name][0] + _QUIET[name][1] * count if count else 0.0
+      for name, count in remaining.items()
+    }
+    self._quiet_so_far = self._took = 0.0  # Of this call's stages.
+    print(
+      f"about {duration(sum(self._quiet.values()))} on two quiet cores; "
+      "interrupted, the same command resumes",
+      flush=True,
+    )
 
-  def read(self) -> dict[str, float]:
+  def seconds(self) -> dict[str, float]:
+    """Of each stage so far."""
     found = paths.read_json(self._path) or {}
     return {k: v for k, v in found.items() if isinstance(v, (int, float))}
 
-  def __call__(self, stage: str) -> "_Stopwatch":
-    self._stage = stage
-    return self
+  @contextlib.contextmanager
+  def __call__(self, stage: str, does: str) -> Iterator[None]:
+    number = self._names.index(stage) + 1
+    print(
+      f"[{number}/{len(self._names)}] {does}, {self._outlook(stage)}",
+      flush=True,
+    )
+    began = time.monotonic()
+    try:
+      yield
+    finally:
+      passed = time.monotonic() - began
+      self._took += passed
+      self._quiet_so_far += self._quiet[stage]
+      spent = self.seconds()
+      spent[stage] = round(spent.get(stage, 0.0) + passed, 1)
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      paths.write_whole(self._path, json.dumps(spent), durable=False)
 
-  def __enter__(self):
-    self._began = time.monotonic()
-
-  def __exit__(self, *_):
-    spent = self.read()
-    passed = time.monotonic() - self._began
-    spent[self._stage] = round(spent.get(self._stage, 0.0) + passed, 1)
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    paths.write_whole(self._path, json.dumps(spent), durable=False)
+  def _outlook(self, stage: str) -> str:
+    quiet = self._quiet[stage]
+    if not quiet:
+      return "done already"
+    if self._quiet_so_far < _TELLING:
+      return f"about {duration(quiet)} on two quiet cores"
+    here = quiet * self._took / self._quiet_so_far
+    return f"about {duration(here)} at the speed of this machine so far"

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from argenseg_jax.config import ConfigError, DataConfig, RunConfig
 from argenseg_jax.data import examples, pipeline
-from argenseg_jax.evaluation.evaluator import Evaluator
+from argenseg_jax.evaluation.evaluator import Evaluator, SplitResults
 from argenseg_jax.evaluation.tokenizer import tokenizer_ceiling
 from argenseg_jax.model_config import ModelConfig
 from argenseg_jax.models import flops
@@ -26,8 +26,8 @@ from argenseg_jax.training.state import TrainState
 _SAMPLES = 200  # Of an evaluation during training.
 _BATCH = 64  # Masks that an image tokenizer encodes at a time.
 
-# (variables, called before each batch) -> metrics.
-Evaluate = Callable[[nnx.State, Callable[[], None]], dict[str, float]]
+# (variables, called before each batch) -> metrics, and answers if it gives any.
+Evaluate = Callable[[nnx.State, Callable[[], None]], SplitResults]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _decoder_evaluation(
       measured,
       max_samples=_SAMPLES,
       on_batch=on_batch,
-    ).metrics
+    )
 
   return evaluate
 
@@ -142,13 +142,15 @@ def _tokenizer_evaluation(
 ) -> Evaluate:
   def evaluate(variables, on_batch):
     on_batch()
-    return tokenizer_ceiling(
+    measured = examples.of_split(rows, config.eval.splits[0])
+    metrics = tokenizer_ceiling(
       graph,
       variables,
-      examples.of_split(rows, config.eval.splits[0]),
+      measured,
       batch_size=_BATCH,
       max_samples=_SAMPLES,
     )
+    return SplitResults(metrics, [], measured)
 
   return evaluate
 

@@ -1,5 +1,5 @@
-"""Pictures of what a model does: overlays, strips, `report.png` and
-`report.html`."""
+"""What a model does, drawn: overlays, strips, `report.png`, `report.html` and
+`validation.png`."""
 
 import base64
 import html
@@ -25,6 +25,7 @@ class Shown(NamedTuple):
   truth: np.ndarray  # bool [h w]
   prediction: np.ndarray  # bool [h w]
   strip: np.ndarray  # uint8 [scales side side 3]
+  sides: tuple[int, ...]  # Of the token map of each scale.
   iou: float
   answer: str
 
@@ -113,30 +114,69 @@ def join_strip(strip: np.ndarray, height: int) -> np.ndarray:
 
 
 def draw_rows(rows: Sequence[Shown], path: pathlib.Path) -> None:
-  """Writes one PNG: request and picture, truth, answer, coarse to fine."""
+  """Writes one PNG: request and image, truth, answer, and where there are
+  strips, the mask image after each scale."""
+  scales = max(len(row.strip) for row in rows)
+  width = min(1.9 * (3 + scales), 18)
   figure, axes = plt.subplots(
     len(rows),
-    4,
-    figsize=(11, 1.9 * len(rows) + 0.4),
-    width_ratios=(1, 1, 1, max(max(len(row.strip) for row in rows), 1)),
+    3 + (scales > 0),
+    figsize=(width, (width / (3 + scales) + 0.45) * len(rows)),
+    width_ratios=(1, 1, 1, scales)[: 3 + (scales > 0)],
     squeeze=False,
   )
-  for row, (left, true, answer, strip) in zip(rows, axes, strict=True):
+  for ax in axes.flat:
+    ax.set(xticks=(), yticks=())
+    ax.spines[:].set_visible(False)
+  for row, (left, true, answer, *rest) in zip(
+    map(_at_display_size, rows), axes, strict=True
+  ):
     left.imshow(row.image)
     left.set_title(_shorten(row.request), fontsize=8)
     true.imshow(overlay(row.image, row.truth))
+    true.set_title("truth", fontsize=8)
     answer.imshow(overlay(row.image, row.prediction))
-    answer.set_title(f"IoU {row.iou:.2f}", fontsize=8)
-    strip.imshow(join_strip(row.strip, 96))
-  for ax in axes.flat:
-    ax.axis("off")
-  for ax, title in zip(
-    axes[0][1::2], ("truth", "the answer, scale by scale"), strict=True
-  ):
-    ax.set_title(title, fontsize=8)
+    answer.set_title(f"answer, IoU {row.iou:.2f}", fontsize=8)
+    for strip in rest:
+      _draw_strip(strip, row)
   figure.tight_layout()
   figure.savefig(path, dpi=110)
   plt.close(figure)
+
+
+def _draw_strip(ax, row: Shown) -> None:
+  """Each scale's name under its tile."""
+  side = 96
+  drawn = join_strip(row.strip, side)
+  ax.imshow(drawn)
+  if not len(row.strip):
+    ax.set_title("no mask", fontsize=8)
+    return
+  ax.set_title("the answer, scale by scale", fontsize=8)
+  pitch = (drawn.shape[1] - side) / max(len(row.strip) - 1, 1)
+  places = [side / 2 + pitch * i for i in range(len(row.strip))]
+  ax.set_xticks(places, _scale_names(row), fontsize=7)
+  ax.tick_params(length=0)
+
+
+def _scale_names(row: Shown) -> list[str]:
+  return [f"{side} x {side}" for side in row.sides[: len(row.strip)]]
+
+
+def _at_display_size(row: Shown, height: int = 256) -> Shown:
+  """Outlines of masks are as thick in a small image as in a large one."""
+  h, w, _ = row.image.shape
+  size = max(round(height * w / h), 1), height
+  # Enlarged pixels compress well.
+  how = Image.Resampling.NEAREST if h <= height else Image.Resampling.LANCZOS
+  image = Image.fromarray(row.image).resize(size, how)
+  truth, prediction = (
+    np.asarray(Image.fromarray(m).resize(size, Image.Resampling.NEAREST))
+    for m in (row.truth, row.prediction)
+  )
+  return row._replace(
+    image=np.asarray(image), truth=truth, prediction=prediction
+  )
 
 
 def write_html(path: pathlib.Path, *, title: str, parts: Sequence[str]) -> None:
@@ -162,8 +202,11 @@ td, th {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd;
   text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
 img.wide {{ width: 100%; }}
-figure {{ margin: 1rem 0; }}
-figure img {{ height: 128px; margin-right: 6px; }}
+figure {{ margin: 1.2rem 0; }}
+.tiles {{ display: flex; flex-wrap: wrap; gap: 6px; margin-top: .3rem; }}
+.tiles div {{ text-align: center; font-size: 12px; color: #666; }}
+.tiles img {{ display: block; height: 144px; }}
+.tiles img.scale {{ height: 96px; margin-top: 48px; }}
 </style><body>{body}</body></html>
 """
 
@@ -178,8 +221,8 @@ def paragraph(words: str) -> str:
   return f"<p>{html.escape(words)}</p>"
 
 
-def picture(pixels: np.ndarray) -> str:
-  """A picture as wide as the page, from uint8 [h w 3]."""
+def wide_image(pixels: np.ndarray) -> str:
+  """An image as wide as the page, from uint8 [h w 3]."""
   return f'<img class="wide" alt="" src="{_data_uri(pixels)}">'
 
 
@@ -192,26 +235,37 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     cells = [f"<td>{html.escape(name)}</td>"]
     for column in columns:
       value = row.get(column, "")
-      text = f"{value:.3f}" if isinstance(value, float) else str(value)
+      text = str(value)
+      if isinstance(value, float):
+        text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
       cells.append(f"<td>{html.escape(text)}</td>")
     body.append(f"<tr>{''.join(cells)}</tr>")
   return f"<table><tr>{head}</tr>{''.join(body)}</table>"
 
 
-def sample(row: Shown) -> str:
-  """A request with its picture, truth, answer, and answer scale by scale."""
-  images = (
-    row.image,
-    overlay(row.image, row.truth),
-    overlay(row.image, row.prediction),
-    join_strip(row.strip, 128),
-  )
-  tags = "".join(f'<img alt="" src="{_data_uri(image)}">' for image in images)
+def example(row: Shown) -> str:
+  """A request with its image, truth, answer, and answer scale by scale."""
+  row = _at_display_size(row)
+  tiles = [
+    _tile(row.image, "image"),
+    _tile(overlay(row.image, row.truth), "truth"),
+    _tile(overlay(row.image, row.prediction), "answer"),
+  ]
+  for pixels, name in zip(row.strip, _scale_names(row), strict=True):
+    tiles.append(_tile(pixels, name, "scale"))
   caption = (
     f"<b>{html.escape(row.request)}</b>, IoU {row.iou:.2f}; "
     f"answer: {html.escape(row.answer)}"
   )
-  return f"<figure>{tags}<figcaption>{caption}</figcaption></figure>"
+  return (
+    f"<figure><figcaption>{caption}</figcaption>"
+    f'<div class="tiles">{"".join(tiles)}</div></figure>'
+  )
+
+
+def _tile(pixels: np.ndarray, name: str, kind: str = "image") -> str:
+  image = f'<img class="{kind}" alt="{name}" src="{_data_uri(pixels)}">'
+  return f"<div>{image}{name}</div>"
 
 
 def _data_uri(image: np.ndarray) -> str:

@@ -1,4 +1,5 @@
-"""Metrics go to the trackers that a config names, and nowhere else."""
+"""Metrics go to the trackers that a config names, and nowhere else; progress
+tells how fast, and how long yet."""
 
 import sys
 import types
@@ -72,3 +73,26 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
   metric_writer.require_trackers(TrackingConfig())
   with pytest.raises(ConfigError, match="not installed: pip install wandb"):
     metric_writer.require_trackers(TrackingConfig(trackers=("wandb",)))
+
+
+def test_progress_counts_from_its_first_update(monkeypatch, capsys):
+  now = [0.0]
+  monkeypatch.setattr(metric_writer.time, "monotonic", lambda: now[0])
+  bar = metric_writer.Progress("train", 100, start=40)
+  for seconds, done, note in (
+    (90.0, 50, "loss 2.000"),  # Compilation.
+    (5.0, 55, "too early"),
+    (5.0, 60, "loss 1.000, val ciou 0.500"),
+    (200.0, 61, "slow"),
+    (1.0, 100, ""),
+    (9.0, 100, "again"),
+  ):
+    now[0] += seconds
+    bar.update(done, note)
+  assert capsys.readouterr().out.splitlines() == [
+    "train 50/100 loss 2.000",
+    "train 60/100 loss 1.000, val ciou 0.500, 1.0/s, 40 s left",
+    "train 61/100 slow, 19.1 s each, 12 min left",
+    "train 100/100 took 5 min",
+  ]
+  assert metric_writer.duration(2 * 3600 + 5 * 60) == "2 h 05 min"

@@ -61,14 +61,38 @@ def test_a_folder_of_something_else_is_refused(name, trains, tmp_path):
   assert trains == []
 
 
+def _stages(path, **remaining):
+  return quickstart._Stages(path, remaining)
+
+
 def test_seconds_that_a_kill_cut_off_are_counted_anew(tmp_path):
   path = tmp_path / "seconds.json"
   for left in ("", "[1]", '{"data": "x"}', '{"data": 1'):
     path.write_text(left)
-    watch = quickstart._Stopwatch(path)
-    with watch("data"):
+    stage = _stages(path, data=1)
+    with stage("data", "drawing"):
       pass
-    assert set(watch.read()) == {"data"}
+    assert set(stage.seconds()) == {"data"}
+
+
+def test_each_stage_says_how_long_it_will_take_here(
+  tmp_path, monkeypatch, capsys
+):
+  now = [0.0]
+  monkeypatch.setattr(quickstart.time, "monotonic", lambda: now[0])
+  stage = _stages(tmp_path / "seconds.json", data=0, vqvae=680, mllm=1000)
+  with stage("data", "drawing"):
+    pass
+  with stage("vqvae", "training"):  # 100 s on quiet cores.
+    now[0] += 300
+  with stage("mllm", "training"):  # 173 s.
+    pass
+  assert capsys.readouterr().out.splitlines() == [
+    "about 5 min on two quiet cores; interrupted, the same command resumes",
+    "[1/3] drawing, done already",
+    "[2/3] training, about 2 min on two quiet cores",
+    "[3/3] training, about 9 min at the speed of this machine so far",
+  ]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Reports: overlays keep the picture, pages hold everything they show."""
+"""Reports: overlays keep the image, pages hold everything they show."""
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,9 @@ def shown(request="the <red> circle"):
   truth = np.zeros((20, 30), bool)
   truth[5:15, 5:15] = True
   strip = np.zeros((3, 8, 8, 3), np.uint8)
-  return render.Shown(image, request, truth, truth, strip, 1.0, "<ge_end>")
+  return render.Shown(
+    image, request, truth, truth, strip, (1, 4, 8), 1.0, "<ge_end>"
+  )
 
 
 def test_overlay_changes_only_the_mask():
@@ -36,13 +38,14 @@ def test_html_is_self_contained_and_escapes(tmp_path):
     parts=[
       render.heading("Scores"),
       render.table({"val": {"ciou": 0.5}}),
-      render.sample(shown()),
+      render.example(shown()),
     ],
   )
   text = path.read_text()
   assert "the &lt;red&gt; circle" in text
   assert "0.500" in text
-  assert text.count("data:image/png;base64,") == 4
+  assert text.count("data:image/png;base64,") == 6
+  assert ">4 x 4</div>" in text  # Under its tile.
   assert "http" not in text
 
 
