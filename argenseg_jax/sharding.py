@@ -382,6 +382,6 @@ def sum_gradients(gradients: Any) -> Any:
 
   def one(variable):
     axes = BATCH_AXES[:-1] if is_split(variable) else BATCH_AXES
-    return variable.replace(lax.psum(variable[...], axes))
+    return variable.replace(collectives.sum_over(variable[...], axes))
 
   return jax.tree.map(one, gradients, is_leaf=_is_variable)

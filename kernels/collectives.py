@@ -6,6 +6,7 @@ tried against that, and what came of it, stands in docs/scale.md.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,13 @@ def compiler_options(device_kind: str) -> dict[str, bool]:
   return _PREFER_GATHERS | (_OFFLOAD if name != _PLAIN else {})
 
 
+def sum_over(
+  x: Shaped[Array, "..."], axis_names: Sequence[str]
+) -> Shaped[Array, "..."]:
+  """`lax.psum` over mesh axes, inside `jax.shard_map`."""
+  return lax.psum(_addends(x), axis_names).astype(x.dtype)
+
+
 def scatter_sum(
   x: Shaped[Array, "..."],
   axis_name: str,
@@ -59,6 +67,7 @@ def scatter_sum(
   """
   size = lax.axis_size(axis_name)
   sides = _sides(size) if sides is None else sides
+  dtype, x = x.dtype, _addends(x)
   before, after = x.shape[:dimension], x.shape[dimension + 1 :]
   if dimension or len(sides) > 1:
     x = jnp.moveaxis(x.reshape(*before, size, -1, *after), dimension, 0)
@@ -70,7 +79,20 @@ def scatter_sum(
       axis_index_groups=groups,
       tiled=True,
     )
-  return x.reshape(*before, -1, *after)
+  return x.reshape(*before, -1, *after).astype(dtype)
+
+
+def _addends(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+  """In float32 on a CPU, if they have 16 bits.
+
+  XLA for CPUs sums such numbers in float32 anyway; but where it splits another
+  axis of the mesh by itself, its own widening ends the process (jaxlib 0.10.2:
+  "Invalid binary instruction opcode copy").
+  """
+  narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+  if narrow and dispatch.target().platform == "cpu":
+    return x.astype(jnp.float32)
+  return x
 
 
 def _sides(size: int) -> tuple[int, ...]:

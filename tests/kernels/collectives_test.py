@@ -38,6 +38,34 @@ def test_each_device_keeps_its_part_of_the_sum(sides, dimension):
   np.testing.assert_allclose(scattered, addends.sum(0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scattered", [False, True])
+def test_sums_of_bfloat16_beside_an_axis_that_xla_splits(scattered):
+  """A plain `psum` of them ends a CPU's process (jaxlib 0.10.2)."""
+  axes = (jax.sharding.AxisType.Auto,) * 2
+  mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=axes)
+  addends = np.random.default_rng(0).normal(size=(4, 8, 8))
+  addends = jnp.asarray(addends, jnp.bfloat16)
+
+  def local(x):
+    if scattered:
+      return collectives.scatter_sum(x[0], "fsdp", 0)
+    return collectives.sum_over(x[0], ("fsdp",))
+
+  total = jax.jit(
+    jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=PartitionSpec("fsdp"),
+      out_specs=PartitionSpec("fsdp" if scattered else None),
+      axis_names={"fsdp"},
+      check_vma=False,
+    )
+  )(addends)
+  assert total.dtype == jnp.bfloat16
+  exact = np.asarray(addends, np.float32).sum(0)
+  np.testing.assert_allclose(np.asarray(total, np.float32), exact, rtol=2**-8)
+
+
 def test_options_are_for_tpus_and_the_offload_for_sparse_cores():
   assert collectives.compiler_options("cpu") == {}
   assert collectives.compiler_options("NVIDIA H200") == {}

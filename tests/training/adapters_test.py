@@ -233,12 +233,66 @@ def test_a_checkpoint_holds_adapters_only(places):
   assert losses[4] < losses[1]
 
 
-def test_one_device_trains_the_same_and_resumes(places, tmp_path):
+def _train_on_one_device(places, workdir, *more: str) -> None:
   one = ("--config.mesh.data=1", "--config.mesh.fsdp=1")
   with pytest.MonkeyPatch.context() as patch:
     device = jax.devices()[:1]
     patch.setattr(jax, "devices", lambda *_: device)
-    assert _train(places, tmp_path / "one", *one) == 0
+    assert _train(places, workdir, *one, *more) == 0
+
+
+@pytest.mark.parametrize(
+  ("more", "rtol"),
+  [
+    (
+      (
+        "--config.lora.base=int8",
+        "--config.mllm.train.compute_dtype=bfloat16",
+      ),
+      1e-2,
+    ),
+    (
+      (
+        "--config.mllm.train.accumulate_steps=2",
+        "--config.mllm.optimizer.ema_decay=0.5",
+      ),
+      1e-4,
+    ),
+    (("--config.data.pack=2", "--config.data.sequence_length=512"), 1e-4),
+  ],
+  ids=["int8", "accumulated and averaged", "packed"],
+)
+def test_one_device_and_eight_train_the_same_with(
+  more, rtol, places, tmp_path, capsys
+):
+  assert _train(places, tmp_path / "eight", *EIGHT, *more) == 0
+  _train_on_one_device(places, tmp_path / "one", *more)
+  losses = _losses(tmp_path / "eight")
+  assert losses[4] < losses[1]
+  np.testing.assert_allclose(
+    list(_losses(tmp_path / "one").values()), list(losses.values()), rtol=rtol
+  )
+  argv = ["--image", str(places.data.parent / "1.jpg"), "--text=box 1"]
+  argv += ["--checkpoint", str(tmp_path / "eight/mllm")]
+  argv += ["--answer_prefix", "Sure:", "--out", str(tmp_path / "mask.png")]
+  assert cli.main(["predict", *argv]) == 0, capsys.readouterr().err
+  _resume(places, tmp_path / "eight", tmp_path / "again", *more)
+
+
+def _resume(places, run, again, *more: str) -> None:
+  """Without its last checkpoint a run takes that step again, to the bit."""
+  shutil.copytree(run, again)
+  shutil.rmtree(again / "mllm/checkpoints/4")
+  for name in ("results.json", "mllm/results.json"):
+    (again / name).unlink()
+  assert _train(places, again, *EIGHT, *more) == 0
+  wanted = _stored(run / "mllm")
+  for name, value in _stored(again / "mllm").items():
+    np.testing.assert_array_equal(value, wanted[name], err_msg=name)
+
+
+def test_one_device_trains_the_same_and_resumes(places, tmp_path):
+  _train_on_one_device(places, tmp_path / "one")
   np.testing.assert_allclose(
     list(_losses(tmp_path / "one").values()),
     list(_losses(places.run).values()),
@@ -247,15 +301,7 @@ def test_one_device_trains_the_same_and_resumes(places, tmp_path):
   wanted = _stored(places.run / "mllm")
   for name, value in _stored(tmp_path / "one/mllm").items():
     np.testing.assert_allclose(value, wanted[name], atol=2e-3, err_msg=name)
-  # Resume: the last checkpoint is gone, its step is taken again.
-  again = tmp_path / "again"
-  shutil.copytree(places.run, again)
-  shutil.rmtree(again / "mllm/checkpoints/4")
-  for name in ("results.json", "mllm/results.json"):
-    (again / name).unlink()
-  assert _train(places, again, *EIGHT) == 0
-  for name, value in _stored(again / "mllm").items():
-    np.testing.assert_array_equal(value, wanted[name], err_msg=name)
+  _resume(places, places.run, tmp_path / "again")
 
 
 def test_predict_and_eval_take_adapters(places, tmp_path, capsys):
