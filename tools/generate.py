@@ -10,7 +10,7 @@ def main(argv: list[str]) -> int:
     description="Writes an image for each text (NAME_0.png, NAME_1.png, ...) "
     "and beside it the image after each scale (NAME_0_strip.png). The model "
     "must have been trained on images (layout text_to_image).",
-    epilog="Example: argenseg generate --checkpoint=runs/pictures/mllm "
+    epilog="Example: argenseg generate --checkpoint=runs/images/mllm "
     '--text "a red circle" "two boats" --guidance=4 --out=drawn.png',
   )
   parser.add_argument("--checkpoint", required=True)

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
   count = predictor.warm_up(
     batches=args.batches,
     longest=args.longest,
-    about_one_picture=args.one_image,
+    about_one_image=args.one_image,
     **answer_options(args),
   )
   print(

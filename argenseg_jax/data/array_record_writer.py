@@ -237,7 +237,7 @@ def _write_shard(
 
   serialize, content = _serializer(), hashlib.sha256()
   records, num_bytes, faults, options = 0, 0, [], False
-  # Pictures are compressed already, or are to be read without any work.
+  # Images are compressed already, or are to be read without any work.
   # Under a name of its own: Beam may let two machines write one shard.
   partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
   writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")

@@ -143,7 +143,7 @@ class CodeMeasurer:
     share = batch_size // jax.process_count()
     first = share * jax.process_index()
     empty = rows(len(rows.source))
-    key = functools.cache(functools.partial(_picture, rows))
+    key = functools.cache(functools.partial(_image_key, rows))
     sums = None
     for start in range(0, total, batch_size):
       made, others = [], []
@@ -151,11 +151,11 @@ class CodeMeasurer:
         row = rows(index) if index < total else empty
         made.append(row)
         others.append(_other(rows, index, total, key) if index < total else row)
-      batch, pictures = (_stacked(part) for part in (made, others))
+      batch, other = (_stacked(part) for part in (made, others))
       if not distributed.agree_any(bool(batch.mask_valid.any())):
         continue
-      batch, pictures = sharding.put_rows((batch, pictures.images), state)
-      one = CodeSums(*distributed.fetch(self._measure(state, batch, pictures)))
+      batch, images = sharding.put_rows((batch, other.images), state)
+      one = CodeSums(*distributed.fetch(self._measure(state, batch, images)))
       sums = one if sums is None else sums + one
     return {} if sums is None else sums.results(sides)
 
@@ -164,7 +164,7 @@ def _stacked(rows: list[Row]) -> Batch:
   return stack_rows(rows)[0]
 
 
-def _picture(rows: pipeline.RowMaker, index: int) -> Any:
+def _image_key(rows: pipeline.RowMaker, index: int) -> Any:
   """What tells a sample's images; None where it has none or is bad."""
   try:
     return rows.source[index].image_keys or None

@@ -78,14 +78,14 @@ def records(
     truths: from `true_seg_masks`.
     text: the answer's words.
   """
-  picture = sample.image_keys or index
+  image = sample.image_keys or index
   human = [t["value"] for t in sample.conversation if t["from"] == "human"]
   common = {
     "sample": index,
     "dataset": sample.dataset,
     "kind": sample.kind,
     # What tells equal images: intervals draw images, not samples.
-    "picture": json.dumps(picture, default=str),
+    "picture": json.dumps(image, default=str),
     "turn": max(len(human) - 1, 0),
     "expressions": list(sample.expressions),
     "question": unescape(human[-1]) if human else "",

@@ -126,7 +126,7 @@ def choose(
   seen = [r for r in masks if records.pixels(r["truth"]).any()] or masks
   ranked = sorted(seen, key=lambda r: -r["iou"])
   order = np.random.default_rng(0).permutation(len(masks))
-  found, pictures = {}, set()
+  found, seen_images = {}, set()
   for name, candidates in (
     ("best", ranked),
     ("worst", ranked[::-1]),
@@ -134,9 +134,9 @@ def choose(
   ):
     part = []
     for record in candidates:
-      if len(part) < count and record["picture"] not in pictures:
+      if len(part) < count and record["picture"] not in seen_images:
         part.append(record)
-        pictures.add(record["picture"])
+        seen_images.add(record["picture"])
     if part:
       found[name] = part
   return found

@@ -200,7 +200,7 @@ class Predictor:
     *,
     batches: Sequence[int] = (1,),
     longest: int,
-    about_one_picture: bool = False,
+    about_one_image: bool = False,
     **options: Any,
   ) -> int:
     """Compiles what requests will need; runs each program once.
@@ -208,7 +208,7 @@ class Predictor:
     Args:
       batches: numbers of rows.
       longest: words of a request, in tokens.
-      about_one_picture: the programs after `set_image` instead.
+      about_one_image: the programs after `set_image` instead.
       **options: of the calls to come, see `segment_batch`.
 
     Returns:
@@ -216,13 +216,13 @@ class Predictor:
     """
     side = self.data.image_side
     blank = np.zeros((side, side, 3), np.uint8)
-    picture = self.set_image(blank) if about_one_picture else None
+    picture = self.set_image(blank) if about_one_image else None
     word = self.tokenizer.encode("a")[:1]
     ran = set()
     for rows in batches:
       for length in range(0, longest + prompts.BUCKET, prompts.BUCKET):
         prompt = self._engine.prompt("", options.get("answer_prefix"))
-        at = prompt.picture_end
+        at = prompt.image_end
         prompt = prompt._replace(
           ids=np.insert(prompt.ids, at, np.repeat(word, min(length, longest)))
         )
@@ -270,7 +270,7 @@ class Picture:
     self._prefix = None
     if engine.shares_prefixes:
       prompt = engine.prompt("", None)
-      self._beginning = prompt.ids[: prompt.picture_end]
+      self._beginning = prompt.ids[: prompt.image_end]
       self._prefix = engine.begin(self._beginning, self._vision)
 
   def segment(self, request: str, **options: Any) -> Prediction:

@@ -21,17 +21,17 @@ class Prompt(NamedTuple):
   Attributes:
     ids: int32 [t], to the end of the answer's forced words.
     answer_length: how many of them, at the end, are those words.
-    picture_end: how many of them there are up to the end of the image; 0
+    image_end: how many of them there are up to the end of the image; 0
       without one.
   """
 
   ids: np.ndarray
   answer_length: int
-  picture_end: int
+  image_end: int
 
   def after(self, start: int) -> "Prompt":
     """The prompt behind its first `start` ids."""
-    return self._replace(ids=self.ids[start:], picture_end=0)
+    return self._replace(ids=self.ids[start:], image_end=0)
 
 
 class Padded(NamedTuple):
@@ -123,7 +123,7 @@ def of_turns(
   return Prompt(
     ids=ids,
     answer_length=len(ids) - len(asked),
-    picture_end=int(ends[-1]) + 1 if ends.size else 0,
+    image_end=int(ends[-1]) + 1 if ends.size else 0,
   )
 
 

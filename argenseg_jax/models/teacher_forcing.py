@@ -35,7 +35,7 @@ def draw_noise(
     model: the whole model.
     batch: the whole batch.
     config: `drop_scale_inputs` is the share of masks whose scale inputs are
-      zero from a random scale on, so that the decoder must look at the picture.
+      zero from a random scale on, so that the decoder must look at the image.
     key: of the step.
   """
   b, m = batch.mask_valid.shape

@@ -22,4 +22,4 @@ PRODUCTION = (
   Shape(16, 100, 2048),
   Shape(16, 256, 3584),
 )
-TOP_K = 900  # VAR's choice for pictures.
+TOP_K = 900  # VAR's choice for images.

@@ -59,7 +59,7 @@ def _config(**keys):
 
 @pytest.fixture
 def faulty(tmp_path):
-  layouts.picture(tmp_path / "a.jpg", 0)
+  layouts.image(tmp_path / "a.jpg", 0)
   whole = (tmp_path / "a.jpg").read_bytes()
   (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
   layouts.mask(tmp_path / "left.png", layouts.LEFT)

@@ -66,7 +66,7 @@ def test_targets_of_three_channels_are_the_images(layout, tmp_path):
   row = rows_of(**given)(0)
   assert row.bad == ()
   colors = row.fields.seg_masks[0].astype(int)
-  # Half of `layouts.picture` is noise, its boxes are red and blue.
+  # Half of `layouts.image` is noise, its boxes are red and blue.
   assert np.ptp(colors, axis=-1).max() > 100
   assert row.fields.mask_valid.all()
 

@@ -1,6 +1,6 @@
 """Small files in every layout that `DataConfig.source` knows.
 
-Two pictures of 30 x 20 pixels, a left and a right box in each.
+Two images of 30 x 20 pixels, a left and a right box in each.
 """
 
 import json
@@ -22,7 +22,7 @@ LEFT = np.zeros(SIZE, bool)
 LEFT[3:9, 4:12] = True
 RIGHT = np.zeros(SIZE, bool)
 RIGHT[10:18, 18:28] = True
-_PICTURES = ("a.jpg", "b.jpg")
+_IMAGES = ("a.jpg", "b.jpg")
 
 
 def write(layout: str, folder: pathlib.Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def rows(**keys) -> RowMaker:
   )
 
 
-def picture(path: pathlib.Path, seed: int) -> None:
+def image(path: pathlib.Path, seed: int) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   pixels = np.random.default_rng(seed).integers(0, 255, (*SIZE, 3), np.uint8)
   pixels[LEFT], pixels[RIGHT] = (255, 0, 0), (0, 0, 255)
@@ -69,18 +69,18 @@ def box(pixels: np.ndarray) -> list[float]:
   return [left, top, right, top, right, bottom, left, bottom]
 
 
-def _pictures(folder: pathlib.Path) -> None:
-  for number, name in enumerate(_PICTURES):
-    picture(folder / name, number)
+def _images(folder: pathlib.Path) -> None:
+  for number, name in enumerate(_IMAGES):
+    image(folder / name, number)
 
 
 def _instances(folder: pathlib.Path) -> None:
-  _pictures(folder / "images")
+  _images(folder / "images")
   height, width = SIZE
   content = {
     "images": [
       {"id": i, "file_name": name, "height": height, "width": width}
-      for i, name in enumerate(_PICTURES)
+      for i, name in enumerate(_IMAGES)
     ],
     "annotations": [
       {"id": 10 * i + j, "image_id": i, "segmentation": [box(pixels)]}
@@ -130,8 +130,8 @@ def _reason_seg(folder):
     {"label": "flag", "points": [[0, 0], [29, 0], [29, 19], [0, 19]]},
   ]
   record = {"text": ["what is warm"], "is_sentence": False, "shapes": shapes}
-  for name in _PICTURES:
-    picture(folder / "train" / name, 0)
+  for name in _IMAGES:
+    image(folder / "train" / name, 0)
     (folder / "train" / name).with_suffix(".json").write_text(
       json.dumps(record)
     )
@@ -144,7 +144,7 @@ def chat(asked: str, answer: str) -> list[dict]:
 
 def jsonl_records(folder: pathlib.Path) -> list[dict]:
   """One record of each sort: one and two masks, two turns, question, text."""
-  _pictures(folder)
+  _images(folder)
   for name, pixels in (("left.png", LEFT), ("right.png", RIGHT)):
     mask(folder / "masks" / name, pixels)
   left, right = "masks/left.png", "masks/right.png"
@@ -187,12 +187,12 @@ def _meta(folder):
 
 
 def _coco_panoptic(folder):
-  _pictures(folder / "images")
+  _images(folder / "images")
   ids = np.zeros((*SIZE, 3), np.uint8)
   ids[LEFT], ids[RIGHT] = (1, 2, 0), (7, 0, 1)
   segments = [{"id": 513, "category_id": 1}, {"id": 65543, "category_id": 2}]
   annotations = []
-  for number, name in enumerate(_PICTURES):
+  for number, name in enumerate(_IMAGES):
     file = pathlib.Path(name).with_suffix(".png")
     path = folder / "panoptic" / file
     path.parent.mkdir(exist_ok=True)
@@ -205,7 +205,7 @@ def _coco_panoptic(folder):
       }
     )
   content = {
-    "images": [{"id": i, "file_name": n} for i, n in enumerate(_PICTURES)],
+    "images": [{"id": i, "file_name": n} for i, n in enumerate(_IMAGES)],
     "categories": [
       {"id": 1, "name": "person"},
       {"id": 2, "name": "floor-other-merged"},
@@ -217,9 +217,9 @@ def _coco_panoptic(folder):
 
 
 def _ade20k(folder):
-  _pictures(folder / "images" / "training")
+  _images(folder / "images" / "training")
   labels = (LEFT * 1 + RIGHT * 3).astype(np.uint8)
-  for name in _PICTURES:
+  for name in _IMAGES:
     path = folder / "annotations" / "training" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(labels).save(path.with_suffix(".png"))
@@ -231,7 +231,7 @@ def _ade20k(folder):
 
 
 def _text_to_image(folder):
-  _pictures(folder)
+  _images(folder)
   records = [{"image": "a.jpg", "text": "a box"}]
   records += [{"image": "b.jpg", "caption": "two boxes"}]
   path = write_lines(folder / "pairs.jsonl", records)
@@ -239,7 +239,7 @@ def _text_to_image(folder):
 
 
 def _folder(folder):
-  _pictures(folder)
+  _images(folder)
   mask(folder / "a.png", LEFT)
   mask(folder / "b.png", np.zeros(SIZE, bool))
   (folder / "a.txt").write_text("left box\nthe red one\n")
@@ -252,7 +252,7 @@ def _refcoco_m(folder):
   arrow = pytest.importorskip("pyarrow")
   from pyarrow import parquet
 
-  _pictures(folder / "images")
+  _images(folder / "images")
   rows = [
     {
       "image": {"bytes": (folder / "images" / name).read_bytes(), "path": name},
@@ -267,7 +267,7 @@ def _refcoco_m(folder):
         for j, pixels in enumerate((LEFT, RIGHT))
       ],
     }
-    for number, name in enumerate(_PICTURES)
+    for number, name in enumerate(_IMAGES)
   ]
   (folder / "data").mkdir(exist_ok=True)
   parquet.write_table(

@@ -145,7 +145,7 @@ def test_references_without_sentences_are_counted_once(tmp_path):
 
 
 def _reason(folder, *shapes, words=("a",), encoding="utf-8"):
-  layouts.picture(folder / "train" / "a.jpg", 0)
+  layouts.image(folder / "train" / "a.jpg", 0)
   record = {"text": list(words), "shapes": list(shapes)}
   (folder / "train" / "a.json").write_bytes(
     json.dumps(record, ensure_ascii=False).encode(encoding)

@@ -91,7 +91,7 @@ LINES_REFUSED = [
 
 @pytest.fixture
 def images(tmp_path):
-  layouts.picture(tmp_path / "a.jpg", 0)
+  layouts.image(tmp_path / "a.jpg", 0)
   layouts.mask(tmp_path / "left.png", LEFT)
   return tmp_path
 

@@ -89,7 +89,7 @@ def test_drawn_masks_cover_the_shapes_color():
     assert not (drawing.visible.sum(0) > 1).any()
     for thing, seg_mask in zip(scene.things, drawing.visible, strict=True):
       inside = cv2.erode(seg_mask.astype(np.uint8), np.ones((3, 3)))
-      colors = drawing.picture[inside > 0].astype(np.float32)
+      colors = drawing.image[inside > 0].astype(np.float32)
       assert len(colors) > 20
       off = np.abs(colors - np.array(scenes.COLORS[thing.color]))
       assert off.max() < 16

@@ -29,7 +29,7 @@ def _records():
   return made
 
 
-def test_best_worst_and_others_are_different_pictures():
+def test_best_worst_and_others_are_of_different_images():
   found = report.choose(_records(), 3)
   assert [round(r["iou"], 6) for r in found["best"]] == [1, 1, 1]
   assert [r["iou"] for r in found["worst"]] == [0, 0, 0]
@@ -57,7 +57,7 @@ def test_answers_are_counted_by_sort():
   }
 
 
-def test_distributions_are_a_picture():
+def test_distributions_are_drawn():
   drawn = report.distributions(_records())
   assert drawn.dtype == np.uint8
   assert drawn.shape[2] == 3

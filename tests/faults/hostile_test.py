@@ -107,7 +107,7 @@ def test_a_sentence_must_be_text(tmp_path):
 def test_no_record_reads_outside_its_folder(name, tmp_path):
   folder = tmp_path / "data"
   folder.mkdir()
-  layouts.picture(tmp_path / "a.jpg", 0)
+  layouts.image(tmp_path / "a.jpg", 0)
   record = {"image": name, "mask": [], "conversations": layouts.chat("a", "b")}
   chat = layouts.write_lines(folder / "x.jsonl", [record])
   record = {"mask": [name], "conversations": layouts.chat("a", "<mask>")}

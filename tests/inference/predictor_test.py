@@ -299,7 +299,7 @@ def test_special_tokens_of_a_request_are_its_words(open_predictor):
   ids = predictor.tokenizer.token_ids
   for token in (*text.SPECIAL_TOKENS.values(), "<pad>", "<image>"):
     asked = predictor._engine.prompt(f"the {token} cup", "")
-    assert asked.picture_end == plain.picture_end
+    assert asked.image_end == plain.image_end
     for control in (ids.img_context, ids.im_start, ids.im_end, ids.ge_start):
       assert (asked.ids == control).sum() == (plain.ids == control).sum()
   predictor.set_image(image)

@@ -96,7 +96,7 @@ def test_warmup_takes_the_options_of_predict(fake, capsys):
   assert asked == {
     "batches": [1, 8],
     "longest": 50,
-    "about_one_picture": False,
+    "about_one_image": False,
     "answer_prefix": None,
     "num_scales": 2,
   }

@@ -228,11 +228,11 @@ def furnish(folder: pathlib.Path) -> None:
   for name, lines in files.items():
     layouts.write_lines(folder / name, lines)
   for number, name in enumerate(("PHOTO.jpg", "photo.jpg")):
-    layouts.picture(folder / name, number)
+    layouts.image(folder / name, number)
   (folder / "photos").mkdir()
   (folder / "more").mkdir()
-  layouts.picture(folder / "photos" / "one.jpg", 0)
-  layouts.picture(folder / "more" / "two.jpg", 1)
+  layouts.image(folder / "photos" / "one.jpg", 0)
+  layouts.image(folder / "more" / "two.jpg", 1)
   layouts.write_lines(
     folder / "requests.jsonl", [{"image": "a.jpg", "text": "the left box"}]
   )
@@ -241,7 +241,7 @@ def furnish(folder: pathlib.Path) -> None:
   layouts.mask(folder / "seg_masks" / "left.png", layouts.LEFT)
   layouts.mask(folder / "seg_masks" / "more" / "right.png", layouts.RIGHT)
   for number in range(2):
-    layouts.picture(folder / "images" / f"{number}.jpg", number)
+    layouts.image(folder / "images" / f"{number}.jpg", number)
 
 
 def _question(text: str, **more) -> dict:

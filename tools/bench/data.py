@@ -125,7 +125,7 @@ def _measure(rows, batches: int) -> tuple[float, float]:
 
 
 def _write_pictures(folder: pathlib.Path, count: int) -> pathlib.Path:
-  """Pictures with some detail, and an ellipse as the mask of each."""
+  """Images with some detail, and an ellipse as the mask of each."""
   import cv2
   import numpy as np
 

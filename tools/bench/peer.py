@@ -158,7 +158,7 @@ class Quantizer(nn.Module):
 
 
 class Peer(nn.Module):
-  """Picture and prompt to a mask image, as the released loop goes."""
+  """Image and prompt to a mask image, as the released loop goes."""
 
   def __init__(self, config: ModelConfig):
     super().__init__()

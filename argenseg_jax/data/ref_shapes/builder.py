@@ -139,7 +139,7 @@ def prepare(
     num_train: requests of the train split; "single" gets a sixth of them.
     num_eval: requests of each of val, testA and testB.
     seed: the same seed gives the same bytes.
-    image_side: side of the pictures in pixels.
+    image_side: side of the images in pixels.
     workers: processes that draw.
     on_progress: called after each record with how many of how many exist.
 

@@ -70,7 +70,7 @@ def draw_requests(
     (seed, plan.number, scene_id), plan.style, image_side
   )
   rng = np.random.default_rng((seed, plan.number, scene_id, 1))
-  picture = _encode(".jpg", drawing.picture[..., ::-1], _JPEG_QUALITY)
+  image = _encode(".jpg", drawing.image[..., ::-1], _JPEG_QUALITY)
   targets = rng.permutation(len(scene.things))
   records = []
   for i in range(REQUESTS_PER_SCENE):
@@ -95,7 +95,7 @@ def draw_requests(
       seg_mask = drawing.visible[target].astype(np.uint8) * 255
     records.append(
       {
-        "image": picture,
+        "image": image,
         "seg_mask": _encode(".png", seg_mask),
         "expressions": _wordings(rng, queries),
         "description": description,

@@ -1,7 +1,7 @@
 """Procedural scenes of colored shapes: drawing and what can be said of them.
 
 Pure functions of a seed; no files, no TFDS. Places and radii are fractions of
-the picture's side, x to the right and y downwards.
+the image's side, x to the right and y downwards.
 """
 
 import dataclasses
@@ -163,7 +163,7 @@ def _outline(thing: Thing) -> list[np.ndarray]:
 
 def _coverage(thing: Thing, side: int) -> np.ndarray:
   """Share of each pixel that the shape covers, float32 [side side]."""
-  # Only the shape's own square is drawn: most of the picture stays empty.
+  # Only the shape's own square is drawn: most of the image stays empty.
   reach = thing.radius + 2 / side
   left, top = (max(int((c - reach) * side), 0) for c in (thing.x, thing.y))
   right, bottom = (
@@ -217,20 +217,20 @@ class Drawing:
   """A rendered scene.
 
   Attributes:
-    picture: uint8 [side side 3], RGB.
+    image: uint8 [side side 3], RGB.
     visible: bool [things side side], the pixels of each shape that no other
       shape covers.
     shown: float [things], the share of each shape that is visible.
   """
 
-  picture: np.ndarray
+  image: np.ndarray
   visible: np.ndarray
   shown: np.ndarray
 
 
 def render(scene: Scene, side: int) -> Drawing:
   """Draws a scene's shapes from back to front."""
-  picture = _draw_ground(scene, side)
+  image = _draw_ground(scene, side)
   whole = np.zeros((len(scene.things), side, side), bool)
   visible = whole.copy()
   tints = np.random.default_rng(scene.texture_seed + 1)
@@ -238,11 +238,11 @@ def render(scene: Scene, side: int) -> Drawing:
     cover = _coverage(thing, side)
     tint = np.array(COLORS[thing.color]) + tints.uniform(-8, 8, 3)
     alpha = cover[..., None]
-    picture = picture * (1 - alpha) + alpha * tint.astype(np.float32)
+    image = image * (1 - alpha) + alpha * tint.astype(np.float32)
     whole[i] = visible[i] = cover >= 0.5
     visible[:i] &= ~whole[i]
   return Drawing(
-    picture=np.clip(np.round(picture), 0, 255).astype(np.uint8),
+    image=np.clip(np.round(image), 0, 255).astype(np.uint8),
     visible=visible,
     shown=visible.sum((1, 2)) / whole.sum((1, 2)),
   )
