@@ -32,13 +32,13 @@ _WRITTEN = (
   "seconds.json",
 )
 
-# Seconds on two quiet cores (2026-11): of a stage itself, mostly compilation,
-# and of each request or step.
+# Seconds on two quiet cores (2026-11): of a stage itself, mostly compilation
+# and validations, and of each request or step.
 _QUIET = {
   "data": (2.0, 0.0005),
-  "vqvae": (15.0, 0.125),
-  "mllm": (20.0, 0.153),
-  "evaluation": (10.0, 0.01),
+  "vqvae": (60.0, 0.125),
+  "mllm": (90.0, 0.125),
+  "evaluation": (30.0, 0.01),
 }
 _TELLING = 15.0  # Of these seconds tell how fast this machine is.
 _SHOWN = range(0, 15, 3)  # Examples that are drawn before training.

@@ -4,34 +4,18 @@ import json
 
 import numpy as np
 import pytest
+from data import layouts
 from PIL import Image
 
-from argenseg_jax.config import DataConfig
-from argenseg_jax.data import pipeline, text
+from argenseg_jax.data import pipeline
 from argenseg_jax.data.errors import DataError
-from argenseg_jax.data.example_builder import RowMaker
-from argenseg_jax.data.sources.registry import open_source
 from argenseg_jax.types import CODE_TARGET, Batch
 
 
 def _rows(path, **changes):
-  values = {"sequence_length": 64, "seed": 3} | changes
-  config = DataConfig(
-    path=str(path),
-    source="jsonl",
-    image_side=32,
-    mask_side=32,
-    mask_intermediate_side=None,
-    mask_channels=1,
-    **values,
-  )
-  return RowMaker(
-    open_source(config),
-    config,
-    tokenizer=text.TextTokenizer(),
-    image_tokens=4,
-    num_codes=5,
-  )
+  values = {"sequence_length": 64, "mask_side": 32, "max_masks": 1, "seed": 3}
+  values |= {"mask_intermediate_side": None} | changes
+  return layouts.rows(path=str(path), source="jsonl", **values)
 
 
 @pytest.fixture

@@ -31,15 +31,15 @@ def write(layout: str, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def rows(**keys) -> RowMaker:
-  """Opens them as small rows with text."""
-  config = DataConfig(
-    sequence_length=400,
-    image_side=16,
-    mask_side=16,
-    mask_channels=1,
-    max_masks=2,
-    **keys,
-  )
+  """Opens them as rows with text, small unless `keys` say otherwise."""
+  small: dict[str, Any] = {
+    "sequence_length": 400,
+    "image_side": 16,
+    "mask_side": 16,
+    "mask_channels": 1,
+    "max_masks": 2,
+  }
+  config = DataConfig(**(small | keys))
   return RowMaker(
     open_source(config),
     config,

@@ -80,18 +80,18 @@ def test_each_stage_says_how_long_it_will_take_here(
 ):
   now = [0.0]
   monkeypatch.setattr(quickstart.time, "monotonic", lambda: now[0])
-  stage = _stages(tmp_path / "seconds.json", data=0, vqvae=680, mllm=1000)
+  stage = _stages(tmp_path / "seconds.json", data=0, vqvae=320, mllm=1000)
   with stage("data", "drawing"):
     pass
   with stage("vqvae", "training"):  # 100 s on quiet cores.
     now[0] += 300
-  with stage("mllm", "training"):  # 173 s.
+  with stage("mllm", "training"):  # 215 s.
     pass
   assert capsys.readouterr().out.splitlines() == [
     "about 5 min on two quiet cores; interrupted, the same command resumes",
     "[1/3] drawing, done already",
     "[2/3] training, about 2 min on two quiet cores",
-    "[3/3] training, about 9 min at the speed of this machine so far",
+    "[3/3] training, about 11 min at the speed of this machine so far",
   ]
 
 
