@@ -45,7 +45,7 @@ class RefShapes(tfds.core.GeneratorBasedBuilder):
   to draw in. The records do not depend on `workers`.
   """
 
-  VERSION = tfds.core.Version("1.2.0")
+  VERSION = tfds.core.Version("1.3.0")
   name = "ref_shapes"
 
   def __init__(
