@@ -276,4 +276,5 @@ def _data_uri(image: np.ndarray) -> str:
 
 
 def _shorten(text: str, limit: int = 44) -> str:
-  return text if len(text) <= limit else text[: limit - 1] + "…"
+  text = text if len(text) <= limit else text[: limit - 1] + "…"
+  return text.replace("$", r"\$")  # It is no formula.

@@ -51,7 +51,7 @@ def test_html_is_self_contained_and_escapes(tmp_path):
 
 def test_png_is_written(tmp_path):
   path = tmp_path / "report.png"
-  render.draw_rows([shown(), shown("x" * 99)], path)
+  render.draw_rows([shown("$5_{ and $x^"), shown("x" * 99)], path)
   with Image.open(path) as image:
     pixels = np.asarray(image.convert("RGB"))
   # The image's gray, and the tint of both masks, in the upper row and below.
