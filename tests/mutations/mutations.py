@@ -18,6 +18,7 @@ class Mutation(NamedTuple):
 
 _MODELS = "argenseg_jax/models"
 _LLM = "tests/models/llm_test.py"
+_LAYERS = "tests/models/layers_test.py"
 _VIT = "tests/models/vit_test.py"
 _VQ = "tests/models/vq_test.py"
 _VQVAE = "tests/models/vqvae_test.py"
@@ -97,13 +98,13 @@ MUTATIONS = (
     "length / max_positions",
     _golden("internlm2_dynamic"),
   ),
-  _layers("y -= self._group_mean(y)", "y -= 0.0", _VQVAE),
+  _layers("y -= self._group_mean(y)", "y -= 0.0", _LAYERS),
   _resize("= 1 / (stop - start)", "= 1 / source"),
   _resize("* source / target - 0.5", "* source / target"),
-  _layers("(rows, columns), -1", "(columns, rows), -1", _VIT, _GENERATE),
+  _layers("(rows, columns), -1", "(columns, rows), -1", _LAYERS),
   _llm(
-    "jax.nn.silu(self.gate(x)) * self.up(x)",
-    "self.gate(x) * jax.nn.silu(self.up(x))",
+    "jax.nn.silu(gate) * up",
+    "gate * jax.nn.silu(up)",
     _golden("internlm2_linear"),
   ),
   _llm("return x + self.mlp(", "return self.mlp(", _golden("internlm2_linear")),
@@ -267,8 +268,8 @@ MUTATIONS = (
   ),
   Mutation(
     f"{_MODELS}/flops.py",
-    "total += 7 * 4 * trains",
-    "total += 5 * 4 * trains",
+    "(12 + 2 * moments) * trains",
+    "(12 + moments) * trains",
     ("tests/models/flops_test.py",),
   ),
 )
