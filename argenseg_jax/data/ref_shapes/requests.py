@@ -62,7 +62,7 @@ SPLITS = {
 
 
 def draw_requests(
-  split: str, scene_id: int, *, seed: int, image_side: int
+  split: Split, scene_id: int, *, seed: int, image_side: int
 ) -> list[dict[str, Any]]:
   """The records of one scene, as a function of the arguments alone.
 
@@ -72,23 +72,22 @@ def draw_requests(
     wordings of one request), "description" of the target ("small red star";
     empty for kind "absent"), "kind", "scene_id", "num_objects".
   """
-  plan = SPLITS[split]
   scene, drawing = scenes.draw_scene(
-    (seed, plan.number, scene_id), plan.style, image_side
+    (seed, split.number, scene_id), split.style, image_side
   )
-  rng = np.random.default_rng((seed, plan.number, scene_id, 1))
+  rng = np.random.default_rng((seed, split.number, scene_id, 1))
   image = _encode(".jpg", drawing.image[..., ::-1], _JPEG_QUALITY)
   targets = rng.permutation(len(scene.things))
   records = []
   for i in range(REQUESTS_PER_SCENE):
-    kind = KINDS[rng.choice(len(KINDS), p=plan.shares)]
+    kind = KINDS[rng.choice(len(KINDS), p=split.shares)]
     target = int(targets[i % len(targets)])
     queries: list[expressions.Query] = []
     if kind == "absent":
       queries = [expressions.absent_look(rng, scene)]
     elif kind == "relation":
       queries = list(expressions.relation_queries(scene, target))
-    if not queries and plan.shares[0]:
+    if not queries and split.shares[0]:
       kind = "attribute"
       queries = list(expressions.attribute_looks(scene, target))
     if not queries:
@@ -151,7 +150,7 @@ def _draw_task(
     record
     for scene_id in range(first, first + _SCENES_PER_TASK)
     for record in draw_requests(
-      split, scene_id, seed=seed, image_side=image_side
+      SPLITS[split], scene_id, seed=seed, image_side=image_side
     )
   ]
 
