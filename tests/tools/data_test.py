@@ -10,8 +10,6 @@ from data import layouts
 from PIL import Image, ImageFilter
 
 from argenseg_jax.config import DataConfig
-from argenseg_jax.data import text
-from argenseg_jax.data.example_builder import RowMaker
 from argenseg_jax.data.sources.registry import open_source
 from argenseg_jax.tools import cli
 from argenseg_jax.visualize import contact_sheet
@@ -144,19 +142,11 @@ def test_odd_masks_are_counted_and_shown(capsys, tmp_path):
 
 
 def _rows(tmp_path):
-  config = DataConfig(
+  return layouts.rows(
     **layouts.write("jsonl", tmp_path),
     sequence_length=120,
     image_side=8,
     mask_side=8,
-    mask_channels=1,
-  )
-  return RowMaker(
-    open_source(config),
-    config,
-    tokenizer=text.TextTokenizer(),
-    image_tokens=4,
-    num_codes=5,
   )
 
 

@@ -162,7 +162,7 @@ def prepare(
       f"{target} contains ref_shapes with another {', '.join(other)}, or it is "
       "damaged; use another folder or remove it."
     )
-  # TFDS builds in "incomplete.XXXXXX_1.3.0" and gives it its name at the end.
+  # TFDS builds in "incomplete.XXXXXX_VERSION" and gives it its name at the end.
   for left_over in target.parent.glob(f"incomplete.*_{target.name}"):
     shutil.rmtree(left_over)
   shown = sys.stdout  # TFDS talks of a download; only progress may be seen.
